@@ -1,0 +1,299 @@
+"""The pictures of the report, as strings that go into its HTML.
+
+Charts are SVG with text as text and lines in `currentColor`, so that they follow the light or dark
+scheme of the page; samples are PNG data. matplotlib is imported on first use, drives no window, and
+no state of `pyplot` is touched.
+"""
+
+import base64
+import html
+import io
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from oal_jax.evaluation.metrics import curve
+
+INK = "#010203"  # stands for currentColor while matplotlib draws
+ID_COLOR = "#4c8bd6"
+GROUP_COLORS = {"near": "#f28e2b", "far": "#d9534f", "validation": "#9c6ade"}
+# Readable on white and on near-black; more series than colours start again.
+SERIES = ("#4c8bd6", "#f28e2b", "#d9534f", "#3fa796", "#9c6ade", "#b8892b", "#d16ba5", "#7a8899")
+_CURVE_POINTS = 300
+_DOTS = 1200  # a cloud of the projection; more only hide one another
+_CLASSES_NAMED = 10  # more would fill the picture with their legend
+_SPIKE = 8  # ratio of peaks from which a linear axis would hide the lower histogram
+_FIT_ROWS = 1000  # features that the projection is fitted on
+
+
+def histograms(
+    id_scores: Float[np.ndarray, " n"],
+    groups: Mapping[str, Float[np.ndarray, " m"]],
+    threshold: float | None,
+    title: str,
+) -> str:
+    """Densities of the ood_scores of ID test and of each group of OOD sets, and the threshold.
+
+    The axis spans the middle 99.5 % of all scores, as single outliers would squeeze the rest.
+    """
+    figure, axes = _figure()
+    everything = np.concatenate([id_scores, *groups.values()]).astype(np.float64)
+    low, high = np.percentile(everything, [0.25, 99.75])
+    if not high > low:
+        low, high = low - 0.5, high + 0.5
+    bins = np.linspace(low, high, 41)
+    series = [("ID test", id_scores, ID_COLOR)]
+    series += [(f"{name} OOD", s, GROUP_COLORS[name]) for name, s in groups.items()]
+    peaks = []
+    for name, scores, color in series:
+        # Weights, so that what lies outside the axis still counts in the area.
+        weights = np.full(len(scores), 1 / (len(scores) * (bins[1] - bins[0])))
+        style = {"histtype": "stepfilled", "alpha": 0.35, "color": color}
+        heights, _, _ = axes.hist(scores, bins, weights=weights, label=name, **style)
+        peaks.append(heights.max())
+        axes.hist(scores, bins, weights=weights, histtype="step", color=color, linewidth=1.2)
+    if threshold is not None and low <= threshold <= high:
+        axes.axvline(threshold, color=INK, linestyle="--", linewidth=1, label="threshold")
+    if max(peaks) > _SPIKE * min(peaks):
+        axes.set_yscale("function", functions=(np.sqrt, np.square))
+        axes.set_ylabel("density (root scale)")
+    else:
+        axes.set_ylabel("density")
+    axes.set(title=title, xlabel="ood_score (higher = more OOD)", yticks=[], xlim=(low, high))
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+    return _svg(figure, f"Histogram of ood_scores: {title}")
+
+
+def roc(
+    id_scores: Float[np.ndarray, " n"],
+    sets: Mapping[str, Float[np.ndarray, " m"]],
+    title: str,
+) -> str:
+    """ROC curves, one an OOD set; OOD is the positive class."""
+    figure, axes = _figure()
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.3)
+    for index, (name, scores) in enumerate(sets.items()):
+        c = curve(id_scores, scores)
+        # Evenly along the length of the staircase: corners survive where the curve is steep.
+        length = c.id_rate + c.ood_rate
+        pick = np.searchsorted(length, np.linspace(0, 2, _CURVE_POINTS)).clip(0, len(length) - 1)
+        style = {"color": SERIES[index % len(SERIES)], "linewidth": 1.4}
+        axes.plot(c.id_rate[pick], c.ood_rate[pick], label=name, **style)
+    axes.axhline(0.95, color=INK, linestyle=":", linewidth=0.8, alpha=0.6)
+    axes.set(title=title, xlabel="ID called OOD", ylabel="OOD caught", xlim=(0, 1), ylim=(0, 1.01))
+    _legend(axes, loc="lower right")
+    return _svg(figure, f"ROC curves: {title}")
+
+
+def pca(features: Float[np.ndarray, "n d"]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (d,) and the two leading principal axes (d, 2) of `features`, signs made unique.
+
+    Fitted on at most 1000 rows, evenly spaced, which two axes do not notice. Where features have
+    one dimension or one row, the missing axes are zero.
+    """
+    rows = np.asarray(features, np.float64)[:: -(-len(features) // _FIT_ROWS)]
+    mean = rows.mean(axis=0)
+    _, _, axes = np.linalg.svd(rows - mean, full_matrices=False)
+    axes = np.concatenate([axes[:2], np.zeros((2, rows.shape[1]))])[:2]
+    signs = np.sign(axes[np.arange(2), np.argmax(np.abs(axes), axis=1)])
+    return mean, (axes * np.where(signs == 0, 1.0, signs)[:, None]).T
+
+
+def projection(
+    id_features: Float[np.ndarray, "n d"],
+    id_labels: np.ndarray,
+    class_names: Sequence[str],
+    ood_features: Mapping[str, Float[np.ndarray, "m d"]],
+    outlier_features: Float[np.ndarray, "k d"] | None,
+) -> str:
+    """First two principal components, fitted on ID features, of everything.
+
+    ID by class, OOD by set, mapped outliers as crosses. The axes span the middle 99 % of the
+    points, so that a few far ones do not squeeze the classes.
+    """
+    figure, axes = _figure(height=4.0)
+    mean, directions = pca(id_features)
+
+    def thin(x, dots=_DOTS):
+        return np.asarray(x)[:: max(1, -(-len(x) // dots))]
+
+    def place(x):
+        return (x.astype(np.float64) - mean) @ directions
+
+    points, labels = place(thin(id_features)), thin(id_labels)
+    clouds = [points]
+    style = {"linestyle": "none", "markeredgewidth": 0}
+    # OOD sets lie below the classes and differ by marker, since the hues are taken by the classes.
+    for index, (name, features) in enumerate(ood_features.items()):
+        clouds.append(place(thin(features, _DOTS // 2)))
+        axes.plot(
+            *clouds[-1].T,
+            **style,
+            marker="^vDs<>ph"[index % 8],
+            markersize=3.5,
+            color="#8a8f98",
+            alpha=0.6,
+            label=name,
+        )
+    hues = _hues(len(class_names))
+    if len(class_names) <= _CLASSES_NAMED:
+        for index, name in enumerate(class_names):
+            axes.plot(
+                *points[labels == index].T,
+                **style,
+                marker="o",
+                markersize=3,
+                color=hues[index],
+                alpha=0.7,
+                label=name,
+            )
+    else:
+        axes.scatter(*points.T, s=9, c=hues[labels], linewidths=0, alpha=0.7)
+    if outlier_features is not None and len(outlier_features):
+        clouds.append(place(thin(outlier_features)))
+        axes.plot(
+            *clouds[-1].T,
+            linestyle="none",
+            marker="x",
+            markersize=4,
+            color=INK,
+            alpha=0.6,
+            label="mapped outliers",
+        )
+    low, high = np.percentile(np.concatenate(clouds), [0.5, 99.5], axis=0)
+    margin = 0.08 * (high - low) + 1e-6
+    axes.set(
+        xlim=(low[0] - margin[0], high[0] + margin[0]),
+        ylim=(low[1] - margin[1], high[1] + margin[1]),
+        xticks=[],
+        yticks=[],
+        xlabel="first principal component",
+        ylabel="second",
+    )
+    handles = axes.get_legend_handles_labels()
+    if handles[0]:
+        figure.legend(
+            *handles,
+            loc="outside lower center",
+            ncols=3,
+            frameon=False,
+            fontsize=8,
+            labelcolor=INK,
+            handletextpad=0.2,
+            columnspacing=1.0,
+        )
+    return _svg(figure, "Principal components of the features")
+
+
+def curves(series: Mapping[str, Float[np.ndarray, "t 2"]], title: str, unit: str) -> str:
+    """Lines over training steps: (step, value) pairs by name; long ones are thinned by means."""
+    figure, axes = _figure()
+    for index, (name, values) in enumerate(series.items()):
+        values = np.asarray(values, np.float64)
+        parts = np.array_split(values, min(_CURVE_POINTS, max(1, len(values))))
+        values = np.array([part.mean(axis=0) for part in parts if len(part)]).reshape(-1, 2)
+        marker = "o" if len(values) < 20 else None
+        axes.plot(
+            *values.T,
+            color=SERIES[index % len(SERIES)],
+            linewidth=1.4,
+            label=name,
+            marker=marker,
+            markersize=3,
+        )
+    axes.set(title=title, xlabel="step", ylabel=unit)
+    axes.grid(color=INK, alpha=0.12, linewidth=0.6)
+    _legend(axes)
+    return _svg(figure, f"Training curves: {title}")
+
+
+def strip(images: UInt8[np.ndarray, "k h w c"], size: int = 48) -> str:
+    """One row of images as a PNG data URI, each reduced to at most `size` pixels a side.
+
+    Args:
+      images: uint8; 1 channel (grey) or 3 (RGB).
+      size: larger images are averaged down by whole factors.
+
+    Raises:
+      ValueError: not uint8, not four axes, or another number of channels.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise ValueError(f"images must be uint8 (k, h, w, 1 or 3): {images.dtype} {images.shape}")
+    k, h, w, c = images.shape
+    factor = -(-max(h, w) // size)
+    h, w = h // factor * factor, w // factor * factor
+    blocks = images[:, :h, :w].reshape(k, h // factor, factor, w // factor, factor, c)
+    small = np.rint(blocks.mean(axis=(2, 4))).astype(np.uint8)
+    row = np.concatenate(list(small), axis=1)
+    return "data:image/png;base64," + base64.b64encode(_png(row)).decode()
+
+
+def _png(image: UInt8[np.ndarray, "h w c"]) -> bytes:
+    """Encodes grey or RGB pixels (PNG specification, sections 5 and 9; filter type 0)."""
+    height, width, channels = image.shape
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return len(data).to_bytes(4, "big") + kind + data + check.to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    header += bytes([8, 0 if channels == 1 else 2, 0, 0, 0])
+    lines = image.reshape(height, width * channels)
+    filtered = np.concatenate([np.zeros((height, 1), np.uint8), lines], axis=1)
+    data = zlib.compress(filtered.tobytes(), 9)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
+
+
+def _hues(n: int) -> Float[np.ndarray, "n 3"]:
+    """n colours around the circle, as classes can be many."""
+    from matplotlib.colors import hsv_to_rgb
+
+    return hsv_to_rgb(np.array([(i / max(n, 1), 0.65, 0.85) for i in range(n)]).reshape(-1, 3))
+
+
+def _figure(width: float = 4.6, height: float = 3.1):
+    """A figure of its own, transparent, about as wide as a phone so that its text stays legible."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set(color=INK, alpha=0.5)
+    axes.tick_params(color=INK, labelcolor=INK, labelsize=8)
+    axes.title.set(color=INK, fontsize=10)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(color=INK, fontsize=9)
+    return figure, axes
+
+
+def _legend(axes, loc: str = "best") -> None:
+    axes.legend(loc=loc, frameon=False, fontsize=8, labelcolor=INK)
+
+
+def _svg(figure, description: str) -> str:
+    """The figure as an `<svg>` element for HTML: no prologue, metadata or namespace URLs."""
+    import matplotlib
+
+    text = io.StringIO()
+    # Text stays text (small, searchable); a fixed salt makes the same data the same bytes.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "oal_jax"}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg ") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = svg.replace(INK, "currentColor")
+    label = html.escape(description, quote=True)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

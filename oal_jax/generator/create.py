@@ -1,0 +1,225 @@
+"""Makes a small Stable Diffusion from scratch: tokenizer, configs and fresh weights in a diffusers directory.
+
+The architecture is that of Stable Diffusion v1 (CLIP text transformer, UNet with cross-attention, KL autoencoder) at a
+size that a CPU trains in minutes. What is unusual about it has a reason:
+
+- `layers_per_block = 0` in the UNet leaves one residual block a level on the way up and none on the way down: sampling
+  cost is what a CPU run waits for, and it halves it.
+- Width 64 is the least that works: the Flax UNet normalises in 32 groups, and with one channel a group the norm would
+  cancel the time embedding.
+- The text width is the teacher's feature width, so that a boundary point of the teacher can replace a token embedding.
+"""
+
+import collections
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from oal_jax.generator import flax_models
+from oal_jax.pretrained import diffusers_directory
+
+FASHION_CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "shirt", "sneaker", "boot")
+PROMPT = "A high-quality image of the {}"
+
+_BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
+_WORD_END = "</w>"
+
+
+def _byte_alphabet() -> list[str]:
+    """One printable character a byte, in the order of byte-level BPE (GPT-2): printable bytes, then the others."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+
+
+def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make every given word a single token (Sennrich et al., arXiv 1508.07909).
+
+    Args:
+        words: lower-case words of letters and digits; repeated words count.
+
+    Returns:
+        Pairs in the order in which they are applied: the most frequent first, ties in alphabetical order.
+    """
+    counts = collections.Counter(words)
+    pieces = {word: (*word[:-1], word[-1] + _WORD_END) for word in counts}
+    merges = []
+    while True:
+        pairs = collections.Counter()
+        for word, parts in pieces.items():
+            for pair in zip(parts[:-1], parts[1:], strict=True):
+                pairs[pair] += counts[word]
+        if not pairs:
+            return merges
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        pieces = {word: _merge(parts, best) for word, parts in pieces.items()}
+
+
+def _merge(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    merged, i = [], 0
+    while i < len(parts):
+        if parts[i : i + 2] == pair:
+            merged.append(pair[0] + pair[1])
+            i += 2
+        else:
+            merged.append(parts[i])
+            i += 1
+    return tuple(merged)
+
+
+def write_tokenizer(folder: Path, class_names: Sequence[str], length: int) -> int:
+    """Writes a CLIP tokenizer whose vocabulary covers the prompt and the class names; returns its size.
+
+    Byte-level, so any other text still encodes, letter by letter.
+    """
+    texts = [PROMPT.format(""), *class_names]
+    letters = "".join(c if c.isalnum() else " " for c in " ".join(texts).lower())
+    merges = learn_merges(letters.split())
+    alphabet = _byte_alphabet()
+    tokens = [*alphabet, *(c + _WORD_END for c in alphabet), *("".join(pair) for pair in merges)]
+    tokens = list(dict.fromkeys([*tokens, _BEGIN, _END]))
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    special = {"bos_token": _BEGIN, "eos_token": _END, "unk_token": _END, "pad_token": _END}
+    diffusers_directory.write_json(folder / "special_tokens_map.json", special)
+    diffusers_directory.write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **special},
+    )
+    return len(tokens)
+
+
+def configs(*, vocabulary: int, width: int = 128, length: int = 16) -> dict[str, dict[str, Any]]:
+    """The config files of the small model, by component.
+
+    Args:
+        vocabulary: number of tokens; the last two are the begin and end marks.
+        width: width of the text states, of a token embedding and so of an injected outlier.
+        length: tokens a prompt is padded to.
+    """
+    text_encoder = {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "projection_dim": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": length,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "attention_dropout": 0.0,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": vocabulary - 1,
+    }
+    unet = {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ["DownBlock2D", "DownBlock2D"],
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": [64, 64],
+        "layers_per_block": 0,
+        # The number of heads: diffusers kept this misnomer for the sake of old configs.
+        "attention_head_dim": 4,
+        "cross_attention_dim": width,
+        "norm_num_groups": 32,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+    }
+    vae = {
+        "_class_name": "AutoencoderKL",
+        "sample_size": 32,
+        "in_channels": 1,
+        "out_channels": 1,
+        "latent_channels": 4,
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "block_out_channels": [16, 16, 32],
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "act_fn": "silu",
+        "scaling_factor": 1.0,
+        "force_upcast": False,
+    }
+    return {"text_encoder": text_encoder, "unet": unet, "vae": vae}
+
+
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+
+_MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def create(
+    directory: Path,
+    class_names: Sequence[str] = FASHION_CLASSES,
+    *,
+    width: int = 128,
+    length: int = 16,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    seed: int = 0,
+) -> None:
+    """Writes an untrained small Stable Diffusion.
+
+    Args:
+        directory: where to; made if absent.
+        class_names: words that become single tokens (each run of letters and digits for itself).
+        width: text width, the teacher's feature width.
+        length: tokens a prompt is padded to.
+        overrides: component name to config entries that replace the defaults (smaller nets for tests).
+        seed: of the initial weights.
+    """
+    directory = Path(directory)
+    vocabulary = write_tokenizer(directory / "tokenizer", class_names, length)
+    made = configs(vocabulary=vocabulary, width=width, length=length)
+    for name, values in (overrides or {}).items():
+        made[name].update(values)
+    key = jax.random.key(seed)
+    params = {
+        "text_encoder": flax_models.init_text_encoder(
+            flax_models.make_text_encoder(made["text_encoder"]), jax.random.fold_in(key, 0)
+        ),
+        "unet": jax.jit(lambda k: flax_models.init_unet(flax_models.make_unet(made["unet"]), k))(
+            jax.random.fold_in(key, 1)
+        ),
+        "vae": jax.jit(lambda k: flax_models.init_vae(flax_models.make_vae(made["vae"]), k))(
+            jax.random.fold_in(key, 2)
+        ),
+    }
+    diffusers_directory.save(directory, params, made)
+    diffusers_directory.write_json(directory / "scheduler" / "scheduler_config.json", SCHEDULER)
+    diffusers_directory.write_json(directory / "model_index.json", _MODEL_INDEX)

@@ -1,0 +1,173 @@
+"""The one place that imports diffusers' and transformers' Flax models.
+
+Both libraries announce the end of their Flax code with a log line at import and at every trace. The versions are pinned,
+the lines say nothing that a user could act on, and a sampler would print hundreds: they are filtered here, and only they.
+"""
+
+import dataclasses
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from oal_jax.errors import UserError
+
+
+class _DropFlaxNotice(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "Flax classes are deprecated" not in text and "JAX classes are deprecated" not in text
+
+
+@functools.cache
+def libraries() -> SimpleNamespace:
+    """The classes used, imported on first use: UNet, AutoencoderKL, CLIPText (module), CLIPTextConfig, CLIPTokenizer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+
+        for library in (diffusers_logging, transformers_logging):
+            library.get_logger()  # makes the root handler of the library
+        for name in ("diffusers", "transformers"):
+            for handler in logging.getLogger(name).handlers:
+                handler.addFilter(_DropFlaxNotice())
+        from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel
+        from diffusers.models.vae_flax import FlaxAutoencoderKL
+        from transformers import CLIPTextConfig, CLIPTokenizer
+        from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
+    return SimpleNamespace(
+        UNet=FlaxUNet2DConditionModel,
+        AutoencoderKL=FlaxAutoencoderKL,
+        CLIPText=FlaxCLIPTextModule,
+        CLIPTextConfig=CLIPTextConfig,
+        CLIPTokenizer=CLIPTokenizer,
+    )
+
+
+# What the Flax classes fix in code. A config that says otherwise describes another network.
+_UNET_FIXED = {
+    "act_fn": ("silu",),
+    "norm_num_groups": (32,),
+    "norm_eps": (1e-5,),
+    "class_embed_type": (None,),
+    "conv_in_kernel": (3, None),
+    "dual_cross_attention": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_type": ("positional",),
+    "downsample_padding": (1,),
+    "center_input_sample": (False,),
+}
+_VAE_FIXED = {"act_fn": ("silu",), "use_quant_conv": (True,), "use_post_quant_conv": (True,)}
+
+
+def _build(cls: type, config: Mapping[str, Any], fixed: Mapping[str, tuple], dtype: Any) -> Any:
+    for key, allowed in fixed.items():
+        if key in config and config[key] not in allowed:
+            raise UserError(f"{cls.__name__}: {key}={config[key]!r} is not supported")
+    known = {field.name for field in dataclasses.fields(cls)} - {"parent", "name", "dtype"}
+    values = {key: config[key] for key in known if key in config}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return cls(**values, dtype=dtype)
+
+
+def make_unet(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
+    """The UNet that a `unet/config.json` describes; `UserError` where the Flax class cannot express it."""
+    return _build(libraries().UNet, config, _UNET_FIXED, dtype)
+
+
+def make_vae(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
+    """The autoencoder that a `vae/config.json` describes."""
+    return _build(libraries().AutoencoderKL, config, _VAE_FIXED, dtype)
+
+
+def make_text_encoder(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
+    """CLIP's text transformer (a linen module, no wrapper) that a `text_encoder/config.json` describes."""
+    classes = libraries()
+    return classes.CLIPText(classes.CLIPTextConfig.from_dict(dict(config)), dtype=dtype)
+
+
+def init_unet(unet: nn.Module, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters of a UNet; under `jax.eval_shape` their shapes."""
+    with _own_arithmetic():
+        return unet.init_weights(key)
+
+
+def init_vae(vae: nn.Module, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters of an autoencoder; under `jax.eval_shape` their shapes."""
+    with _own_arithmetic():
+        return vae.init_weights(key)
+
+
+def init_text_encoder(text_encoder: nn.Module, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters of a text encoder; under `jax.eval_shape` their shapes."""
+    ids = jnp.zeros((1, text_encoder.config.max_position_embeddings), jnp.int32)
+    with _own_arithmetic():
+        return text_encoder.init(key, ids, jnp.ones_like(ids), _positions(ids))["params"]
+
+
+def _positions(ids: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(ids.shape[-1])[None], ids.shape)
+
+
+def _own_arithmetic():
+    # Their code relies on implicit rank promotion, which a strict caller may have switched off.
+    return jax.numpy_rank_promotion("allow")
+
+
+def _exact_gelu(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
+    """The Flax port gates with the tanh approximation of GELU; the weights were trained with the exact one."""
+    if type(context.module).__name__ != "FlaxGEGLU" or context.method_name != "__call__":
+        return next_fun(*args, **kwargs)
+    linear, gate = jnp.split(context.module.proj(args[0]), 2, axis=-1)
+    return linear * nn.gelu(gate, approximate=False)
+
+
+def apply_unet(
+    unet: nn.Module, params: Any, latents: jax.Array, timesteps: jax.Array, states: jax.Array
+) -> jax.Array:
+    """The network's prediction (noise or velocity).
+
+    Args:
+        unet: module from `make_unet`.
+        params: its parameters.
+        latents: (B, C, h, w).
+        timesteps: (B,) int32 or float32, in training steps (0 to 999).
+        states: (B, L, width) text states.
+
+    Returns:
+        (B, C, h, w) in the module's dtype.
+    """
+    with _own_arithmetic(), nn.intercept_methods(_exact_gelu):
+        return unet.apply({"params": params}, latents, jnp.asarray(timesteps), states).sample
+
+
+def apply_text_encoder(text_encoder: nn.Module, params: Any, ids: jax.Array) -> jax.Array:
+    """Last hidden states after the final layer norm, (B, L, width), of token ids (B, L).
+
+    No padding mask, as in Stable Diffusion: the padding tokens attend and are attended to.
+    """
+    with _own_arithmetic():
+        out = text_encoder.apply({"params": params}, ids, jnp.ones_like(ids), _positions(ids))
+    return out.last_hidden_state
+
+
+def apply_vae_encoder(vae: nn.Module, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and log variance of the latents, both (B, C, h, w), of images (B, channels, H, W) in [-1, 1]."""
+    with _own_arithmetic():
+        posterior = vae.apply({"params": params}, images, method=vae.encode).latent_dist
+    return jnp.moveaxis(posterior.mean, -1, 1), jnp.moveaxis(posterior.logvar, -1, 1)
+
+
+def apply_vae_decoder(vae: nn.Module, params: Any, latents: jax.Array) -> jax.Array:
+    """Images (B, channels, H, W), about in [-1, 1], of unscaled latents (B, C, h, w)."""
+    # The port guesses the layout from the last axis; channels-last input leaves nothing to guess.
+    with _own_arithmetic():
+        out = vae.apply({"params": params}, jnp.moveaxis(latents, 1, -1), method=vae.decode)
+    return out.sample

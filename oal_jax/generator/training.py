@@ -1,0 +1,205 @@
+"""Training of the small Stable Diffusion: first the autoencoder, then the text encoder and UNet on its latents.
+
+Pure functions; the loop is the caller's. On a CPU call one step at a time: the gradient of a convolution inside a scan
+is about a hundred times slower there.
+"""
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from oal_jax.generator import flax_models
+from oal_jax.generator import stable_diffusion as stable
+from oal_jax.generator.stable_diffusion import StableDiffusion
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+@flax.struct.dataclass
+class GeneratorState:
+    """State of either trainer. `ema_params` averages `params` over the steps; None where not kept."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    ema_params: Any = None
+
+
+Init = Callable[[jax.Array], GeneratorState]
+TrainStep = Callable[[GeneratorState, Batch], tuple[GeneratorState, Metrics]]
+
+
+def _step_key(root: jax.Array, name: str, step: Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(name.encode())), step)
+
+
+def _optimizer(learning_rate: float, warmup: int, steps: int, weight_decay: float):
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(warmup, steps // 10), steps)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        # Gains and biases are not decayed; only matrices and kernels are.
+        optax.adamw(
+            schedule,
+            weight_decay=weight_decay,
+            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        ),
+    )
+
+
+def _flip(key: jax.Array, images: Array, width_axis: int) -> Array:
+    """Each image mirrored left to right with probability one half."""
+    chosen = jax.random.bernoulli(key, shape=(images.shape[0], *[1] * (images.ndim - 1)))
+    return jnp.where(chosen, jnp.flip(images, width_axis), images)
+
+
+def make_vae_trainer(
+    sd: StableDiffusion,
+    root_key: jax.Array,
+    *,
+    steps: int = 1000,
+    learning_rate: float = 2e-3,
+    warmup: int = 50,
+    weight_decay: float = 1e-4,
+    kl_weight: float = 5e-4,
+) -> tuple[Init, TrainStep]:
+    """Trainer of the autoencoder: squared error plus a lightly weighted KL term (arXiv 2112.10752, section 3.1).
+
+    Args:
+        sd: the model; only its autoencoder is used.
+        root_key: typed key; the draws of step n come from it, the trainer's name and n.
+        steps: length of the cosine schedule.
+        learning_rate: peak rate of AdamW.
+        warmup: steps of linear warm-up, at most a tenth of all.
+        weight_decay: decoupled, on kernels only.
+        kl_weight: weight of the KL divergence a latent element against the squared error a pixel (range [-1, 1]).
+
+    Returns:
+        `init(key) -> state` and `train_step(state, batch) -> (state, metrics)`; batch = {"image": (B, H, W, c) in
+        [0, 1]}; metrics are `loss`, `mse`, `kl` and `psnr` (dB).
+    """
+    optimizer = _optimizer(learning_rate, warmup, steps, weight_decay)
+
+    def init(key: jax.Array) -> GeneratorState:
+        params = {"vae": flax_models.init_vae(sd.vae, key)}
+        return GeneratorState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    def loss_fn(params: Any, key: jax.Array, images: Float[Array, "B H W c"]):
+        flip_key, noise_key = jax.random.split(key)
+        images = _flip(flip_key, images, width_axis=2)
+        pixels = jnp.moveaxis(stable.pad_images(sd, images), -1, 1) * 2.0 - 1.0
+        mean, log_variance = flax_models.apply_vae_encoder(sd.vae, params["vae"], pixels)
+        noise = jax.random.normal(noise_key, mean.shape)
+        latents = mean + jnp.exp(0.5 * log_variance) * noise
+        decoded = flax_models.apply_vae_decoder(sd.vae, params["vae"], latents)
+        mse = jnp.mean((decoded - pixels) ** 2)
+        kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance)
+        loss = mse + kl_weight * kl
+        psnr = 10.0 * jnp.log10(4.0 / mse)  # the range of pixels is 2
+        return loss, {"loss": loss, "mse": mse, "kl": kl, "psnr": psnr}
+
+    def train_step(state: GeneratorState, batch: Batch) -> tuple[GeneratorState, Metrics]:
+        key = _step_key(root_key, "vae", state.step)
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, key, batch["image"])
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return init, train_step
+
+
+def latent_scale(latents: Float[Array, "N C h w"]) -> float:
+    """The scaling factor that gives these unscaled latents unit variance (arXiv 2112.10752, appendix G)."""
+    return float(1.0 / jnp.std(latents))
+
+
+def make_diffusion_trainer(
+    sd: StableDiffusion,
+    root_key: jax.Array,
+    prompt_ids: Int[Array, "K L"],
+    empty_ids: Int[Array, "L"],
+    *,
+    steps: int = 3000,
+    learning_rate: float = 2e-3,
+    warmup: int = 100,
+    weight_decay: float = 1e-4,
+    condition_dropout: float = 0.1,
+    snr_clip: float = 5.0,
+    ema_decay: float = 0.998,
+) -> tuple[Init, TrainStep]:
+    """Trainer of the UNet and the text encoder together, on latents computed beforehand.
+
+    The loss is the squared error of the predicted noise, weighted by min(SNR_t, snr_clip) / SNR_t (Hang et al., arXiv
+    2303.09556, equation 8): without it nearly clean latents, whose noise is the easiest to see, take most of the gradient.
+
+    Args:
+        sd: the model; its schedule must predict noise ("epsilon").
+        root_key: typed key; the draws of step n come from it, the trainer's name and n.
+        prompt_ids: token ids of the K class prompts; a label indexes them.
+        empty_ids: token ids of the empty prompt, for guidance without a classifier (arXiv 2207.12598).
+        steps: length of the cosine schedule.
+        learning_rate: peak rate of AdamW.
+        warmup: steps of linear warm-up, at most a tenth of all.
+        weight_decay: decoupled, on matrices and kernels only.
+        condition_dropout: probability with which an example is trained under the empty prompt.
+        snr_clip: largest weight of an example, in units of its signal-to-noise ratio.
+        ema_decay: of the moving average; the first steps use (1 + n) / (10 + n) where that is less.
+
+    Returns:
+        `init(key) -> state` and `train_step(state, batch) -> (state, metrics)`; batch = {"latent": scaled (B, C, h, w),
+        "label": (B,) int32}. Use `state.ema_params` afterwards: {"text_encoder", "unet"}.
+    """
+    if sd.schedule.prediction_type != "epsilon":
+        raise ValueError("the diffusion trainer predicts noise")
+    optimizer = _optimizer(learning_rate, warmup, steps, weight_decay)
+    ids = jnp.concatenate([jnp.asarray(prompt_ids), jnp.asarray(empty_ids)[None]])
+    empty_row = ids.shape[0] - 1
+    squared_alpha = jnp.asarray(sd.schedule.alphas_cumprod(), jnp.float32)
+
+    def init(key: jax.Array) -> GeneratorState:
+        text_key, unet_key = jax.random.split(key)
+        params = {
+            "text_encoder": flax_models.init_text_encoder(sd.text_encoder, text_key),
+            "unet": flax_models.init_unet(sd.unet, unet_key),
+        }
+        # A copy: both trees are donated to the step, and one buffer cannot be donated twice.
+        ema = jax.tree.map(jnp.copy, params)
+        return GeneratorState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+
+    def loss_fn(params: Any, key: jax.Array, latents: Float[Array, "B C h w"], labels):
+        time_key, noise_key, drop_key, flip_key = jax.random.split(key, 4)
+        batch = latents.shape[0]
+        # Mirroring a latent is not exactly mirroring its image, but the autoencoder saw both.
+        latents = _flip(flip_key, latents, width_axis=3)
+        timesteps = jax.random.randint(time_key, (batch,), 0, sd.schedule.train_steps)
+        noise = jax.random.normal(noise_key, latents.shape)
+        signal = squared_alpha[timesteps][:, None, None, None]
+        noisy = jnp.sqrt(signal) * latents + jnp.sqrt(1.0 - signal) * noise
+        rows = jnp.where(jax.random.bernoulli(drop_key, condition_dropout, (batch,)), empty_row, labels)
+        # The text encoder runs once a prompt, not once an example.
+        states = stable.encode_prompts(sd, params, ids)[rows]
+        predicted = stable.apply_unet(sd, params, noisy, timesteps, states)
+        errors = jnp.mean((predicted - noise) ** 2, axis=(1, 2, 3))
+        snr = squared_alpha[timesteps] / (1.0 - squared_alpha[timesteps])
+        loss = jnp.mean(errors * jnp.minimum(snr, snr_clip) / snr)
+        return loss, {"loss": loss, "mse": jnp.mean(errors)}
+
+    def train_step(state: GeneratorState, batch: Batch) -> tuple[GeneratorState, Metrics]:
+        key = _step_key(root_key, "diffusion", state.step)
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(
+            state.params, key, batch["latent"], batch["label"]
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = optax.incremental_update(params, state.ema_params, 1.0 - decay)
+        state = GeneratorState(state.step + 1, params, opt_state, ema)
+        return state, metrics
+
+    return init, train_step

@@ -1,0 +1,78 @@
+"""Losses as pure functions; per-example values, reduced by the caller, unless it says otherwise."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def cross_entropy(
+    logits: Float[Array, "b k"], labels: Int[Array, " b"]
+) -> Float[Array, " b"]:
+    """-log softmax(logits)[label], in nats."""
+    picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def kl_divergence(
+    target_logits: Float[Array, "b k"], logits: Float[Array, "b k"]
+) -> Float[Array, " b"]:
+    """KL(softmax(target) || softmax(logits)) in nats, differentiable in both arguments.
+
+    OAL's two distillation terms (arXiv 2406.16525): teacher logits against student logits, and
+    DT(teacher features) against student features, each softmaxed at temperature 1.
+    """
+    log_p = jax.nn.log_softmax(target_logits, axis=-1)
+    log_q = jax.nn.log_softmax(logits, axis=-1)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def uniform_cross_entropy(logits: Float[Array, "b k"]) -> Float[Array, " b"]:
+    """Cross-entropy to the uniform distribution: the outlier exposure loss (arXiv 1812.04606)."""
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
+
+
+def energy_logistic(
+    id_energy: Float[Array, " b"],
+    outlier_energy: Float[Array, " m"],
+    scale: Float[Array, ""],
+    offset: Float[Array, ""],
+) -> tuple[Float[Array, " b"], Float[Array, " m"]]:
+    """Logistic loss of telling ID from outliers by E = logsumexp(logits).
+
+    softplus(-(a E + b)) for ID and softplus(a E + b) for outliers, with a = softplus(scale) > 0,
+    so that ID is pushed to high E and outliers to low E. A one-parameter form of the loss of
+    VOS (arXiv 2202.01197, eq. 4).
+    """
+    a = jax.nn.softplus(scale)
+    return jax.nn.softplus(-(a * id_energy + offset)), jax.nn.softplus(a * outlier_energy + offset)
+
+
+def club(
+    mean: Float[Array, "b d"], log_variance: Float[Array, "b d"], y: Float[Array, "b d"]
+) -> Float[Array, " b"]:
+    """CLUB's estimate of I(x; y) for a batch of pairs, a value a row (arXiv 2006.12013, eq. 8).
+
+    Positive minus negative term, sum_d [-(m - y)^2 / 2v + mean_j (m - y_j)^2 / 2v], in the exact
+    O(B d) form sum_d [m (y - mean y) / v - (y^2 - mean y^2) / 2v]: the negative term needs no
+    (B, B, d) tensor. Its mean over all pairings of the rows is zero, so with outliers paired at
+    random its expected gradient is zero too.
+    """
+    precision = jnp.exp(-log_variance)
+    centred = y - jnp.mean(y, axis=0, keepdims=True)
+    squares = y**2 - jnp.mean(y**2, axis=0, keepdims=True)
+    return jnp.sum(precision * (mean * centred - squares / 2), axis=-1)
+
+
+def gaussian_log_likelihood(
+    mean: Float[Array, "b d"], log_variance: Float[Array, "b d"], y: Float[Array, "b d"]
+) -> Float[Array, " b"]:
+    """sum_d [-(y - mean)^2 / variance - log variance]: unnormalised, without the factor 1/2.
+
+    The objective by which CLUB's q is fitted (arXiv 2006.12013, eq. 13, up to constants).
+    """
+    return jnp.sum(-((mean - y) ** 2) * jnp.exp(-log_variance) - log_variance, axis=-1)
+
+
+def ramp(step: Int[Array, ""], start: float, end: float) -> Float[Array, ""]:
+    """0 before step `start`, 1 after `end`, linear between."""
+    return jnp.clip((step - start) / max(end - start, 1.0), 0.0, 1.0)

@@ -1,0 +1,53 @@
+"""Pixel-space outlier exposure: what DREAM-OOD (arXiv 2309.13415) does with the same latents.
+
+The latents are decoded to images, the images pass through the student, and their prediction is
+pulled to the uniform distribution (arXiv 1812.04606). On top of distillation, so that it differs
+from the other methods in the use of the outliers alone.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from oal_jax import losses
+from oal_jax.methods import kd
+from oal_jax.methods.base import Method, apply_group
+from oal_jax.models.projector import Projector
+
+
+def outlier_exposure(
+    model: Any,
+    image_shape: tuple[int, int, int],
+    teacher_width: int,
+    *,
+    logit_weight: float,
+    feature_weight: float,
+    pixel_weight: float,
+) -> Method:
+    """Distillation plus `pixel_weight` times the uniform cross-entropy on `outlier_image`.
+
+    Outlier images pass with the running statistics and leave them as they are: outliers never
+    share BatchNorm statistics with ID images.
+    """
+    base = kd.distillation(
+        model,
+        image_shape,
+        teacher_width,
+        logit_weight=logit_weight,
+        feature_weight=feature_weight,
+    )
+    projector = Projector(model.feature_width)
+
+    def loss(params, model_state, batch, step, key):
+        del step, key
+        value, (new_state, metrics), _ = kd.student_terms(
+            params, model_state, batch, model, projector, logit_weight, feature_weight
+        )
+        (logits, _), _ = apply_group(
+            model, params, model_state, "student", batch["outlier_image"], train=False
+        )
+        exposure = jnp.mean(losses.uniform_cross_entropy(logits))
+        metrics["outlier_exposure"] = exposure
+        return value + pixel_weight * exposure, (new_state, metrics)
+
+    return Method(base.init, loss)

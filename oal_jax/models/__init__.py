@@ -1,0 +1,1 @@
+"""Linen modules; every classifier returns (logits, features)."""

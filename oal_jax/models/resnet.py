@@ -1,0 +1,83 @@
+"""ResNets (He et al., arXiv 1512.03385) with torchvision's numerics, for 224 px, 32 px and less."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from oal_jax.models.conv import Conv
+from oal_jax.models.normalise import normalise
+
+STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+# kernel, stride, pool: torchvision's stem, OpenOOD's 32 px stem, and a cheap one for 28 px.
+STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False), "small": (3, 2, False)}
+
+
+class ResNetBlock(nn.Module):
+    """Basic (two 3 x 3) or bottleneck (1 x 1, 3 x 3, 1 x 1) residual block."""
+
+    channels: int
+    stride: int
+    bottleneck: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5)
+        out = self.channels * (4 if self.bottleneck else 1)
+        if self.bottleneck:
+            h = nn.relu(norm(name="bn1")(Conv(self.channels, 1, name="conv1")(x)))
+            h = nn.relu(norm(name="bn2")(Conv(self.channels, 3, self.stride, name="conv2")(h)))
+            h = norm(name="bn3")(Conv(out, 1, name="conv3")(h))
+        else:
+            h = nn.relu(norm(name="bn1")(Conv(self.channels, 3, self.stride, name="conv1")(x)))
+            h = norm(name="bn2")(Conv(out, 3, name="conv2")(h))
+        if x.shape != h.shape:
+            shortcut = Conv(out, 1, self.stride, name="downsample_conv")(x)
+            x = norm(name="downsample_bn")(shortcut)
+        return nn.relu(x + h)
+
+
+class ResNet(nn.Module):
+    """Images in [0, 1] to (logits, features); features are the global average pool.
+
+    `width` is the number of channels of the first stage (64 in the paper).
+    """
+
+    num_classes: int
+    depth: int = 18
+    width: int = 64
+    stem: str = "cifar"
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+
+    @property
+    def feature_width(self) -> int:
+        """Number of features per image."""
+        return self.width * 8 * (4 if self.depth >= 50 else 1)
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "b h w c"], train: bool = False
+    ) -> tuple[Float[Array, "b k"], Float[Array, "b d"]]:
+        sizes: Sequence[int] = STAGES[self.depth]
+        kernel, stride, pool = STEMS[self.stem]
+        x = normalise(images, self.mean, self.std)
+        x = Conv(self.width, kernel, stride, name="conv1")(x)
+        x = nn.BatchNorm(
+            use_running_average=not train, momentum=0.9, epsilon=1e-5, name="bn1"
+        )(x)
+        x = nn.relu(x)
+        if pool:
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        for i, blocks in enumerate(sizes):
+            for j in range(blocks):
+                x = ResNetBlock(
+                    channels=self.width * 2**i,
+                    stride=2 if i > 0 and j == 0 else 1,
+                    bottleneck=self.depth >= 50,
+                    name=f"layer{i + 1}_{j}",
+                )(x, train)
+        features = jnp.mean(x, axis=(1, 2))
+        return nn.Dense(self.num_classes, name="fc")(features), features

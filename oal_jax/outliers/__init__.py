@@ -1,0 +1,1 @@
+"""Outliers in the teacher's feature space, and as latents."""

@@ -1,0 +1,49 @@
+"""Post-hoc OOD scores: one file a family, one registry of factories over all of them.
+
+A new family is a file with its own `SCORES` dict and one more line in the registry below.
+"""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+
+from oal_jax.errors import UserError
+from oal_jax.scores import knn, logits, mahalanobis
+from oal_jax.scores.base import Head, Outputs, Score, State, apply, fit
+
+SCORES: dict[str, Callable[..., Score]] = {
+    **logits.SCORES,
+    **knn.SCORES,
+    **mahalanobis.SCORES,
+}
+
+__all__ = ["SCORES", "Head", "Outputs", "Score", "State", "apply", "fit", "make"]
+
+
+# Cached, so that the same score with the same parameters is the same function to jit.
+@functools.cache
+def make(name: str, **params) -> Score:
+    """The score called `name` with these parameters.
+
+    Args:
+      name: a key of `SCORES`.
+      **params: parameters of its factory, such as `k` of `knn`.
+
+    Raises:
+      UserError: no such score or parameter (names the nearest), or a parameter out of range.
+    """
+    if name not in SCORES:
+        raise UserError(f"no score called {name!r}; {_nearest(name, SCORES)}")
+    known = inspect.signature(SCORES[name]).parameters
+    for param in params:
+        if param not in known:
+            raise UserError(f"score {name!r} has no parameter {param!r}; {_nearest(param, known)}")
+    return SCORES[name](**params)._replace(name=name)
+
+
+def _nearest(name, known) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(known) or 'none'}"

@@ -1,0 +1,79 @@
+"""Stage `features`: what the teacher says of the ID images, once plain and once a cached view."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from oal_jax import artifacts
+from oal_jax.data.augment import augment
+from oal_jax.errors import UserError
+from oal_jax.keys import named
+from oal_jax.outliers.knn import unit
+from oal_jax.stages import teacher
+from oal_jax.stages.context import Context, apply_in_batches
+
+
+def view_key(context: Context) -> jax.Array:
+    """The key of the augmented views: the student's batches draw from it too."""
+    return named(context.key, "views")
+
+
+def run(context: Context) -> list[Path]:
+    """Write `features.safetensors` (deterministic, no augmentation) and `views.safetensors`.
+
+    features: `features` (N, T), `logits` (N, K) float32, `labels` (N,). views: `features`
+    (V, N, T) and `logits` (V, N, K) float16, V = teacher.views.
+    """
+    config, directory = context.config, context.directory("features")
+    data = context.train_images()
+    forward = teacher.load(context)
+    batch = config.evaluation.batch_size
+    logits, features = apply_in_batches(forward, data.images, batch, context.mesh)
+    smallest = np.bincount(data.labels, minlength=len(data.class_names)).min()
+    if smallest < config.outliers.knn.features_per_class:
+        raise UserError(
+            f"a class of {data.name} has {smallest} images, fewer than"
+            f" outliers.knn.features_per_class={config.outliers.knn.features_per_class}"
+        )
+    plain = directory / "features.safetensors"
+    artifacts.write_tensors(
+        plain, {"features": features, "logits": logits, "labels": data.labels}
+    )
+    if not config.teacher.views:
+        return [plain]
+    views = [
+        apply_in_batches(forward, _augmented(context, data.images, v), batch, context.mesh)
+        for v in tqdm(range(config.teacher.views), desc="teacher views", unit="view")
+    ]
+    cached = directory / "views.safetensors"
+    artifacts.write_tensors(
+        cached,
+        {
+            "logits": np.stack([v[0] for v in views]).astype(np.float16),
+            "features": np.stack([v[1] for v in views]).astype(np.float16),
+        },
+    )
+    return [plain, cached]
+
+
+def _augmented(context: Context, images: np.ndarray, view: int) -> np.ndarray:
+    data = context.config.data
+
+    @jax.jit
+    def draw(images):
+        indices = jnp.arange(len(images))
+        views = jnp.full(len(images), view)
+        drawn = augment(view_key(context), images, indices, views, shift=data.shift, flip=data.flip)
+        return jnp.round(drawn * 255).astype(jnp.uint8)
+
+    return np.asarray(draw(images))
+
+
+def unit_by_class(features: np.ndarray, labels: np.ndarray, per_class: int) -> list[np.ndarray]:
+    """For each class its first `per_class` features in data order, scaled to unit norm."""
+    return [
+        np.asarray(unit(features[labels == c][:per_class])) for c in range(int(labels.max()) + 1)
+    ]

@@ -1,0 +1,1 @@
+"""State, optimizer, the one loop, checkpoints."""

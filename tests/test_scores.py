@@ -1,0 +1,259 @@
+"""Every registered score against the promises of the registry, and each one against NumPy."""
+
+import jax
+import numpy as np
+import pytest
+from scipy.spatial.distance import cdist
+from scipy.special import log_softmax
+
+from oal_jax import scores
+from oal_jax.errors import UserError
+from oal_jax.evaluation.metrics import auroc
+from oal_jax.scores import Head, Outputs
+from oal_jax.scores.knn import kth_similarity
+
+CLASSES, WIDTH = 5, 12
+SMALL = {"knn": {"k": 7, "bank_chunk": 64, "query_chunk": 32}}  # parameters for the tiny data here
+
+
+def _means():
+    return 4 * np.eye(CLASSES, WIDTH)
+
+
+def _head():
+    return Head(_means().T.astype(np.float32), np.linspace(-0.1, 0.1, CLASSES, dtype=np.float32))
+
+
+def _outputs(features):
+    features = features.astype(np.float32)
+    head = _head()
+    return Outputs(features @ head.kernel + head.bias[None, :], features)
+
+
+def _id(n, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, n)
+    return _outputs(_means()[labels] + 0.5 * rng.normal(size=(n, WIDTH))), labels
+
+
+def _far(n, seed):
+    """Around a point that the axes of the classes do not reach, with small logits."""
+    rng = np.random.default_rng(seed)
+    center = np.zeros(WIDTH)
+    center[-3:] = 3
+    return _outputs(center[None, :] + 0.5 * rng.normal(size=(n, WIDTH)))
+
+
+def _fitted(name):
+    score = scores.make(name, **SMALL.get(name, {}))
+    return score, scores.fit(score, *_id(90, seed=0), _head())
+
+
+@pytest.fixture(params=sorted(scores.SCORES))
+def fitted(request):
+    return _fitted(request.param)
+
+
+def test_shape_dtype_and_finite(fitted):
+    score, state = fitted
+    values = scores.apply(score, state, _id(40, seed=1)[0])
+    assert values.shape == (40,) and values.dtype == np.float32
+    assert np.isfinite(values).all()
+    assert scores.apply(
+        score, state, Outputs(np.zeros((0, CLASSES)), np.zeros((0, WIDTH)))
+    ).shape == (0,)
+
+
+def test_far_inputs_score_higher(fitted):
+    score, state = fitted
+    values = [scores.apply(score, state, x) for x in (_id(60, seed=1)[0], _far(60, seed=2))]
+    assert auroc(*values) > 0.95
+
+
+def test_jit_changes_nothing(fitted):
+    score, state = fitted
+    outputs = _id(33, seed=1)[0]
+    with jax.disable_jit():
+        eager = score.score(state, outputs)
+    np.testing.assert_allclose(jax.jit(score.score)(state, outputs), eager, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 33, 64])
+def test_batch_size_and_padding_change_nothing(fitted, batch_size):
+    score, state = fitted
+    outputs = _id(33, seed=1)[0]
+    whole = np.asarray(score.score(state, outputs))
+    values = scores.apply(score, state, outputs, batch_size=batch_size)
+    np.testing.assert_allclose(values, whole, rtol=2e-5, atol=1e-6)
+
+
+def test_rows_are_independent(fitted):
+    score, state = fitted
+    outputs = _id(30, seed=1)[0]
+    order = np.random.default_rng(0).permutation(30)
+    values = scores.apply(score, state, outputs)
+    shuffled = scores.apply(score, state, Outputs(*(x[order] for x in outputs)))
+    np.testing.assert_allclose(shuffled, values[order], rtol=2e-5, atol=1e-6)
+
+
+def test_state_is_arrays_and_fit_is_deterministic(fitted):
+    score, state = fitted
+    assert isinstance(state, dict)
+    assert all(isinstance(x, jax.Array) for x in state.values())
+    again = scores.fit(score, *_id(90, seed=0), _head())
+    jax.tree.map(np.testing.assert_array_equal, state, again)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_bad_values_name_score_and_set(fitted, bad):
+    score, state = fitted
+    outputs = _id(20, seed=1)[0]
+    outputs.logits[3, 1] = bad
+    with pytest.raises(UserError, match=f"{score.name}: the logits of letters .* 1 of 20 .* row 3"):
+        scores.apply(score, state, outputs, set_name="letters")
+    with pytest.raises(UserError, match=f"{score.name}: the logits of ID train"):
+        scores.fit(score, outputs, np.zeros(20, int), _head())
+    outputs = _id(20, seed=1)[0]
+    outputs.features[5] = bad
+    if score.needs_features:
+        with pytest.raises(UserError, match=f"{score.name}: the features of letters"):
+            scores.apply(score, state, outputs, set_name="letters")
+    else:
+        assert np.isfinite(scores.apply(score, state, outputs)).all()
+
+
+def test_lengths_must_agree():
+    score = scores.make("mahalanobis")
+    outputs, labels = _id(20, seed=0)
+    with pytest.raises(UserError, match="labels of shape"):
+        scores.fit(score, outputs, labels[:-1], _head())
+    with pytest.raises(UserError, match="features of ID train"):
+        scores.fit(score, outputs._replace(features=outputs.features[:-1]), labels, _head())
+
+
+def test_one_compilation_for_sets_of_any_size():
+    traces = []
+
+    def count(state, outputs):
+        traces.append(outputs.logits.shape)
+        return outputs.logits[:, 0]
+
+    score = scores.Score(lambda outputs, labels, head: {}, count)
+    for n in (3, 16, 33):
+        scores.apply(score, {}, _id(n, seed=0)[0], batch_size=16)
+    assert traces == [(16, CLASSES)]
+
+
+def test_make_is_cached_so_that_jit_is_too():
+    assert scores.make("knn", k=3) is scores.make("knn", k=3)
+    assert scores.make("knn", k=3) is not scores.make("knn", k=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("enrgy", {}, "did you mean 'energy'"),
+        ("zzz", {}, "known: .*knn"),
+        ("energy", {"temprature": 2.0}, "did you mean 'temperature'"),
+        ("msp", {"k": 2}, "known: none"),
+        ("energy", {"temperature": 0.0}, "above 0"),
+        ("knn", {"k": 0}, "1 or more"),
+        ("mahalanobis", {"floor": 0.0}, "above 0"),
+    ],
+)
+def test_mistakes_in_names_and_parameters(name, params, message):
+    with pytest.raises(UserError, match=message):
+        scores.make(name, **params)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 10.0])
+def test_energy_is_the_formula(temperature):
+    outputs, labels = _id(20, seed=0)
+    score = scores.make("energy", temperature=temperature)
+    values = scores.apply(score, scores.fit(score, outputs, labels, _head()), outputs)
+    z = outputs.logits.astype(np.float64) / temperature
+    np.testing.assert_allclose(values, -temperature * np.log(np.exp(z).sum(axis=1)), rtol=1e-5)
+
+
+def test_energy_becomes_max_logit_when_cold():
+    outputs, labels = _id(20, seed=0)
+    cold = scores.make("energy", temperature=1e-3)
+    values = scores.apply(cold, scores.fit(cold, outputs, labels, _head()), outputs)
+    np.testing.assert_allclose(values, -outputs.logits.max(axis=1), rtol=1e-5)
+
+
+def test_msp_is_the_formula_and_does_not_saturate():
+    score = scores.make("msp")
+    outputs = _id(20, seed=0)[0]
+    p = np.exp(log_softmax(outputs.logits.astype(np.float64), axis=1)).max(axis=1)
+    np.testing.assert_allclose(scores.apply(score, {}, outputs), 1 - p, rtol=1e-4)
+    # Both have a top probability of 1 in float32; the order must survive.
+    sure, surer = scores.apply(score, {}, Outputs(np.array([[30.0, 0.0], [40.0, 0.0]]), None))
+    assert sure > surer > 0
+    # Two logits equal at the top are two classes, not one.
+    assert scores.apply(score, {}, Outputs(np.array([[5.0, 5.0]]), None)) == pytest.approx([0.5])
+
+
+@pytest.mark.parametrize("k", [1, 7, 90])
+@pytest.mark.parametrize(("bank_chunk", "query_chunk"), [(1000, 1000), (90, 30), (32, 16), (1, 1)])
+def test_knn_is_brute_force(k, bank_chunk, query_chunk):
+    train, labels = _id(90, seed=0)
+    queries = _far(30, seed=1)
+    score = scores.make("knn", k=k, bank_chunk=bank_chunk, query_chunk=query_chunk)
+    values = scores.apply(score, scores.fit(score, train, labels, _head()), queries)
+    a, b = (
+        x.features.astype(np.float64) / np.linalg.norm(x.features, axis=1)[:, None]
+        for x in (queries, train)
+    )
+    np.testing.assert_allclose(values, np.sort(cdist(a, b), axis=1)[:, k - 1], atol=1e-5)
+
+
+def test_knn_never_holds_the_whole_matrix():
+    n, m = 4000, 5000
+    shapes = [jax.ShapeDtypeStruct((rows, WIDTH), np.float32) for rows in (n, m)]
+    compiled = jax.jit(lambda q, b: kth_similarity(q, b, 10, 500, 100)).lower(*shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * n * m / 20
+
+
+def test_knn_survives_zero_features_and_asks_for_enough():
+    outputs, labels = _id(20, seed=0)
+    outputs.features[0] = 0
+    score = scores.make("knn", k=5)
+    state = scores.fit(score, outputs, labels, _head())
+    assert np.isfinite(scores.apply(score, state, outputs)).all()
+    with pytest.raises(UserError, match="k=50 needs at least 50 training features, got 20"):
+        scores.fit(scores.make("knn"), outputs, labels, _head())
+
+
+def test_mahalanobis_is_the_formula():
+    train, labels = _id(200, seed=0)
+    queries = _far(30, seed=1)
+    score = scores.make("mahalanobis")
+    values = scores.apply(score, scores.fit(score, train, labels, _head()), queries)
+    x = train.features.astype(np.float64)
+    means = np.array([x[labels == c].mean(axis=0) for c in range(CLASSES)])
+    centred = x - means[labels]
+    covariance = centred.T @ centred / len(x)
+    each = cdist(queries.features, means, "mahalanobis", VI=np.linalg.inv(covariance)) ** 2
+    np.testing.assert_allclose(values, each.min(axis=1), rtol=1e-4)
+
+
+def test_mahalanobis_with_dead_units_and_absent_classes():
+    train, labels = _id(200, seed=0)
+    train.features[:, -1] = 0  # never active on ID: a singular covariance
+    labels = np.where(labels == 0, 1, labels)  # class 0 has no input
+    score = scores.make("mahalanobis")
+    state = scores.fit(score, train, labels, _head())
+    assert len(state["means"]) == CLASSES - 1
+    awake = Outputs(train.logits[:1], train.features[:1].copy())
+    awake.features[0, -1] = 1
+    quiet, loud = (
+        scores.apply(score, state, x)[0] for x in (Outputs(*(a[:1] for a in train)), awake)
+    )
+    assert np.isfinite(loud) and loud > 1000 * quiet
+
+
+def test_mahalanobis_needs_variation():
+    outputs = Outputs(np.zeros((4, CLASSES)), np.ones((4, WIDTH)))
+    with pytest.raises(UserError, match="do not vary"):
+        scores.fit(scores.make("mahalanobis"), outputs, np.zeros(4, int), _head())
