@@ -39,12 +39,13 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file; `UserError` when it is damaged."""
+def read_json(path: Path, remedy: str = "") -> Any:
+    """A JSON file; `UserError` when it is damaged, which says what to do about it."""
     try:
         return json.loads(path.read_text("utf-8"))
-    except (ValueError, UnicodeDecodeError):
-        raise UserError(f"{path} is damaged; delete {path.parent} to redo its stage") from None
+    except ValueError:
+        remedy = remedy or f"delete {path.parent} (or give --force) to redo its stage"
+        raise UserError(f"{path} is damaged; {remedy}") from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -91,21 +92,43 @@ def begin(directory: Path, inputs: Mapping[str, Any]) -> None:
     """Make a stage's directory ready: what an interrupted run of the same inputs left is kept.
 
     What was left from other inputs is deleted, so that nothing of it can be resumed.
+
+    Raises:
+      UserError: the directory holds files, and no stage made it.
     """
     mark = {"fingerprint": fingerprint(inputs)}
-    started = directory / _STARTED
-    same = False
-    if started.exists():
-        try:
-            same = json.loads(started.read_text("utf-8")) == mark
-        except ValueError:
-            same = False
-    if not same and directory.exists():
-        shutil.rmtree(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / MANIFEST).unlink(missing_ok=True)
-    if not same:
-        write_json(started, mark)
+    try:
+        same = json.loads((directory / _STARTED).read_text("utf-8")) == mark
+    except (OSError, ValueError):
+        same = False
+    if same:
+        (directory / MANIFEST).unlink(missing_ok=True)
+    else:
+        _clear(directory)
+        write_json(directory / _STARTED, mark)
+
+
+def _clear(directory: Path) -> None:
+    """Make a stage's directory and empty it; files that no run made are left alone.
+
+    The mark is made void first: killed half-way, this leaves nothing that any run takes for its
+    own, and nothing that stops the next one.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{directory} is in the way: a stage wants a directory there") from None
+    ours = (directory / _STARTED).exists() or (directory / MANIFEST).exists()
+    if not ours and any(path.suffix != ".partial" for path in directory.iterdir()):
+        raise UserError(
+            f"{directory} holds files that no run made; move them, or choose another --workdir"
+        )
+    write_json(directory / _STARTED, {"fingerprint": ""})
+    for path in list(directory.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _STARTED:
+            path.unlink()
 
 
 def finish(
@@ -147,8 +170,8 @@ def is_done(directory: Path, inputs: Mapping[str, Any]) -> bool:
     """
     if not (directory / MANIFEST).exists():
         return False
-    manifest = read_json(directory / MANIFEST)
-    if manifest.get("inputs") != json.loads(json.dumps(dict(inputs))):
+    manifest = _read_manifest(directory)
+    if manifest["inputs"] != json.loads(json.dumps(dict(inputs))):
         return False
     for name, expected in manifest["outputs"].items():
         path = directory / name
@@ -164,7 +187,38 @@ def is_done(directory: Path, inputs: Mapping[str, Any]) -> bool:
     return True
 
 
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    """A manifest of the form that `finish` writes, whose files all lie in the directory.
+
+    Raises:
+      UserError: it is anything else: it was damaged, or somebody else wrote it.
+    """
+    manifest = read_json(directory / MANIFEST)
+    try:
+        sound = isinstance(manifest["inputs"], dict) and all(
+            isinstance(entry["sha256"], str)
+            and isinstance(entry["bytes"], int)
+            and not Path(name).is_absolute()
+            and ".." not in Path(name).parts
+            for name, entry in manifest["outputs"].items()
+        )
+    except (TypeError, KeyError, AttributeError):
+        sound = False
+    if not sound:
+        raise UserError(
+            f"{directory / MANIFEST} is damaged; delete {directory} (or give --force) to redo it"
+        )
+    return manifest
+
+
 def output_hashes(directory: Path) -> dict[str, str]:
     """File name to sha256 of a finished stage, as its manifest has them."""
-    outputs = read_json(directory / MANIFEST)["outputs"]
+    outputs = _read_manifest(directory)["outputs"]
     return {name: entry["sha256"] for name, entry in outputs.items()}
+
+
+def copy_stage(source: Path, target: Path) -> None:
+    """Copy a finished stage: its outputs, then its manifest, so that a torn copy is not done."""
+    _clear(target)
+    for name in (*output_hashes(source), MANIFEST):
+        write_bytes(target / name, (source / name).read_bytes())

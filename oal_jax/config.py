@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +32,7 @@ class Teacher:
     depth: int = 4  # blocks
     heads: int = 4
     mlp_ratio: float = 2.0
-    epochs: int = 14
+    epochs: int = 12
     batch_size: int = 128
     learning_rate: float = 1e-3  # peak of a one-cycle schedule, AdamW
     weight_decay: float = 0.05
@@ -67,9 +69,10 @@ class Generator:
 
     train: bool = False  # False: the weights that ship with the package; True: train them anew
     directory: str = ""  # a diffusers directory to use instead of either
-    vae_epochs: int = 10
-    diffusion_epochs: int = 60
-    batch_size: int = 128
+    vae_epochs: int = 1
+    vae_batch_size: int = 16  # small: the autoencoder needs many steps more than large batches
+    diffusion_epochs: int = 8
+    batch_size: int = 128  # of the diffusion
 
 
 @dataclass
@@ -169,6 +172,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method.name": ("ce", "kd", "oal", "pixel"),
     "method.micl": ("energy", "reference", "alternate"),
     "student.stem": ("small", "cifar", "imagenet"),
+    "evaluation.scores": ("energy", "msp", "max_logit", "knn", "mahalanobis"),
 }
 
 
@@ -206,15 +210,21 @@ def unknown_key(path: str) -> str:
 
 
 def validate(config: Config) -> None:
-    """Raise `UserError` for a value that no stage could use."""
+    """Raise `UserError` for a key that no config has, and for a value that no stage could use."""
+    _check_fields(config, Config(), "")
     flat = flatten(config)
     for path, choices in CHOICES.items():
-        if flat[path] not in choices:
-            near = difflib.get_close_matches(str(flat[path]), choices, n=1, cutoff=0.0)
-            raise UserError(
-                f"config {path}='{flat[path]}' is not one of {', '.join(choices)};"
-                f" nearest: '{near[0]}'"
-            )
+        for value in flat[path] if isinstance(flat[path], list) else [flat[path]]:
+            if value not in choices:
+                near = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)
+                raise UserError(
+                    f"config {path}='{value}' is not one of {', '.join(choices)};"
+                    f" nearest: '{near[0]}'"
+                )
+    if config.student.depth not in (18, 34, 50):
+        raise UserError(f"config student.depth={config.student.depth} is not one of 18, 34, 50")
+    if not config.evaluation.scores:
+        raise UserError("config evaluation.scores is empty; give at least one score")
     knn = config.outliers.knn
     if not 1 <= knn.neighbour <= knn.features_per_class:
         raise UserError(
@@ -230,24 +240,74 @@ def validate(config: Config) -> None:
         raise UserError(
             f"config outliers.knn.keep={knn.keep} must lie in 1..noise_rows={knn.noise_rows}"
         )
-    for path in _POSITIVE:
-        if not flat[path] > 0:
-            raise UserError(f"config {path}={flat[path]} must be greater than 0")
+    for paths, wanted, right in _RANGES:
+        for path in paths:
+            if not right(flat[path]):
+                raise UserError(f"config {path}={flat[path]} must {wanted}")
+    if config.teacher.width % config.teacher.heads:
+        raise UserError(
+            f"config teacher.width={config.teacher.width} is not divisible by"
+            f" teacher.heads={config.teacher.heads}"
+        )
 
 
-_POSITIVE = (
-    "train.epochs",
-    "train.batch_size",
-    "train.learning_rate",
-    "train.log_every",
-    "train.checkpoint_every",
-    "teacher.epochs",
-    "teacher.batch_size",
-    "latents.per_class",
-    "latents.steps",
-    "latents.chunk",
-    "evaluation.batch_size",
-    "outliers.knn.repeats",
+def _check_fields(node: Any, default: Any, prefix: str) -> None:
+    """A config file is code: it can set fields that don't exist, and values of any type."""
+    if type(node) is not type(default):
+        have, wanted = type(node).__name__, type(default).__name__
+        raise UserError(f"config {prefix.rstrip('.')} must be a {wanted}, is a {have}")
+    fields = [f.name for f in dataclasses.fields(default)]
+    for name in vars(node):
+        if name not in fields:
+            raise UserError(unknown_key(prefix + name))
+    for name in fields:
+        value, usual = getattr(node, name), getattr(default, name)
+        if dataclasses.is_dataclass(usual):
+            _check_fields(value, usual, f"{prefix}{name}.")
+        elif not _fits(value, usual):
+            raise UserError(
+                f"config key '{prefix}{name}' wants a value of type {type(usual).__name__},"
+                f" got {value!r}"
+            )
+
+
+def _fits(value: Any, usual: Any) -> bool:
+    if isinstance(usual, float):
+        return type(value) in (int, float) and math.isfinite(value)
+    if isinstance(usual, tuple):
+        return isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
+    return type(value) is type(usual)
+
+
+# Keys, what they must be, and the test of it.
+_RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (
+        (
+            *("train.epochs", "train.batch_size", "train.learning_rate"),
+            *("train.log_every", "train.checkpoint_every"),
+            *("teacher.epochs", "teacher.batch_size", "teacher.learning_rate"),
+            *("teacher.patch", "teacher.width", "teacher.depth", "teacher.heads"),
+            *("generator.vae_epochs", "generator.diffusion_epochs", "generator.batch_size", "generator.vae_batch_size"),
+            *("latents.per_class", "latents.steps", "latents.chunk"),
+            *("evaluation.batch_size", "outliers.knn.repeats", "student.width"),
+        ),
+        "be greater than 0",
+        lambda value: value > 0,
+    ),
+    (
+        (
+            *("data.train_images", "data.shift", "teacher.views", "outliers.knn.sigma"),
+            *("latents.pictures", "method.outlier_batch", "train.clip", "train.weight_decay"),
+        ),
+        "be 0 or greater",
+        lambda value: value >= 0,
+    ),
+    (("evaluation.keep_id",), "lie between 0 and 1", lambda value: 0 < value < 1),
+    (
+        ("train.warmup", "train.floor", "train.momentum", "method.ramp_start", "method.ramp_end"),
+        "lie in 0..1",
+        lambda value: 0 <= value <= 1,
+    ),
 )
 
 

@@ -5,9 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def cross_entropy(
-    logits: Float[Array, "b k"], labels: Int[Array, " b"]
-) -> Float[Array, " b"]:
+def cross_entropy(logits: Float[Array, "b k"], labels: Int[Array, " b"]) -> Float[Array, " b"]:
     """-log softmax(logits)[label], in nats."""
     picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
@@ -74,5 +72,5 @@ def gaussian_log_likelihood(
 
 
 def ramp(step: Int[Array, ""], start: float, end: float) -> Float[Array, ""]:
-    """0 before step `start`, 1 after `end`, linear between."""
+    """0 up to step `start`, 1 from `end` on (one step later at the least), linear between."""
     return jnp.clip((step - start) / max(end - start, 1.0), 0.0, 1.0)

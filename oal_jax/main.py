@@ -8,29 +8,42 @@ import difflib
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from oal_jax.config import Config, flatten, unknown_key
+from oal_jax.config import Config, flatten, unknown_key, validate
 from oal_jax.errors import UserError
 
 
-def define_flags(values: flags.FlagValues) -> None:
-    """The flags of the command, in a set of their own."""
-    config_flags.DEFINE_config_file("config", None, "config file", flag_values=values)
-    flags.DEFINE_string("workdir", None, "directory of the run; default runs/CONFIG", flag_values=values)
-    flags.DEFINE_string("stage", None, "run the stages up to this one", flag_values=values)
-    flags.DEFINE_bool("force", False, "go on where another config ran; redo damaged", flag_values=values)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "processes of this run", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "number of this process, from 0", flag_values=values)
+def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """The flags of the command, in a set of their own; `argv` says which config keys are set."""
+    config_flags.DEFINE_config_file(
+        "config", None, "config file; --config.a.b=VALUE sets a key", values, sys_argv=list(argv)
+    )
+    for name, text in {
+        "workdir": "directory of the run; default runs/CONFIG",
+        "stage": "run the stages up to this one",
+        "reuse": "take finished stages from this run",
+        "coordinator": "HOST:PORT of process 0",
+    }.items():
+        flags.DEFINE_string(name, None, text, flag_values=values)
+    for name, text in {
+        "num_processes": "processes of this run",
+        "process_id": "number of this process, from 0",
+    }.items():
+        flags.DEFINE_integer(name, None, text, flag_values=values)
+    flags.DEFINE_bool(
+        "force", False, "go on where another config ran; redo what is damaged", flag_values=values
+    )
+    flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
-    """Parsed flags.
+    """Parsed flags; the config among them is validated, unless help is asked for.
 
     Raises:
       UserError: anything about them that is wrong, in one line.
@@ -38,86 +51,122 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     arguments = [_spelled(argument) for argument in argv[1:]]
     _check_config_arguments(arguments)
     values = flags.FlagValues()
-    define_flags(values)
+    define_flags(values, [argv[0], *arguments])
     try:
         rest = values([argv[0], *arguments])
     except flags.UnrecognizedFlagError as error:
         near = difflib.get_close_matches(error.flagname, list(values), n=1, cutoff=0.0)
         raise UserError(f"unknown flag --{error.flagname}; nearest: --{near[0]}") from None
-    except (flags.Error, TypeError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(" ".join(str(error).split())) from None
-    except (SyntaxError, ImportError, NameError) as error:
-        raise UserError(f"the config file can't be read: {error}") from None
+    except flags.Error as error:
+        raise UserError(error) from None
+    except Exception as error:  # the config file is code, and can raise anything
+        raise UserError(_config_problem(error)) from None
+    if values.help:
+        return values
     if len(rest) > 1:
         raise UserError(f"argument '{rest[1]}' is not a flag; flags start with --")
     if values.config is None:
         raise UserError("--config FILE is missing; for example --config configs/fashion.py")
     if not isinstance(values.config, Config):
-        raise UserError("the config file's get_config() must return an oal_jax.config.Config")
+        raise UserError(
+            "the config file's get_config() must return an oal_jax.config.Config,"
+            f" returned a {type(values.config).__name__}"
+        )
+    validate(values.config)
     return values
 
 
 def _spelled(argument: str) -> str:
-    """Flags are accepted with dashes or underscores in their names."""
+    """Flags are accepted with one dash or two, and with dashes or underscores in their names."""
     name, equals, value = argument.partition("=")
-    if name.startswith("--") and not name.startswith("--config"):
-        name = "--" + name[2:].replace("-", "_")
+    if name.startswith("-") and name.strip("-") and not name.lstrip("-")[0].isdigit():
+        name = "--" + name.lstrip("-")
+        if not _config_key(name):
+            name = "--" + name[2:].replace("-", "_")
     return name + equals + value
 
 
+def _config_key(name: str) -> str | None:
+    """The key that `--config.KEY` or `--noconfig.KEY` sets."""
+    for prefix in ("--config.", "--noconfig."):
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return None
+
+
 def _check_config_arguments(arguments: Sequence[str]) -> None:
-    """Unknown config keys and missing files are told before any config file is run."""
+    """Unknown config keys, wrong types and missing files are told before any config file is run."""
     known = flatten(Config())
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
+        if not equals and i + 1 < len(arguments):
+            value = arguments[i + 1]
+        key = _config_key(name)
         if name == "--config":
-            path = value if equals else (arguments[i + 1] if i + 1 < len(arguments) else "")
-            if not Path(path).is_file():
-                raise UserError(f"config file '{path}' does not exist")
-        elif name.startswith("--config."):
-            key = name.removeprefix("--config.")
-            if key not in known:
-                raise UserError(unknown_key(key))
-            _check_type(key, value if equals else None, known[key])
+            if not Path(value).is_file():
+                raise UserError(f"config file '{value}' does not exist")
+        elif key is not None and key not in known:
+            raise UserError(unknown_key(key))
+        elif key is not None and (equals or not isinstance(known[key], bool)):
+            _check_type(key, value, known[key])
 
 
-def _check_type(key: str, value: str | None, default: object) -> None:
-    # Strings take anything; lists are left to the parser.
+_PARSERS = {bool: flags.BooleanParser, int: flags.IntegerParser, float: flags.FloatParser}
+
+
+def _check_type(key: str, value: str, default: object) -> None:
+    # Strings take anything; lists are left to the flag's own parser and to `validate`.
     kind = type(default)
-    if value is None or kind not in (bool, int, float):
+    if kind not in _PARSERS:
         return
     try:
-        right = value.lower() in ("true", "false", "0", "1") if kind is bool else bool([kind(value)])
+        _PARSERS[kind]().parse(value)
     except ValueError:
-        right = False
-    if not right:
-        raise UserError(f"config key '{key}' wants a value of type {kind.__name__}, got '{value}'")
+        raise UserError(
+            f"config key '{key}' wants a value of type {kind.__name__}, got '{value}'"
+        ) from None
+
+
+def _config_problem(error: Exception) -> str:
+    """What is wrong with a config file that could not be run, and in which line."""
+    if "has no attribute 'get_config'" in str(error):
+        return "the config file has no function get_config()"
+    if isinstance(error, SyntaxError):
+        return f"the config file can't be read: {error}"  # says the file and line itself
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(frame.filename).name}, line {frame.lineno}"
+    return f"the config file can't be read: {type(error).__name__}: {error} ({where})"
+
+
+def usage() -> str:
+    """What `--help` prints."""
+    values = flags.FlagValues()
+    define_flags(values, [])
+    lines = [f"  --{name}: {values[name].help}" for name in sorted(values) if name != "h"]
+    keys = [f"  --config.{key}={value}" for key, value in flatten(Config()).items()]
+    return "\n".join([__doc__, "Flags:", *lines, "", "Config keys and defaults:", *keys])
 
 
 def run(argv: Sequence[str]) -> None:
     """Parse, run the pipeline, print the table."""
     values = parse(argv)
+    if values.help:
+        print(usage())
+        return
     from oal_jax import distributed  # JAX starts only once the flags are known to be right
 
     distributed.initialize(values.coordinator, values.num_processes, values.process_id)
     from oal_jax import pipeline
     from oal_jax.evaluation.tables import format_table, read_csv
 
-    workdir = Path(values.workdir or Path("runs") / Path(_config_path(argv)).stem)
-    pipeline.run(values.config, workdir, only=values.stage, force=values.force)
+    name = Path(config_flags.get_config_filename(values["config"])).stem
+    workdir = Path(values.workdir or Path("runs") / name)
+    reuse = Path(values.reuse) if values.reuse else None
+    pipeline.run(values.config, workdir, only=values.stage, force=values.force, reuse=reuse)
     table = workdir / "report" / "ood.csv"
     if not values.stage or values.stage == "report":
         print(format_table(read_csv(table)))
         print(f"report: {workdir / 'report' / 'index.html'}")
-
-
-def _config_path(argv: Sequence[str]) -> str:
-    for i, argument in enumerate(argv):
-        if argument.startswith("--config="):
-            return argument.removeprefix("--config=")
-        if argument == "--config":
-            return argv[i + 1]
-    return "run"
 
 
 def guard(command, argv: Sequence[str]) -> int:
@@ -144,7 +193,7 @@ def guard(command, argv: Sequence[str]) -> int:
 
 
 def _say(message: object, code: int) -> int:
-    print(f"oal_jax: {message}", file=sys.stderr, flush=True)
+    print("oal_jax:", *str(message).split(), file=sys.stderr, flush=True)  # on one line
     return code
 
 

@@ -1,8 +1,11 @@
 """The stages in order: which a config needs, what each depends on, which are done already."""
 
+import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +21,10 @@ class Stage(NamedTuple):
     """A stage reruns when a config value it reads or a file it reads has changed."""
 
     name: str
-    reads_config: tuple[str, ...]  # prefixes of config keys
+    reads_config: tuple[str, ...]  # prefixes of config keys ("": all); with a "-": but not these
     reads_stages: tuple[str, ...]
     needed: Callable[[Config], bool] = lambda config: True
+    reads_files: Callable[[Config], dict[str, Any]] = lambda config: {}  # beside those of stages
 
 
 def _teacher(config: Config) -> bool:
@@ -31,24 +35,81 @@ def _outliers(config: Config) -> bool:
     return config.method.name in ("oal", "pixel")
 
 
+def _data_files(config: Config) -> dict[str, Any]:
+    # The manifest vouches for every bundled file, and each is checked when it is read.
+    return _hashes(_package("data", "embedded", "manifest.json"), config.data.source == "bundled")
+
+
+def _teacher_files(config: Config) -> dict[str, Any]:
+    shipped = _package("pretrained", "weights", "fashion_teacher.safetensors")
+    return _data_files(config) | _hashes(shipped, not config.teacher.train)
+
+
+def _generator_files(config: Config) -> dict[str, Any]:
+    given = config.generator.directory
+    if given:
+        # Several GB: size and time of change stand for the content, which the stage hashes.
+        stats = {str(p): p.stat() for p in sorted(Path(given).expanduser().rglob("*.*"))}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    shipped = _package("pretrained", "weights", "fashion_sd")
+    return _data_files(config) | _hashes(shipped, not config.generator.train)
+
+
+def _package(*parts: str) -> Path:
+    return Path(str(files("oal_jax"))).joinpath(*parts)
+
+
+def _hashes(path: Path, wanted: bool) -> dict[str, str]:
+    """Name to sha256 of a file, or of the files below a directory; what is missing has none."""
+    found = [p for p in (path, *sorted(path.rglob("*"))) if wanted and p.is_file()]
+    return {str(p.relative_to(path.parent)): artifacts.sha256(p) for p in found}
+
+
 STAGES = (
-    Stage("teacher", ("teacher", "data", "seed", "smoke"), (), _teacher),
-    Stage("generator", ("generator", "data", "seed", "smoke", "teacher.width"), (), _outliers),
+    Stage(
+        "teacher",
+        ("teacher", "-teacher.views", "data", "seed", "smoke"),
+        (),
+        _teacher,
+        _teacher_files,
+    ),
+    Stage(
+        "generator",
+        ("generator", "data", "seed", "smoke", "teacher.width"),
+        (),
+        _outliers,
+        _generator_files,
+    ),
     Stage(
         "features",
-        ("data", "teacher.views", "seed", "smoke", "outliers.knn.features_per_class"),
+        # All of the teacher's: with other heads the same weights are another function.
+        ("data", "teacher", "seed", "smoke", "outliers.knn.features_per_class"),
         ("teacher",),
         _teacher,
+        _data_files,
     ),
     Stage("outliers", ("outliers.knn", "seed"), ("features", "generator"), _outliers),
-    Stage("latents", ("latents", "data", "seed", "smoke"), ("outliers", "generator"), _outliers),
+    Stage(
+        "latents",
+        ("latents", "-latents.reduction", "data", "seed", "smoke"),
+        ("outliers", "generator"),
+        _outliers,
+        _data_files,
+    ),
     Stage(
         "train",
-        ("method", "student", "train", "data", "seed", "smoke", "outliers", "latents.reduction"),
+        (
+            *("method", "student", "train", "data", "seed", "smoke"),
+            *("outliers", "-outliers.knn", "latents.reduction"),
+        ),
         ("teacher", "features", "outliers", "latents"),
+        reads_files=_data_files,
     ),
-    Stage("evaluate", ("data", "smoke", "evaluation.batch_size"), ("train",)),
-    Stage("report", ("evaluation", "seed"), ("evaluate", "train", "latents", "outliers")),
+    Stage(
+        "evaluate", ("data", "smoke", "evaluation.batch_size"), ("train",), reads_files=_data_files
+    ),
+    # The page shows the whole config.
+    Stage("report", ("",), ("evaluate", "train", "latents", "outliers")),
 )
 
 
@@ -59,18 +120,33 @@ def plan(config: Config) -> list[Stage]:
 
 def inputs_of(stage: Stage, context: Context, planned: set[str]) -> dict[str, Any]:
     """The config values and the files that a stage depends on, as JSON."""
-    flat = flatten(context.config)
+    excluded = [prefix[1:] for prefix in stage.reads_config if prefix.startswith("-")]
     values = {
-        k: v
-        for k, v in flat.items()
-        if any(k == p or k.startswith(p + ".") for p in stage.reads_config)
+        key: value
+        for key, value in flatten(context.config).items()
+        if any(_below(key, prefix) for prefix in stage.reads_config)
+        and not any(_below(key, prefix) for prefix in excluded)
     }
     read = [name for name in stage.reads_stages if name in planned]
-    files = {name: artifacts.output_hashes(context.directory(name)) for name in read}
-    return {"config": values, "stages": files}
+    return {
+        "config": values,
+        "stages": {name: artifacts.output_hashes(context.directory(name)) for name in read},
+        "files": stage.reads_files(context.config),
+    }
 
 
-def run(config: Config, workdir: Path, *, only: str | None = None, force: bool = False) -> Path:
+def _below(key: str, prefix: str) -> bool:
+    return not prefix or key == prefix or key.startswith(prefix + ".")
+
+
+def run(
+    config: Config,
+    workdir: Path,
+    *,
+    only: str | None = None,
+    force: bool = False,
+    reuse: Path | None = None,
+) -> Path:
     """Run every stage of a config that is not done yet; returns the working directory.
 
     Args:
@@ -78,12 +154,15 @@ def run(config: Config, workdir: Path, *, only: str | None = None, force: bool =
       workdir: where everything is written.
       only: run the stages up to this one alone.
       force: go on in a directory that another config made, and redo damaged stages.
+      reuse: another run's directory; a stage that is done there on the same inputs is copied.
 
     Raises:
       UserError: an impossible config, a directory of another config, a damaged file.
     """
     validate(config)
-    config = shrink(config) if config.smoke else config
+    if config.smoke:
+        config = shrink(config)
+        validate(config)
     stages = plan(config)
     if only:
         names = [s.name for s in stages]
@@ -92,19 +171,49 @@ def run(config: Config, workdir: Path, *, only: str | None = None, force: bool =
         stages = stages[: names.index(only) + 1]
     _claim(workdir, config, force)
     context = Context(config, workdir, distributed.make_mesh(), jax.random.key(config.seed))
-    planned = {s.name for s in stages}
-    for stage in stages:
-        directory, inputs = context.directory(stage.name), inputs_of(stage, context, planned)
-        if _done(directory, inputs, force):
-            print(f"{stage.name}: done already, skipped", flush=True)
-            continue
-        artifacts.begin(directory, inputs)
-        start = time.monotonic()
-        outputs = import_module(f"oal_jax.stages.{stage.name}").run(context)
-        seconds = time.monotonic() - start
-        artifacts.finish(directory, stage.name, inputs, outputs, seconds)
-        print(f"{stage.name}: {seconds:.1f} s", flush=True)
+    with _alone(workdir):
+        for stage in stages:
+            _run_stage(stage, context, {s.name for s in stages}, force, reuse)
     return workdir
+
+
+def _run_stage(
+    stage: Stage, context: Context, planned: set[str], force: bool, reuse: Path | None
+) -> None:
+    directory, inputs = context.directory(stage.name), inputs_of(stage, context, planned)
+    if _done(directory, inputs, force):
+        print(f"{stage.name}: done already, skipped", flush=True)
+        return
+    if reuse and artifacts.is_done(reuse / stage.name, inputs):
+        artifacts.copy_stage(reuse / stage.name, directory)
+        print(f"{stage.name}: taken from {reuse}", flush=True)
+        return
+    artifacts.begin(directory, inputs)
+    start = time.monotonic()
+    outputs = import_module(f"oal_jax.stages.{stage.name}").run(context)
+    seconds = time.monotonic() - start
+    artifacts.finish(directory, stage.name, inputs, outputs, seconds)
+    print(f"{stage.name}: {seconds:.1f} s", flush=True)
+
+
+@contextmanager
+def _alone(workdir: Path) -> Iterator[None]:
+    """One run at a time writes to a directory; the lock goes with its process."""
+    if not distributed.is_main_process():
+        yield  # the first process holds it for all
+        return
+    with (workdir / ".lock").open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run is at work in {workdir}; wait for it, or choose another --workdir"
+            ) from None
+        except (ImportError, OSError):
+            pass  # no locks on this system or file system: two runs at once are the user's to avoid
+        yield
 
 
 def _done(directory: Path, inputs: dict[str, Any], force: bool) -> bool:
@@ -122,18 +231,32 @@ def _claim(workdir: Path, config: Config, force: bool) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists() and not force:
-            before = artifacts.read_json(path)
-            changed = [k for k in flat if before.get(k) != flat[k]]
-            if changed:
-                key = changed[0]
-                more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-                raise UserError(
-                    f"{workdir} was made by another config: {key} was {before.get(key)!r}, now"
-                    f" {flat[key]!r}{more}; choose another --workdir, or give --force to go on here"
-                )
+            _check_same(workdir, _read_config(path), flat)
         artifacts.write_json(path, flat)
-    except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise UserError(f"--workdir {workdir} is not a writable directory ({error})") from None
+
+
+def _check_same(workdir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [key for key in now if key not in before or before[key] != now[key]]
+    if changed:
+        key = changed[0]
+        was = repr(before[key]) if key in before else "unknown"
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise UserError(
+            f"{workdir} was made by another config: {key} was {was}, now {now[key]!r}{more};"
+            " choose another --workdir, or give --force to go on here"
+        )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    remedy = "give the run's --config and --force to write it anew"
+    flat = artifacts.read_json(path, remedy)
+    if not isinstance(flat, dict):
+        raise UserError(f"{path} is damaged; {remedy}")
+    return flat
 
 
 def resolve(workdir: Path) -> Context:
@@ -141,5 +264,5 @@ def resolve(workdir: Path) -> Context:
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} has no config.json; it is not the directory of a run")
-    config = unflatten(artifacts.read_json(path))
+    config = unflatten(_read_config(path))
     return Context(config, workdir, distributed.make_mesh(), jax.random.key(config.seed))

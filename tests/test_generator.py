@@ -1,4 +1,4 @@
-"""The generator: reader of diffusers directories, injection, samplers, trainers, and the shipped small model."""
+"""The generator: diffusers directories, injection, samplers, trainers, the shipped small model."""
 
 import functools
 import json
@@ -57,12 +57,13 @@ def garments():
     return split.images[-400:].astype(np.float32) / 255.0, split.labels[-400:]
 
 
-# --- the directory -----------------------------------------------------------------------------------------------------
+# --- the directory --------------------------------------------------------------------------------
 
 
 def test_import_is_lazy():
     code = (
-        "import sys, oal_jax.generator.training, oal_jax.generator.conditioning, oal_jax.generator.create;"
+        "import sys, oal_jax.generator.training, oal_jax.generator.conditioning;"
+        "import oal_jax.generator.create, oal_jax.generator.samplers;"
         "assert not {'diffusers', 'transformers', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -130,9 +131,8 @@ def test_bfloat16(copied):
     sd, params = stable.load(copied, jnp.bfloat16)
     assert params["unet"]["conv_in"]["kernel"].dtype == jnp.bfloat16
     assert params["vae"]["quant_conv"]["kernel"].dtype == jnp.float32
-    out = stable.apply_unet(
-        sd, params, jnp.ones((1, 4, 4, 4)), jnp.ones((1,), jnp.int32), jnp.ones((1, 16, 32))
-    )
+    apply = jax.jit(functools.partial(stable.apply_unet, sd))
+    out = apply(params, jnp.ones((1, 4, 4, 4)), jnp.ones((1,), jnp.int32), jnp.ones((1, 16, 32)))
     assert out.dtype == jnp.float32 and np.isfinite(out).all()
 
 
@@ -179,8 +179,9 @@ def test_pickle_is_refused(copied):
 def test_config_faults(copied):
     config = copied / "unet" / "config.json"
     content = json.loads(config.read_text())
-    for change, message in (({"norm_num_groups": 8}, "norm_num_groups"), ({"cross_attention_dim": 8}, "width")):
-        config.write_text(json.dumps(content | change))
+    changes = {"norm_num_groups": "norm_num_groups", "cross_attention_dim": "width"}
+    for name, message in changes.items():
+        config.write_text(json.dumps(content | {name: 8}))
         with pytest.raises(UserError, match=message):
             stable.load(copied)
     config.write_text("{")
@@ -200,7 +201,7 @@ def test_layout_functions_are_inverse():
         np.testing.assert_array_equal(torch_layout.from_torch(path, there), array)
 
 
-# --- text conditioning -------------------------------------------------------------------------------------------------
+# --- text conditioning ----------------------------------------------------------------------------
 
 
 def _prompts(sd, names, mode="first_piece"):
@@ -225,10 +226,9 @@ def test_injection_equals_editing_the_table(shipped):
     plain = stable.encode_prompts(sd, params, ids)
     for row, name in enumerate(names):
         token = sd.tokenizer(name, add_special_tokens=False).input_ids[0]
-        path = ("text_encoder", "text_model", "embeddings", "token_embedding", "embedding")
         edited = jax.tree_util.tree_map_with_path(
             lambda p, leaf, row=row, token=token: (
-                leaf.at[token].set(vectors[row]) if tuple(k.key for k in p) == path else leaf
+                leaf.at[token].set(vectors[row]) if p[-2].key == "token_embedding" else leaf
             ),
             params,
         )
@@ -268,7 +268,7 @@ def test_injection_modes_and_faults(shipped):
     assert norms.shape == (2,) and (norms > 0).all()
 
 
-# --- samplers ----------------------------------------------------------------------------------------------------------
+# --- samplers -------------------------------------------------------------------------------------
 
 
 def _network(params, x, times, states):
@@ -287,9 +287,12 @@ def problem():
     return params, noise, cond, uncond
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("name", "prediction"),
+    [(name, "epsilon") for name in samplers.SAMPLERS]
+    + [("ddim", "v_prediction"), ("dpm_solver_pp_2m", "v_prediction")],
+)
 @pytest.mark.parametrize("steps", [8, 20])
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_samplers_agree_with_diffusers(problem, name, steps, prediction):
     flax_models.libraries()
     import diffusers
@@ -336,7 +339,6 @@ def test_number_of_network_calls_and_one_scan(problem):
 
 
 def test_guidance_of_one_needs_no_unconditional_call(problem):
-    params, noise, cond, uncond = problem
     shapes = []
 
     def network(params, x, times, states):
@@ -395,7 +397,7 @@ def test_samples_do_not_depend_on_the_batch(tiny):
     np.testing.assert_allclose(whole, np.concatenate(halves), atol=1e-4)
 
 
-# --- training ----------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def _train(init, step, batch, count):
@@ -433,7 +435,7 @@ def test_diffusion_trainer_learns(tiny):
     assert set(state.ema_params) == {"text_encoder", "unet"}
 
 
-# --- the shipped model -------------------------------------------------------------------------------------------------
+# --- the shipped model ----------------------------------------------------------------------------
 
 
 def test_shipped_directory_is_small():
@@ -453,7 +455,7 @@ def test_shipped_autoencoder_reconstructs_garments(shipped, garments):
 
 
 def test_generated_garments_are_of_the_wanted_class(shipped, garments):
-    """Nearest real images of 100 generated ones, by squared distance of pixels: most are of the prompted class."""
+    """The nearest real image, by squared distance of pixels, is mostly of the prompted class."""
     sd, params = shipped
     ids, _, empty = _prompts(sd, create.FASHION_CLASSES)
     labels = np.arange(48) % 8
@@ -466,7 +468,8 @@ def test_generated_garments_are_of_the_wanted_class(shipped, garments):
     real, real_labels = garments
     distances = ((images[:, None] - real[None]) ** 2).sum(axis=(2, 3, 4))
     nearest = real_labels[np.argsort(distances, axis=1)[:, 0]]
-    # Chance is 1/8; real test images reach about 0.8 (t-shirt, shirt, coat and pullover are mistaken for each other).
+    # Chance is 1/8; real test images reach about 0.8 (t-shirt, shirt, coat and pullover are
+    # mistaken for each other).
     assert (nearest == labels).mean() > 0.6
 
 

@@ -1,9 +1,10 @@
 """Text states with an outlier in place of the class word's token embedding.
 
-As in DREAM-OOD (arXiv 2309.13415) and OAL (arXiv 2406.16525), the vector enters at the *input* of the text encoder,
-before the position embedding and the transformer. The reference implementation overwrites a row of the embedding table,
-encodes, and restores the row, so all prompts of a batch share one vector. Here the table stays as it is and the output
-of the embedding layer is replaced where a mask says so: every row of a batch has its own vector, and the function jits.
+As in DREAM-OOD (arXiv 2309.13415) and OAL (arXiv 2406.16525), the vector enters at the *input* of
+the text encoder, before the position embedding and the transformer. The reference implementation
+overwrites a row of the embedding table, encodes, and restores the row, so all prompts of a batch
+share one vector. Here the table stays as it is and the output of the embedding layer is replaced
+where a mask says so: every row of a batch has its own vector, and the function jits.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,15 +42,17 @@ def injection_mask(
         sd: the model, for its tokenizer.
         ids: token ids from `stable_diffusion.tokenize`.
         words: the class word of each prompt.
-        mode: "first_piece", as the reference: every position with the token id of the word's first piece, wherever it
-            stands in the prompt. "all_pieces": the whole of the word, and only where all its pieces stand in a row.
+        mode: "first_piece", as the reference: every position with the token id of the word's first
+            piece, wherever it stands in the prompt. "all_pieces": the whole of the word, and only
+            where all its pieces stand in a row.
 
     Returns:
-        True where the embedding is to be replaced. Begin and end marks and padding are never part of a word.
+        True where the embedding is to be replaced. Begin and end marks and padding are never part
+        of a word.
 
     Raises:
-        UserError: an unknown mode, or a prompt without its class word (nothing would be injected: the reference's
-            CIFAR-10 latents came about that way).
+        UserError: an unknown mode, or a prompt without its class word (nothing would be injected:
+            the reference's CIFAR-10 latents came about that way).
     """
     if mode not in INJECTION_MODES:
         raise UserError(f"injection mode {mode!r} is none of {', '.join(INJECTION_MODES)}")
@@ -81,14 +84,17 @@ def encode_with_injection(
         params: its parameters; only "text_encoder" is used.
         ids: token ids.
         mask: from `injection_mask`.
-        vectors: one outlier a prompt, of the text encoder's width and at the norm of a token embedding.
+        vectors: one outlier a prompt, of the text encoder's width and at the norm of a token
+            embedding.
 
     Returns:
-        Last hidden states after the final layer norm. A row with an all-false mask is encoded unchanged.
+        Last hidden states after the final layer norm. A row with an all-false mask is encoded
+        unchanged.
     """
     if vectors.shape[-1] != sd.text_width:
         raise UserError(
-            f"outliers have {vectors.shape[-1]} dimensions, the generator's token embeddings {sd.text_width}"
+            f"outliers have {vectors.shape[-1]} dimensions,"
+            f" the generator's token embeddings {sd.text_width}"
         )
 
     def replace(next_fun: Callable, args: tuple, kwargs: dict, context):
@@ -106,7 +112,8 @@ def token_embeddings(
 ) -> Float[Array, "K D"]:
     """The rows of the embedding table that `first_piece` replaces: one for each class word.
 
-    Their norms are the scale at which outliers are injected (OAL multiplies each unit outlier by them).
+    Their norms are the scale at which outliers are injected (OAL multiplies each unit outlier by
+    them).
     """
     rows = np.asarray([_piece_ids(sd, word)[0] for word in words])
     table = params["text_encoder"]["text_model"]["embeddings"]["token_embedding"]["embedding"]

@@ -1,16 +1,18 @@
-"""Makes a small Stable Diffusion from scratch: tokenizer, configs and fresh weights in a diffusers directory.
+"""Makes a small Stable Diffusion from scratch: tokenizer, configs and fresh weights.
 
-The architecture is that of Stable Diffusion v1 (CLIP text transformer, UNet with cross-attention, KL autoencoder) at a
-size that a CPU trains in minutes. What is unusual about it has a reason:
+The architecture is that of Stable Diffusion v1 (CLIP text transformer, UNet with cross-attention,
+KL autoencoder) at a size that a CPU trains in minutes. What is unusual about it has a reason:
 
-- `layers_per_block = 0` in the UNet leaves one residual block a level on the way up and none on the way down: sampling
-  cost is what a CPU run waits for, and it halves it.
-- Width 64 is the least that works: the Flax UNet normalises in 32 groups, and with one channel a group the norm would
-  cancel the time embedding.
-- The text width is the teacher's feature width, so that a boundary point of the teacher can replace a token embedding.
+- `layers_per_block = 0` in the UNet leaves one residual block a level on the way up and none on the
+  way down: sampling cost is what a CPU run waits for, and it halves it.
+- Width 64 is the least that works: the Flax UNet normalises in 32 groups, and with one channel a
+  group the norm would cancel the time embedding.
+- The text width is the teacher's feature width, so that a boundary point of the teacher can replace
+  a token embedding.
 """
 
 import collections
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 import jax
 
-from oal_jax.generator import flax_models
+from oal_jax.generator import stable_diffusion as stable
 from oal_jax.pretrained import diffusers_directory
 
 FASHION_CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "shirt", "sneaker", "boot")
@@ -29,19 +31,20 @@ _WORD_END = "</w>"
 
 
 def _byte_alphabet() -> list[str]:
-    """One printable character a byte, in the order of byte-level BPE (GPT-2): printable bytes, then the others."""
+    """One printable character a byte, as in byte-level BPE: printable bytes, then the others."""
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(256 - len(plain))]
 
 
 def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges that make every given word a single token (Sennrich et al., arXiv 1508.07909).
+    """Byte-pair merges that make every given word one token (Sennrich et al., arXiv 1508.07909).
 
     Args:
         words: lower-case words of letters and digits; repeated words count.
 
     Returns:
-        Pairs in the order in which they are applied: the most frequent first, ties in alphabetical order.
+        Pairs in the order in which they are applied: the most frequent first, ties in alphabetical
+        order.
     """
     counts = collections.Counter(words)
     pieces = {word: (*word[:-1], word[-1] + _WORD_END) for word in counts}
@@ -49,7 +52,7 @@ def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     while True:
         pairs = collections.Counter()
         for word, parts in pieces.items():
-            for pair in zip(parts[:-1], parts[1:], strict=True):
+            for pair in itertools.pairwise(parts):
                 pairs[pair] += counts[word]
         if not pairs:
             return merges
@@ -71,9 +74,9 @@ def _merge(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def write_tokenizer(folder: Path, class_names: Sequence[str], length: int) -> int:
-    """Writes a CLIP tokenizer whose vocabulary covers the prompt and the class names; returns its size.
+    """Writes a CLIP tokenizer with a vocabulary for the prompt and the class names.
 
-    Byte-level, so any other text still encodes, letter by letter.
+    Returns the number of tokens. Byte-level, so any other text still encodes, letter by letter.
     """
     texts = [PROMPT.format(""), *class_names]
     letters = "".join(c if c.isalnum() else " " for c in " ".join(texts).lower())
@@ -147,7 +150,7 @@ def configs(*, vocabulary: int, width: int = 128, length: int = 16) -> dict[str,
         "latent_channels": 4,
         "down_block_types": ["DownEncoderBlock2D"] * 3,
         "up_block_types": ["UpDecoderBlock2D"] * 3,
-        "block_out_channels": [16, 16, 32],
+        "block_out_channels": [16, 32, 32],
         "layers_per_block": 1,
         "norm_num_groups": 8,
         "act_fn": "silu",
@@ -200,7 +203,8 @@ def create(
         class_names: words that become single tokens (each run of letters and digits for itself).
         width: text width, the teacher's feature width.
         length: tokens a prompt is padded to.
-        overrides: component name to config entries that replace the defaults (smaller nets for tests).
+        overrides: component name to config entries that replace the defaults (smaller nets for
+            tests).
         seed: of the initial weights.
     """
     directory = Path(directory)
@@ -208,18 +212,9 @@ def create(
     made = configs(vocabulary=vocabulary, width=width, length=length)
     for name, values in (overrides or {}).items():
         made[name].update(values)
-    key = jax.random.key(seed)
-    params = {
-        "text_encoder": flax_models.init_text_encoder(
-            flax_models.make_text_encoder(made["text_encoder"]), jax.random.fold_in(key, 0)
-        ),
-        "unet": jax.jit(lambda k: flax_models.init_unet(flax_models.make_unet(made["unet"]), k))(
-            jax.random.fold_in(key, 1)
-        ),
-        "vae": jax.jit(lambda k: flax_models.init_vae(flax_models.make_vae(made["vae"]), k))(
-            jax.random.fold_in(key, 2)
-        ),
-    }
-    diffusers_directory.save(directory, params, made)
+    diffusers_directory.save(directory, {}, made)
     diffusers_directory.write_json(directory / "scheduler" / "scheduler_config.json", SCHEDULER)
     diffusers_directory.write_json(directory / "model_index.json", _MODEL_INDEX)
+    sd = stable.build(directory)
+    params = jax.jit(lambda key: stable.init_params(sd, key))(jax.random.key(seed))
+    diffusers_directory.save(directory, params)

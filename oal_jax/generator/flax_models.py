@@ -1,7 +1,8 @@
 """The one place that imports diffusers' and transformers' Flax models.
 
-Both libraries announce the end of their Flax code with a log line at import and at every trace. The versions are pinned,
-the lines say nothing that a user could act on, and a sampler would print hundreds: they are filtered here, and only they.
+Both libraries announce the end of their Flax code with a log line at import and at every trace. The
+versions are pinned, the lines say nothing that a user could act on, and a sampler would print
+hundreds: they are filtered here, and only they.
 """
 
 import dataclasses
@@ -22,12 +23,12 @@ from oal_jax.errors import UserError
 class _DropFlaxNotice(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        return "Flax classes are deprecated" not in text and "JAX classes are deprecated" not in text
+        return "classes are deprecated and will be removed" not in text
 
 
 @functools.cache
 def libraries() -> SimpleNamespace:
-    """The classes used, imported on first use: UNet, AutoencoderKL, CLIPText (module), CLIPTextConfig, CLIPTokenizer."""
+    """The classes used, imported on first use."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers.utils import logging as diffusers_logging
@@ -78,7 +79,7 @@ def _build(cls: type, config: Mapping[str, Any], fixed: Mapping[str, tuple], dty
 
 
 def make_unet(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
-    """The UNet that a `unet/config.json` describes; `UserError` where the Flax class cannot express it."""
+    """The UNet of a `unet/config.json`; `UserError` where the Flax class cannot express it."""
     return _build(libraries().UNet, config, _UNET_FIXED, dtype)
 
 
@@ -88,7 +89,7 @@ def make_vae(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
 
 
 def make_text_encoder(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
-    """CLIP's text transformer (a linen module, no wrapper) that a `text_encoder/config.json` describes."""
+    """CLIP's text transformer, a linen module, that a `text_encoder/config.json` describes."""
     classes = libraries()
     return classes.CLIPText(classes.CLIPTextConfig.from_dict(dict(config)), dtype=dtype)
 
@@ -121,8 +122,8 @@ def _own_arithmetic():
     return jax.numpy_rank_promotion("allow")
 
 
-def _exact_gelu(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
-    """The Flax port gates with the tanh approximation of GELU; the weights were trained with the exact one."""
+def _exact_gelu(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    """Gates with the exact GELU of the PyTorch original; the port has the tanh approximation."""
     if type(context.module).__name__ != "FlaxGEGLU" or context.method_name != "__call__":
         return next_fun(*args, **kwargs)
     linear, gate = jnp.split(context.module.proj(args[0]), 2, axis=-1)
@@ -158,8 +159,19 @@ def apply_text_encoder(text_encoder: nn.Module, params: Any, ids: jax.Array) -> 
     return out.last_hidden_state
 
 
-def apply_vae_encoder(vae: nn.Module, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and log variance of the latents, both (B, C, h, w), of images (B, channels, H, W) in [-1, 1]."""
+def apply_vae_encoder(
+    vae: nn.Module, params: Any, images: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and log variance of the latents of images.
+
+    Args:
+        vae: module from `make_vae`.
+        params: its parameters.
+        images: (B, channels, H, W) in [-1, 1].
+
+    Returns:
+        Two arrays (B, C, h, w), not scaled.
+    """
     with _own_arithmetic():
         posterior = vae.apply({"params": params}, images, method=vae.encode).latent_dist
     return jnp.moveaxis(posterior.mean, -1, 1), jnp.moveaxis(posterior.logvar, -1, 1)

@@ -1,13 +1,14 @@
 """Samplers of a diffusion model, each compiled as one `lax.scan`.
 
-PNDM as Stable Diffusion v1 uses it (PLMS: arXiv 2202.09778 without the Runge-Kutta start), DDIM (arXiv 2010.02502,
-eta = 0) and DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) are all linear multistep methods: the next point is
+PNDM as Stable Diffusion v1 uses it (PLMS: arXiv 2202.09778 without the Runge-Kutta start), DDIM
+(arXiv 2010.02502, eta = 0) and DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) are all linear
+multistep methods: the next point is
 
     x' = a_i x + sum_j b_ij m_j
 
-with m_j the newest network outputs (noise for the first two, predicted clean latents for the last). The coefficients
-depend on the schedule alone; they are computed on the host in float64, so that the compiled loop is the network and one
-weighted sum.
+with m_j the newest network outputs (noise for the first two, predicted clean latents for the last).
+The coefficients depend on the schedule alone; they are computed on the host in float64, so that the
+compiled loop is the network and one weighted sum.
 """
 
 from collections.abc import Callable
@@ -36,7 +37,8 @@ class Plan(NamedTuple):
         a: weight of the point the step starts from.
         b: (calls, order) weights of the outputs, the newest first.
         push: whether the output enters the history (the corrector call of PLMS does not).
-        hold: whether the step starts from the previous start instead of the newest point (that same call).
+        hold: whether the step starts from the previous start instead of the newest point (that same
+            call).
         predicts_clean: whether the outputs are predicted clean latents instead of noise.
     """
 
@@ -57,7 +59,10 @@ def _leading_times(schedule: NoiseSchedule, steps: int) -> tuple[np.ndarray, int
 
 
 def _ddim_coefficients(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of x and of the noise for a step between two alpha^2 (arXiv 2010.02502, equation 12, sigma = 0)."""
+    """Weights of x and of the noise for a step between two alpha^2.
+
+    arXiv 2010.02502, equation 12 with sigma = 0.
+    """
     a = np.sqrt(end / start)
     return a, np.sqrt(1.0 - end) - a * np.sqrt(1.0 - start)
 
@@ -73,21 +78,27 @@ def _plan_ddim(schedule: NoiseSchedule, steps: int) -> Plan:
 
 
 def _plan_pndm(schedule: NoiseSchedule, steps: int) -> Plan:
-    """Calls 0 and 1 are a Heun-like pair over the first interval; then Adams-Bashforth of order 2, 3 and 4."""
+    """A Heun-like pair of calls for the first interval, then Adams-Bashforth of order 2, 3, 4."""
     squared = schedule.alphas_cumprod()
     times, ratio = _leading_times(schedule, steps)
-    # The network is called at the end of the first interval twice: once to correct it, once to start the second.
+    # The network is called at the end of the first interval twice: once to correct it, once to
+    # start the second.
     calls = np.insert(times, 1, times[1]) if steps > 1 else np.repeat(times, 2)
     starts = calls.copy()
     starts[1] = times[0]
     ends = starts - ratio
     end = np.where(ends >= 0, squared[np.maximum(ends, 0)], schedule.final_alpha_cumprod())
     a, slope = _ddim_coefficients(squared[starts], end)
-    # After its push the output is number 0 of the history; the unpushed corrector averages with number 0.
+    # After its push the output is number 0 of the history; the unpushed corrector averages with
+    # number 0.
     orders = np.array(
-        [[1, 0, 0, 0], [0.5, 0.5, 0, 0], [1.5, -0.5, 0, 0]]
-        + [[23 / 12, -16 / 12, 5 / 12, 0]]
-        + [[55 / 24, -59 / 24, 37 / 24, -9 / 24]]
+        [
+            [1, 0, 0, 0],
+            [1 / 2, 1 / 2, 0, 0],
+            [3 / 2, -1 / 2, 0, 0],
+            [23 / 12, -16 / 12, 5 / 12, 0],
+            [55 / 24, -59 / 24, 37 / 24, -9 / 24],
+        ]
     )
     weights = orders[np.minimum(np.arange(steps + 1), 4)]
     corrector = np.arange(steps + 1) == 1
@@ -104,11 +115,12 @@ def _plan_dpm(schedule: NoiseSchedule, steps: int) -> Plan:
     h = np.diff(log_snr)
     a = sigma[1:] / sigma[:-1]
     gain = -alpha[1:] * np.expm1(-h)
-    # D1 = (m_0 - m_1) / r with r = h_previous / h; the first step has no predecessor and is of first order.
+    # D1 = (m_0 - m_1) / r with r = h_previous / h; the first step has no predecessor and is of
+    # first order.
     half = np.zeros(steps)
     half[1:] = 0.5 * h[1:] / h[:-1]
     if steps < 15:
-        half[-1] = 0.0  # a last step of first order is stabler when there are few (arXiv 2211.01095, appendix)
+        half[-1] = 0.0  # diffusers' rule: with few steps, a last one of first order is stabler
     b = np.stack([gain * (1.0 + half), -gain * half], axis=1)
     always, never = np.ones(steps, bool), np.zeros(steps, bool)
     return _plan(squared, points[:-1], a, b, always, never, predicts_clean=True)
@@ -144,7 +156,10 @@ def make_plan(schedule: NoiseSchedule, name: str, steps: int) -> Plan:
 def initial_noise(
     key: jax.Array, indices: Array, latent_shape: tuple[int, int, int]
 ) -> Float[Array, "N C h w"]:
-    """Standard normal noise that depends on the key and each sample's own index, not on how samples are batched."""
+    """Standard normal noise of the samples with these indices.
+
+    It depends on the key and a sample's own index, not on how samples are batched.
+    """
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
     return jax.vmap(lambda k: jax.random.normal(k, latent_shape))(keys)
 
@@ -164,16 +179,18 @@ def make_sampler(
         schedule: the noise process that the network was trained on.
         name: see `make_plan`.
         steps: see `make_plan`.
-        guidance: scale w of classifier-free guidance (arXiv 2207.12598): uncond + w (cond - uncond). With 1 the network
-            is called with the condition only.
-        guide: optional steering, `(predicted clean latents, time, aux) -> gradient` of their shape, added to the
-            predicted noise (a positive multiple of the gradient of a loss lowers that loss, arXiv 2105.05233,
-            algorithm 2). With None the compiled program has no trace of it.
+        guidance: scale w of classifier-free guidance (arXiv 2207.12598): uncond + w (cond -
+            uncond). With 1 the network is called with the condition only.
+        guide: optional steering, `(predicted clean latents, time, aux) -> gradient` of their shape,
+            added to the predicted noise (a positive multiple of the gradient of a loss lowers that
+            loss, arXiv 2105.05233, algorithm 2). With None the compiled program has no trace of it.
 
     Returns:
-        `sample(params, noise, cond, uncond, aux=None) -> latents`, float32, to be jitted by the caller: `noise`
-        (N, C, h, w) standard normal, `cond` (N, L, D), `uncond` (1, L, D) or (N, L, D), `aux` a pytree for `guide`.
-        Each sample is computed on its own: results do not depend on the batch a sample is in, up to rounding.
+        `sample(params, noise, cond, uncond, aux=None) -> latents`, float32, to be jitted by the
+        caller: `noise` (N, C, h, w) standard normal, `cond` (N, L, D), `uncond` (1, L, D) or (N, L,
+            D), `aux` a pytree for `guide`.
+        Each sample is computed on its own: results do not depend on the batch a sample is in, up to
+            rounding.
     """
     plan = make_plan(schedule, name, steps)
     rows = {
@@ -193,8 +210,8 @@ def make_sampler(
         count = x.shape[0]
         if guidance == 1.0:
             return apply_unet(params, x, jnp.full((count,), time), states).astype(jnp.float32)
-        # The pair is the second axis: merging it into a sharded first axis moves no data between devices, which
-        # concatenating two halves along that axis would.
+        # The pair is the second axis: merging it into a sharded first axis moves no data between
+        # devices, which concatenating two halves along that axis would.
         pairs = jnp.broadcast_to(x[:, None], (count, 2, *x.shape[1:]))
         flat = pairs.reshape(2 * count, *x.shape[1:])
         out = apply_unet(params, flat, jnp.full((2 * count,), time), states).astype(jnp.float32)

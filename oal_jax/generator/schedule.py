@@ -1,7 +1,7 @@
 """The forward noise process of a diffusion model.
 
-x_t = alpha_t x_0 + sigma_t noise, with alpha_t^2 = prod(1 - beta), sigma_t^2 = 1 - alpha_t^2 (Ho et al., arXiv
-2006.11239, equation 4).
+x_t = alpha_t x_0 + sigma_t noise, with alpha_t^2 = prod(1 - beta) and sigma_t^2 = 1 - alpha_t^2
+(Ho et al., arXiv 2006.11239, equation 4).
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,8 @@
-"""A Stable Diffusion read from a diffusers directory, as static modules and a tree of parameters apart.
+"""A Stable Diffusion read from a diffusers directory, as static modules and a tree of parameters
+apart.
 
-Images are (B, H, W, channels) float32 in [0, 1], as everywhere in this project; latents are (B, C, h, w) float32,
-scaled to about unit variance, as Stable Diffusion keeps them.
+Images are (B, H, W, channels) float32 in [0, 1], as everywhere in this project; latents are (B, C,
+h, w) float32, scaled to about unit variance, as Stable Diffusion keeps them.
 """
 
 from collections.abc import Sequence
@@ -52,13 +53,15 @@ def build(directory: Path, dtype: Any = jnp.float32) -> StableDiffusion:
     """Modules and constants of a directory, without its weights.
 
     Raises:
-        UserError: a config is absent, damaged, or asks for something that the Flax models cannot do.
+        UserError: a config is absent, damaged, or asks for something that the Flax models cannot
+            do.
     """
     directory = Path(directory)
     read = diffusers_directory.read_json
     unet = flax_models.make_unet(read(directory / "unet" / "config.json"), dtype)
     vae_config = read(directory / "vae" / "config.json")
-    # The autoencoder stays in float32 whatever the rest: it is small and its means are the training targets.
+    # The autoencoder stays in float32 whatever the rest: it is small and its means are the training
+    # targets.
     vae = flax_models.make_vae(vae_config)
     text_encoder = flax_models.make_text_encoder(
         read(directory / "text_encoder" / "config.json"), dtype
@@ -83,7 +86,7 @@ def build(directory: Path, dtype: Any = jnp.float32) -> StableDiffusion:
 
 
 def init_params(sd: StableDiffusion, key: jax.Array) -> Params:
-    """Fresh float32 parameters {"text_encoder", "unet", "vae"}; under `jax.eval_shape` their shapes."""
+    """Fresh parameters {"text_encoder", "unet", "vae"}; under `jax.eval_shape` their shapes."""
     return {
         "text_encoder": flax_models.init_text_encoder(sd.text_encoder, jax.random.fold_in(key, 0)),
         "unet": flax_models.init_unet(sd.unet, jax.random.fold_in(key, 1)),
@@ -120,7 +123,8 @@ def tokenize(sd: StableDiffusion, texts: Sequence[str]) -> Int[np.ndarray, "B L"
     """Token ids, padded to the tokenizer's length.
 
     Raises:
-        UserError: a text is longer than that; a cut prompt would lose its class word, which stands last.
+        UserError: a text is longer than that; a cut prompt would lose its class word, which stands
+            last.
     """
     length = sd.text_encoder.config.max_position_embeddings
     lengths = [len(ids) for ids in sd.tokenizer(list(texts))["input_ids"]]
@@ -183,7 +187,14 @@ def decode_latents(
     latents: Float[Array, "B C h w"],
     crop: tuple[int, int] | None = None,
 ) -> Float[Array, "B H W c"]:
-    """Images in [0, 1] of scaled latents; `crop` (height, width) cuts away what `pad_images` added."""
+    """Images in [0, 1] of scaled latents.
+
+    Args:
+        sd: the model.
+        params: its parameters; only "vae" is used.
+        latents: scaled latents.
+        crop: (height, width) of the middle to keep: cuts away what `pad_images` added.
+    """
     pixels = flax_models.apply_vae_decoder(sd.vae, params["vae"], latents / sd.scaling_factor)
     images = jnp.clip(jnp.moveaxis(pixels, 1, -1) * 0.5 + 0.5, 0.0, 1.0)
     if crop is not None:

@@ -1,7 +1,8 @@
-"""Training of the small Stable Diffusion: first the autoencoder, then the text encoder and UNet on its latents.
+"""Training of the small Stable Diffusion: first the autoencoder, then the text encoder and UNet on
+its latents.
 
-Pure functions; the loop is the caller's. On a CPU call one step at a time: the gradient of a convolution inside a scan
-is about a hundred times slower there.
+Pure functions; the loop is the caller's. On a CPU call one step at a time: the gradient of a
+convolution inside a scan is about a hundred times slower there.
 """
 
 import zlib
@@ -24,7 +25,7 @@ Metrics = dict[str, Array]
 
 @flax.struct.dataclass
 class GeneratorState:
-    """State of either trainer. `ema_params` averages `params` over the steps; None where not kept."""
+    """State of either trainer; `ema_params`, the average of `params`, is None where not kept."""
 
     step: Int[Array, ""]
     params: Any
@@ -41,7 +42,8 @@ def _step_key(root: jax.Array, name: str, step: Array) -> jax.Array:
 
 
 def _optimizer(learning_rate: float, warmup: int, steps: int, weight_decay: float):
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(warmup, steps // 10), steps)
+    warmup = min(warmup, steps // 10)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         # Gains and biases are not decayed; only matrices and kernels are.
@@ -53,23 +55,18 @@ def _optimizer(learning_rate: float, warmup: int, steps: int, weight_decay: floa
     )
 
 
-def _flip(key: jax.Array, images: Array, width_axis: int) -> Array:
-    """Each image mirrored left to right with probability one half."""
-    chosen = jax.random.bernoulli(key, shape=(images.shape[0], *[1] * (images.ndim - 1)))
-    return jnp.where(chosen, jnp.flip(images, width_axis), images)
-
-
 def make_vae_trainer(
     sd: StableDiffusion,
     root_key: jax.Array,
     *,
-    steps: int = 1000,
-    learning_rate: float = 2e-3,
+    steps: int = 3000,
+    learning_rate: float = 5e-3,
     warmup: int = 50,
     weight_decay: float = 1e-4,
     kl_weight: float = 5e-4,
 ) -> tuple[Init, TrainStep]:
-    """Trainer of the autoencoder: squared error plus a lightly weighted KL term (arXiv 2112.10752, section 3.1).
+    """Trainer of the autoencoder: squared error plus a lightly weighted KL term (arXiv 2112.10752,
+    section 3.1).
 
     Args:
         sd: the model; only its autoencoder is used.
@@ -78,11 +75,12 @@ def make_vae_trainer(
         learning_rate: peak rate of AdamW.
         warmup: steps of linear warm-up, at most a tenth of all.
         weight_decay: decoupled, on kernels only.
-        kl_weight: weight of the KL divergence a latent element against the squared error a pixel (range [-1, 1]).
+        kl_weight: weight of the KL divergence a latent element against the squared error a pixel
+            (range [-1, 1]).
 
     Returns:
-        `init(key) -> state` and `train_step(state, batch) -> (state, metrics)`; batch = {"image": (B, H, W, c) in
-        [0, 1]}; metrics are `loss`, `mse`, `kl` and `psnr` (dB).
+        `init(key) -> state` and `train_step(state, batch) -> (state, metrics)`; batch = {"image":
+        (B, H, W, c) in [0, 1]}; metrics are `loss`, `mse`, `kl` and `psnr` (dB).
     """
     optimizer = _optimizer(learning_rate, warmup, steps, weight_decay)
 
@@ -92,7 +90,8 @@ def make_vae_trainer(
 
     def loss_fn(params: Any, key: jax.Array, images: Float[Array, "B H W c"]):
         flip_key, noise_key = jax.random.split(key)
-        images = _flip(flip_key, images, width_axis=2)
+        flipped = jax.random.bernoulli(flip_key, shape=(images.shape[0], 1, 1, 1))
+        images = jnp.where(flipped, jnp.flip(images, 2), images)
         pixels = jnp.moveaxis(stable.pad_images(sd, images), -1, 1) * 2.0 - 1.0
         mean, log_variance = flax_models.apply_vae_encoder(sd.vae, params["vae"], pixels)
         noise = jax.random.normal(noise_key, mean.shape)
@@ -115,7 +114,7 @@ def make_vae_trainer(
 
 
 def latent_scale(latents: Float[Array, "N C h w"]) -> float:
-    """The scaling factor that gives these unscaled latents unit variance (arXiv 2112.10752, appendix G)."""
+    """The factor that gives unscaled latents unit variance (arXiv 2112.10752, appendix G)."""
     return float(1.0 / jnp.std(latents))
 
 
@@ -125,7 +124,7 @@ def make_diffusion_trainer(
     prompt_ids: Int[Array, "K L"],
     empty_ids: Int[Array, "L"],
     *,
-    steps: int = 3000,
+    steps: int = 2500,
     learning_rate: float = 2e-3,
     warmup: int = 100,
     weight_decay: float = 1e-4,
@@ -135,14 +134,16 @@ def make_diffusion_trainer(
 ) -> tuple[Init, TrainStep]:
     """Trainer of the UNet and the text encoder together, on latents computed beforehand.
 
-    The loss is the squared error of the predicted noise, weighted by min(SNR_t, snr_clip) / SNR_t (Hang et al., arXiv
-    2303.09556, equation 8): without it nearly clean latents, whose noise is the easiest to see, take most of the gradient.
+    The loss is the squared error of the predicted noise, weighted by min(SNR_t, snr_clip) / SNR_t
+    (Hang et al., arXiv 2303.09556, equation 8): without it nearly clean latents, whose noise is the
+    easiest to see, take most of the gradient.
 
     Args:
         sd: the model; its schedule must predict noise ("epsilon").
         root_key: typed key; the draws of step n come from it, the trainer's name and n.
         prompt_ids: token ids of the K class prompts; a label indexes them.
-        empty_ids: token ids of the empty prompt, for guidance without a classifier (arXiv 2207.12598).
+        empty_ids: token ids of the empty prompt, for guidance without a classifier (arXiv
+            2207.12598).
         steps: length of the cosine schedule.
         learning_rate: peak rate of AdamW.
         warmup: steps of linear warm-up, at most a tenth of all.
@@ -152,8 +153,9 @@ def make_diffusion_trainer(
         ema_decay: of the moving average; the first steps use (1 + n) / (10 + n) where that is less.
 
     Returns:
-        `init(key) -> state` and `train_step(state, batch) -> (state, metrics)`; batch = {"latent": scaled (B, C, h, w),
-        "label": (B,) int32}. Use `state.ema_params` afterwards: {"text_encoder", "unet"}.
+        `init(key) -> state` and `train_step(state, batch) -> (state, metrics)`; batch = {"latent":
+        scaled (B, C, h, w), "label": (B,) int32}. Use `state.ema_params` afterwards:
+        {"text_encoder", "unet"}.
     """
     if sd.schedule.prediction_type != "epsilon":
         raise ValueError("the diffusion trainer predicts noise")
@@ -173,15 +175,14 @@ def make_diffusion_trainer(
         return GeneratorState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
     def loss_fn(params: Any, key: jax.Array, latents: Float[Array, "B C h w"], labels):
-        time_key, noise_key, drop_key, flip_key = jax.random.split(key, 4)
+        time_key, noise_key, drop_key = jax.random.split(key, 3)
         batch = latents.shape[0]
-        # Mirroring a latent is not exactly mirroring its image, but the autoencoder saw both.
-        latents = _flip(flip_key, latents, width_axis=3)
         timesteps = jax.random.randint(time_key, (batch,), 0, sd.schedule.train_steps)
         noise = jax.random.normal(noise_key, latents.shape)
         signal = squared_alpha[timesteps][:, None, None, None]
         noisy = jnp.sqrt(signal) * latents + jnp.sqrt(1.0 - signal) * noise
-        rows = jnp.where(jax.random.bernoulli(drop_key, condition_dropout, (batch,)), empty_row, labels)
+        dropped = jax.random.bernoulli(drop_key, condition_dropout, (batch,))
+        rows = jnp.where(dropped, empty_row, labels)
         # The text encoder runs once a prompt, not once an example.
         states = stable.encode_prompts(sd, params, ids)[rows]
         predicted = stable.apply_unet(sd, params, noisy, timesteps, states)

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 
 from oal_jax import losses
 from oal_jax.keys import named
-from oal_jax.methods.base import Method, accuracy, apply_group, split_variables
+from oal_jax.methods.base import (
+    Batch,
+    Groups,
+    Method,
+    Metrics,
+    accuracy,
+    apply_group,
+    split_variables,
+)
 from oal_jax.models.projector import Projector
 
 
@@ -29,46 +37,66 @@ def distillation(
     logit_weight: float,
     feature_weight: float,
 ) -> Method:
-    """Groups "student" and "projector" (DT). Metrics keep the student's outputs under no name.
+    """Groups "student" and "projector" (DT), trained by the cross-entropy and both KL terms.
 
     The batch needs `teacher_logits` (B, K) and `teacher_features` (B, T).
     """
-    projector = Projector(model.feature_width)
-
-    def init(key):
-        student, student_state = split_variables(
-            model.init(named(key, "student"), jnp.zeros((1, *image_shape)))
-        )
-        variables = projector.init(
-            named(key, "projector"), jnp.zeros((1, teacher_width)), train=False
-        )
-        dt, dt_state = split_variables(variables)
-        params = {"student": student, "projector": dt}
-        return params, {"student": student_state, "projector": dt_state}
 
     def loss(params, model_state, batch, step, key):
-        value, (model_state, metrics), _ = student_terms(
-            params, model_state, batch, model, projector, logit_weight, feature_weight
-        )
         del step, key
-        return value, (model_state, metrics)
+        value, aux, _ = student_terms(
+            params,
+            model_state,
+            batch,
+            model,
+            logit_weight=logit_weight,
+            feature_weight=feature_weight,
+        )
+        return value, aux
 
-    return Method(init, loss)
+    return Method(lambda key: init_groups(key, model, image_shape, teacher_width), loss)
+
+
+def init_groups(
+    key: jax.Array, model: Any, image_shape: tuple[int, int, int], teacher_width: int
+) -> tuple[Groups, Groups]:
+    """Fresh parameters and batch statistics of the groups "student" and "projector"."""
+    student, student_state = split_variables(
+        model.init(named(key, "student"), jnp.zeros((1, *image_shape)))
+    )
+    dt, dt_state = split_variables(
+        Projector(model.feature_width).init(
+            named(key, "projector"), jnp.zeros((1, teacher_width)), train=False
+        )
+    )
+    return {"student": student, "projector": dt}, {"student": student_state, "projector": dt_state}
 
 
 def student_terms(
-    params, model_state, batch, model, projector, logit_weight, feature_weight
-) -> tuple[jax.Array, tuple[dict, dict], tuple[jax.Array, jax.Array]]:
-    """The CE and KD terms; also the student's (logits, features) for further terms."""
+    params: Groups,
+    model_state: Groups,
+    batch: Batch,
+    model: Any,
+    *,
+    logit_weight: float,
+    feature_weight: float,
+    unit_features: bool = True,
+) -> tuple[jax.Array, tuple[Groups, Metrics], tuple[jax.Array, jax.Array]]:
+    """`(value, (model_state, metrics))` of CE and KD, and the student's (logits, features).
+
+    `unit_features` scales the teacher's features to unit norm before DT; the official code does
+    not, but outliers are directions, and DT must see both alike where it maps outliers too.
+    """
     (logits, features), student_state = apply_group(
         model, params, model_state, "student", batch["image"], train=True
     )
+    teacher_features = batch["teacher_features"].astype(jnp.float32)
     target, dt_state = apply_group(
-        projector,
+        Projector(model.feature_width),
         params,
         model_state,
         "projector",
-        normalise(batch["teacher_features"].astype(jnp.float32)),
+        normalise(teacher_features) if unit_features else teacher_features,
         train=True,
     )
     ce = jnp.mean(losses.cross_entropy(logits, batch["label"]))

@@ -43,25 +43,19 @@ def energy(
 
     Feature outliers `outlier` (B, T) reach the student's head through DT, latents
     `outlier_latent` (B, h, w, c) through an adapter that regresses the student's features from
-    the latents of ID images (`latent`). Mapped outliers carry no gradient, and neither map's
-    batch statistics ever see one. Without any outliers the ID side alone is trained.
+    the latents of ID images (`latent`). Mapped outliers carry no gradient to either map, and
+    the batch statistics of DT never see one. Without any outliers the ID side alone is trained,
+    with scale and offset held fixed.
 
     Args:
       latent_shape: (h, w, c) of a latent, or None where there are no latent outliers.
       ramp_steps: the energy loss's weight rises linearly between these two steps.
       feature_outliers: whether the batch has `outlier`.
     """
-    base = kd.distillation(
-        model,
-        image_shape,
-        teacher_width,
-        logit_weight=logit_weight,
-        feature_weight=feature_weight,
-    )
     projector, adapter = Projector(model.feature_width), LatentAdapter(model.feature_width)
 
     def init(key):
-        params, model_state = base.init(key)
+        params, model_state = kd.init_groups(key, model, image_shape, teacher_width)
         params["energy"] = {"scale": jnp.zeros(()), "offset": jnp.zeros(())}
         if latent_shape:
             variables = adapter.init(named(key, "adapter"), jnp.zeros((1, *latent_shape)))
@@ -82,7 +76,12 @@ def energy(
     def loss(params, model_state, batch, step, key):
         del key
         value, (new_state, metrics), (logits, features) = kd.student_terms(
-            params, model_state, batch, model, projector, logit_weight, feature_weight
+            params,
+            model_state,
+            batch,
+            model,
+            logit_weight=logit_weight,
+            feature_weight=feature_weight,
         )
         weight = energy_weight * losses.ramp(step, *ramp_steps)
         head = params["student"]["fc"]
@@ -92,15 +91,17 @@ def energy(
         for name, outlier_features in mapped.items():
             outlier_logits = outlier_features @ head["kernel"] + head["bias"][None]
             outlier_energy = jax.nn.logsumexp(outlier_logits, axis=-1)
-            id_loss, outlier_loss = losses.energy_logistic(
-                id_energy, outlier_energy, scale, offset
-            )
-            value += weight * (jnp.mean(id_loss) + jnp.mean(outlier_loss))
-            metrics[f"energy_{name}"] = jnp.mean(id_loss) + jnp.mean(outlier_loss)
+            id_loss, outlier_loss = losses.energy_logistic(id_energy, outlier_energy, scale, offset)
+            separation = jnp.mean(id_loss) + jnp.mean(outlier_loss)
+            value += weight * separation
+            metrics[f"energy_{name}"] = separation
             metrics[f"outlier_energy_{name}"] = jnp.mean(outlier_energy)
         if not mapped:
-            id_loss, _ = losses.energy_logistic(id_energy, id_energy, scale, offset)
+            # With nothing opposite, a learned offset would take the loss to zero by itself.
+            fixed = jax.lax.stop_gradient((scale, offset))
+            id_loss, _ = losses.energy_logistic(id_energy, id_energy, *fixed)
             value += weight * jnp.mean(id_loss)
+            metrics["energy_id"] = jnp.mean(id_loss)
         metrics["id_energy"] = jnp.mean(id_energy)
         if latent_shape:
             predicted = adapter.apply({"params": params["adapter"]}, batch["latent"])
@@ -127,24 +128,17 @@ def club(
     """Both CLUB terms, as shipped or (`alternate`) with q fitted by likelihood.
 
     The batch needs `outlier` (B, T) and `outlier_latent` (B, latent_width), paired at random
-    with the ID images. `alternate`: the student's gradient comes from CLUB with q held fixed,
-    q's from the likelihood with the features held fixed, in the same step.
+    with the ID images. DT gets the teacher's features as they are, as shipped. `alternate`: the
+    student's gradient comes from CLUB with q held fixed, q's from the likelihood with the
+    features held fixed, in the same step.
     """
-    base = kd.distillation(
-        model,
-        image_shape,
-        teacher_width,
-        logit_weight=logit_weight,
-        feature_weight=feature_weight,
-    )
-    projector = Projector(model.feature_width)
     hidden: dict[str, Sequence[int]] = {"outlier": (256,), "outlier_latent": (32, 16, 256)}
     widths = {"outlier": teacher_width, "outlier_latent": latent_width}
     weights = {"outlier": knn_weight, "outlier_latent": latent_weight}
     predictors = {name: GaussianPredictor(model.feature_width, hidden[name]) for name in hidden}
 
     def init(key):
-        params, model_state = base.init(key)
+        params, model_state = kd.init_groups(key, model, image_shape, teacher_width)
         params["club"] = {
             name: q.init(named(key, name), jnp.zeros((1, widths[name])))["params"]
             for name, q in predictors.items()
@@ -154,7 +148,13 @@ def club(
     def loss(params, model_state, batch, step, key):
         del step, key
         value, (new_state, metrics), (_, features) = kd.student_terms(
-            params, model_state, batch, model, projector, logit_weight, feature_weight
+            params,
+            model_state,
+            batch,
+            model,
+            logit_weight=logit_weight,
+            feature_weight=feature_weight,
+            unit_features=False,
         )
         for name, q in predictors.items():
             q_params = params["club"][name]
@@ -163,7 +163,7 @@ def club(
             estimate = jnp.mean(losses.club(mean, log_variance, features))
             value += weights[name] * estimate
             metrics[f"club_{name}"] = estimate
-            one_draw, expected = _gradient_norms(*jax.lax.stop_gradient((mean, log_variance)), features)
+            one_draw, expected = _gradient_norms(mean, log_variance, features)
             metrics[f"club_gradient_{name}"] = one_draw
             metrics[f"club_expected_gradient_{name}"] = expected
             if alternate:
@@ -183,8 +183,10 @@ def _gradient_norms(
 ) -> tuple[jax.Array, jax.Array]:
     """Norms of d CLUB / d features: of this pairing, and of the mean over all pairings.
 
-    The mean over pairings separates into products of batch means, so it costs O(B d).
+    The mean over pairings separates into products of batch means, so it costs O(B d); it is zero
+    but for rounding, whatever q says.
     """
+    mean, log_variance, features = jax.lax.stop_gradient((mean, log_variance, features))
 
     def paired(y):
         return jnp.mean(losses.club(mean, log_variance, y))
@@ -198,5 +200,4 @@ def _gradient_norms(
             - jnp.mean(precision, axis=0) / 2 * jnp.mean(squares, axis=0)
         )
 
-    fixed = jax.lax.stop_gradient(features)
-    return tuple(jnp.linalg.norm(jax.grad(f)(fixed)) for f in (paired, averaged))
+    return tuple(jnp.linalg.norm(jax.grad(f)(features)) for f in (paired, averaged))

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from oal_jax import losses
 from oal_jax.methods import kd
 from oal_jax.methods.base import Method, apply_group
-from oal_jax.models.projector import Projector
 
 
 def outlier_exposure(
@@ -29,19 +28,16 @@ def outlier_exposure(
     Outlier images pass with the running statistics and leave them as they are: outliers never
     share BatchNorm statistics with ID images.
     """
-    base = kd.distillation(
-        model,
-        image_shape,
-        teacher_width,
-        logit_weight=logit_weight,
-        feature_weight=feature_weight,
-    )
-    projector = Projector(model.feature_width)
 
     def loss(params, model_state, batch, step, key):
         del step, key
         value, (new_state, metrics), _ = kd.student_terms(
-            params, model_state, batch, model, projector, logit_weight, feature_weight
+            params,
+            model_state,
+            batch,
+            model,
+            logit_weight=logit_weight,
+            feature_weight=feature_weight,
         )
         (logits, _), _ = apply_group(
             model, params, model_state, "student", batch["outlier_image"], train=False
@@ -50,4 +46,4 @@ def outlier_exposure(
         metrics["outlier_exposure"] = exposure
         return value + pixel_weight * exposure, (new_state, metrics)
 
-    return Method(base.init, loss)
+    return Method(lambda key: kd.init_groups(key, model, image_shape, teacher_width), loss)

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# XLA's CPU convolution on a 2 x 2 map takes 20 times as long as the same product of patches
-# (measured, batch 128, 128 channels); from 4 x 4 on it is the faster of the two.
-_TINY_MAP = 9
+# XLA's CPU convolution to a 2 x 2 map takes 20 times as long as the same product of patches
+# (measured, batch 128, 128 channels); to 4 x 4 and more it is the faster of the two.
+_TINY_MAP = 9  # pixels of the output
 
 
 def patches_product(
@@ -27,7 +27,7 @@ def patches_product(
 
 
 class Conv(nn.Module):
-    """Square convolution without bias, padding (kernel - 1) / 2 on every side as in PyTorch.
+    """Convolution without bias; odd square kernel, padding (kernel - 1) / 2 as in PyTorch.
 
     "SAME" would pad strided convolutions on the other side. Parameters are those of `nn.Conv`.
     """
@@ -38,14 +38,14 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        """Height and width shrink by `stride`, rounded up."""
         pad = (self.kernel - 1) // 2
         shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         kernel = self.param("kernel", init, shape)
-        out_pixels = (x.shape[1] // self.stride) * (x.shape[2] // self.stride)
-        if self.kernel == 1 and pad == 0:
+        if self.kernel == 1:
             return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
-        if out_pixels <= _TINY_MAP:
+        if -(-x.shape[1] // self.stride) * -(-x.shape[2] // self.stride) <= _TINY_MAP:
             return patches_product(x, kernel, self.stride, pad)
         return jax.lax.conv_general_dilated(
             x,

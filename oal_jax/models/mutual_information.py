@@ -3,28 +3,27 @@
 from collections.abc import Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# PyTorch's default for Linear: weights and biases both U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
-_UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
 
 class TorchDense(nn.Module):
-    """`nn.Dense` with PyTorch's default initialisation of weights and bias."""
+    """`nn.Dense` as PyTorch starts it: weights and bias U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
 
     features: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        fan_in = x.shape[-1]
-        kernel = self.param("kernel", _UNIFORM, (fan_in, self.features))
+    def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b o"]:
+        """x @ kernel + bias."""
+        bound = x.shape[-1] ** -0.5
 
         def uniform(key, shape):
-            return _UNIFORM(key, (fan_in, *shape))[0]
+            return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
+        kernel = self.param("kernel", uniform, (x.shape[-1], self.features))
         bias = self.param("bias", uniform, (self.features,))
-        return x @ kernel + jnp.broadcast_to(bias, (*x.shape[:-1], self.features))
+        return x @ kernel + bias[None]
 
 
 class GaussianPredictor(nn.Module):
@@ -39,14 +38,12 @@ class GaussianPredictor(nn.Module):
     log_variance_hidden: Sequence[int] = (256,)
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b i"]
-    ) -> tuple[Float[Array, "b d"], Float[Array, "b d"]]:
-        layer = TorchDense
+    def __call__(self, x: Float[Array, "b i"]) -> tuple[Float[Array, "b d"], Float[Array, "b d"]]:
+        """(mean, log-variance) of q(. | x)."""
         mean, log_variance = x, x
         for i, hidden in enumerate(self.mean_hidden):
-            mean = nn.relu(layer(hidden, name=f"mean_{i}")(mean))
+            mean = nn.relu(TorchDense(hidden, name=f"mean_{i}")(mean))
         for i, hidden in enumerate(self.log_variance_hidden):
-            log_variance = nn.relu(layer(hidden, name=f"log_variance_{i}")(log_variance))
-        mean = layer(self.width, name="mean_out")(mean)
-        return mean, jnp.tanh(layer(self.width, name="log_variance_out")(log_variance))
+            log_variance = nn.relu(TorchDense(hidden, name=f"log_variance_{i}")(log_variance))
+        mean = TorchDense(self.width, name="mean_out")(mean)
+        return mean, jnp.tanh(TorchDense(self.width, name="log_variance_out")(log_variance))

@@ -18,6 +18,7 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t"], train: bool) -> Float[Array, "b d"]:
+        """`train`: normalise by the batch and update the running statistics."""
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name="bn1")(x)
         x = nn.relu(TorchDense(self.width, name="linear")(x))
         return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name="bn2")(
@@ -36,6 +37,7 @@ class LatentAdapter(nn.Module):
 
     @nn.compact
     def __call__(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
+        """A student feature for each latent."""
         x = nn.gelu(Conv(self.hidden // 2, 3, 1, name="conv1")(latents))
         x = nn.gelu(Conv(self.hidden, 3, 2, name="conv2")(x))
         while x.shape[1] > 4:  # 64 x 64 latents of full-size Stable Diffusion come down to 4 x 4

@@ -1,4 +1,4 @@
-"""ResNets (He et al., arXiv 1512.03385) with torchvision's numerics, for 224 px, 32 px and less."""
+"""ResNets (He et al., arXiv 1512.03385) laid out as torchvision's, for 224 px, 32 px and less."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -24,6 +24,7 @@ class ResNetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
+        """`train`: normalise by the batch and update the running statistics."""
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5)
         out = self.channels * (4 if self.bottleneck else 1)
         if self.bottleneck:
@@ -61,13 +62,12 @@ class ResNet(nn.Module):
     def __call__(
         self, images: Float[Array, "b h w c"], train: bool = False
     ) -> tuple[Float[Array, "b k"], Float[Array, "b d"]]:
+        """`train`: normalise by the batch and update the running statistics."""
         sizes: Sequence[int] = STAGES[self.depth]
         kernel, stride, pool = STEMS[self.stem]
         x = normalise(images, self.mean, self.std)
         x = Conv(self.width, kernel, stride, name="conv1")(x)
-        x = nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=1e-5, name="bn1"
-        )(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name="bn1")(x)
         x = nn.relu(x)
         if pool:
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))

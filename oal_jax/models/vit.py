@@ -1,4 +1,4 @@
-"""The Vision Transformer of Dosovitskiy et al. (arXiv 2010.11929), with timm's names and numerics."""
+"""The Vision Transformer (Dosovitskiy et al., arXiv 2010.11929), timm's names and numerics."""
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Every token attends to all tokens of its image."""
         b, n, d = x.shape
         qkv = nn.Dense(3 * d, name="qkv")(x).reshape(b, n, 3, self.heads, d // self.heads)
         # Heads beside the batch: a batched matrix product, several times faster on CPU than the
@@ -33,6 +34,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Tokens to tokens of the same shape."""
         d = x.shape[-1]
         x = x + Attention(self.heads, name="attn")(nn.LayerNorm(epsilon=1e-6, name="norm1")(x))
         h = nn.LayerNorm(epsilon=1e-6, name="norm2")(x)
@@ -60,7 +62,8 @@ class VisionTransformer(nn.Module):
     def __call__(
         self, images: Float[Array, "b h w c"], train: bool = False
     ) -> tuple[Float[Array, "b k"], Float[Array, "b d"]]:
-        del train  # no dropout and no batch statistics
+        """`train` is there for the classifiers' common form: no dropout, no batch statistics."""
+        del train
         b, h, w, c = images.shape
         p = self.patch
         x = normalise(images, self.mean, self.std)

@@ -17,6 +17,37 @@ def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
+def kth_largest(values: Float[Array, "n q"], k: int) -> Float[Array, " q"]:
+    """The k-th largest of each column, exact, 1 <= k <= n.
+
+    Bisection on the floats read as integers of the same order: 32 counts of the entries at or
+    above a bound. On CPU a block that fits the cache takes a tenth of the time of `lax.top_k` with
+    k in the hundreds, and columns run side by side in the vector units where rows would not.
+    """
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+    order = _flip_negative(bits)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low | high) - ((low ^ high) >> 1)  # mean, rounded up, without overflow
+        enough = jnp.sum(order >= middle[None], axis=0, dtype=jnp.int32) >= k
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+
+    bounds = jnp.min(order, axis=0), jnp.max(order, axis=0)
+    found, _ = jax.lax.fori_loop(0, 32, halve, bounds)
+    return jax.lax.bitcast_convert_type(_flip_negative(found), values.dtype)
+
+
+def _flip_negative(bits: Int[Array, "..."]) -> Int[Array, "..."]:
+    # A negative float grows as its bits, read as an integer, shrink. Its own inverse.
+    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+
+def _product(x: Float[Array, "a d"], y: Float[Array, "b d"]) -> Float[Array, "a b"]:
+    # Full float32: TF32 or bfloat16 products would blur distances by more than what is compared.
+    return jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
+
+
 def kth_distance(
     queries: Float[Array, "q d"], bank: Float[Array, "n d"], k: int
 ) -> Float[Array, " q"]:
@@ -25,14 +56,36 @@ def kth_distance(
     On the unit sphere that is 2 - 2 <q, x>, so one matrix product and the k-th largest inner
     product are all it takes. A query that is itself in the bank counts as its own nearest.
     """
-    similarity = queries @ bank.T
-    n = bank.shape[0]
-    # top_k on the shorter side of the order statistic.
-    if k <= n // 2:
-        kth = jax.lax.top_k(similarity, k)[0][:, -1]
-    else:
-        kth = -jax.lax.top_k(-similarity, n - k + 1)[0][:, -1]
-    return jnp.maximum(2 - 2 * kth, 0)
+    return jnp.maximum(2 - 2 * kth_largest(_product(bank, queries), k), 0)
+
+
+def candidate_distances(
+    anchors: Float[Array, "a d"], noise: Float[Array, "l d"], bank: Float[Array, "n d"], k: int
+) -> Float[Array, "a l"]:
+    """`kth_distance` of every candidate unit(anchor + noise row), without forming candidates.
+
+    <unit(a + e), x> = (<a, x> + <e, x>) / |a + e|, so the products are shared by all candidates
+    and the length is divided out after the k-th largest is found. Memory: the (n, l) products
+    with the noise, and one block of candidates.
+    """
+    rows, block = noise.shape[0], _block()
+    blocks = -(-rows // block)
+    of_noise = jnp.pad(_product(bank, noise), ((0, 0), (0, blocks * block - rows)))
+    of_noise = of_noise.reshape(-1, blocks, block).swapaxes(0, 1)
+
+    def one(of_anchor):
+        return jax.lax.map(lambda e: kth_largest(of_anchor[:, None] + e, k), of_noise)
+
+    kth = jax.lax.map(one, _product(anchors, bank)).reshape(-1, blocks * block)[:, :rows]
+    squares = jnp.sum(anchors**2, axis=1)[:, None] + jnp.sum(noise**2, axis=1)[None]
+    length = jnp.sqrt(squares + 2 * _product(anchors, noise))
+    return jnp.maximum(2 - 2 * kth / jnp.maximum(length, 1e-12), 0)
+
+
+def _block() -> int:
+    # Candidates at once. 128 beside 500 features stay in a CPU core's cache: 3 times faster than
+    # 1500; accelerators want few, large steps.
+    return 128 if jax.default_backend() == "cpu" else 4096
 
 
 @partial(jax.jit, static_argnames=("k", "count"))
@@ -80,7 +133,7 @@ def sample_class(
     """Unit-norm outliers of one class, m = repeats * anchors * keep, anchor by anchor.
 
     The boundary does not depend on the noise, so it is found once and shared by all repeats.
-    Memory is bounded by the candidates of one anchor: (noise_rows, max(n, d)) floats.
+    Memory is bounded by the inner products of features and noise: (n, noise_rows) floats.
 
     Args:
       features: unit-norm ID features of the class.
@@ -97,12 +150,7 @@ def sample_class(
         key_anchor, key_noise = jax.random.split(repeat_key)
         chosen = edge[jax.random.choice(key_anchor, count, (anchors,), replace=False)]
         noise = sigma * jax.random.normal(key_noise, (noise_rows, features.shape[1]))
-
-        def candidates(anchor):
-            return unit(anchor[None] + noise)
-
-        distance = jax.lax.map(lambda a: kth_distance(candidates(a), features, k), chosen)
-        rows = SELECTIONS[selection](distance, keep)
+        rows = SELECTIONS[selection](candidate_distances(chosen, noise, features, k), keep)
         return unit(chosen[:, None] + noise[rows]).reshape(anchors * keep, -1)
 
     return jax.lax.map(repeat, jax.random.split(key, repeats)).reshape(repeats * anchors * keep, -1)

@@ -1,14 +1,16 @@
 """Reads and writes the directory layout of diffusers without torch and without unpickling.
 
-A directory holds one folder a component (`unet/`, `vae/`, `text_encoder/`), each with a `config.json` and the weights.
-Weights are looked for in this order:
+A directory holds one folder a component (`unet/`, `vae/`, `text_encoder/`), each with a
+`config.json` and the weights. Weights are looked for in this order:
 
 1. safetensors, one file or a sharded index, in PyTorch's names and layout;
 2. the same with the `.fp16` variant in the file name;
 3. Flax msgpack, in Flax's own names.
 
-Pickled weights (`.bin`, `.pt`, `.ckpt`) are refused. Every expected tensor must be there once, with the right shape, and
-nothing may be left over: a checkpoint that does not fit its config is a `UserError`, not a network that runs on noise.
+Pickled weights (`.bin`, `.pt`, `.ckpt`) are refused. Every expected tensor must be there once, with
+the right shape, and
+nothing may be left over: a checkpoint that does not fit its config is a `UserError`, not a network
+    that runs on noise.
 """
 
 import json
@@ -53,7 +55,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component, or its msgpack file; `UserError` where there are none."""
+    """The safetensors files of a component, or its msgpack file."""
     for variant in ("", ".fp16"):
         for stem in _STEMS:
             single = folder / f"{stem}{variant}.safetensors"
@@ -84,12 +86,16 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _torch_tensors(files: list[Path], wanted: Mapping[str, tuple]) -> Iterator[tuple[tuple, Any]]:
-    """Yields (path, numpy array in Flax layout), one tensor in memory at a time; checks names and shapes first."""
+    """Yields (path, array in Flax layout), one tensor in memory at a time.
+
+    Names and shapes of all are checked before the first is read.
+    """
     where, shapes = {}, {}
     for file in files:
         try:
             with safe_open(file, framework="numpy") as handle:
-                for name in handle.keys():
+                names = handle.keys()
+                for name in names:
                     if name in where:
                         raise UserError(f"{file.parent}: tensor {name} is there twice")
                     where[name] = file
@@ -114,12 +120,11 @@ def _torch_tensors(files: list[Path], wanted: Mapping[str, tuple]) -> Iterator[t
 
     for file in files:
         with safe_open(file, framework="numpy") as handle:
-            for name in handle.keys():
-                if name in chosen:
-                    path = chosen[name]
-                    array = handle.get_tensor(name)
-                    array = array.reshape(torch_layout.torch_shape(path, wanted[path]))
-                    yield path, torch_layout.from_torch(path, array)
+            for name in set(handle.keys()) & set(chosen):
+                path = chosen[name]
+                array = handle.get_tensor(name)
+                array = array.reshape(torch_layout.torch_shape(path, wanted[path]))
+                yield path, torch_layout.from_torch(path, array)
 
 
 def _refuse(folder: Path, missing: list[str], extra: list[str], wrong: list[str]) -> None:
@@ -153,19 +158,21 @@ def _msgpack_tensors(file: Path, wanted: Mapping[tuple, tuple]) -> Iterator[tupl
 def read_params(folder: Path, expected: Any, dtype: Any = jnp.float32) -> dict[str, Any]:
     """The parameters of one component as a Flax tree.
 
-    Tensors are read, transposed, cast and put on the device one by one, so that the host never holds a second copy of
-    the whole (msgpack files excepted, which cannot be read in parts).
+    Tensors are read, transposed, cast and put on the device one by one, so that the host never
+    holds a second copy of the whole (msgpack files excepted, which cannot be read in parts).
 
     Args:
         folder: folder of the component, for example `DIR/unet`.
-        expected: nested dict of arrays or `jax.ShapeDtypeStruct`: the shapes that the module's `init` gives.
+        expected: nested dict of arrays or `jax.ShapeDtypeStruct`: the shapes that the module's
+            `init` gives.
         dtype: dtype of every parameter, usually float32 or bfloat16.
 
     Returns:
         A nested dict of the same structure with jax arrays.
 
     Raises:
-        UserError: no weights, pickled weights, a damaged file, or names and shapes that do not match `expected`.
+        UserError: no weights, pickled weights, a damaged file, or names and shapes that do not
+            match `expected`.
     """
     folder = Path(folder)
     wanted = {
@@ -186,7 +193,8 @@ def write_params(folder: Path, params: Any, *, stem: str = "diffusion_pytorch_mo
     Args:
         folder: folder of the component; made if absent.
         params: nested dict of arrays; their dtypes are kept.
-        stem: file name without suffix: "diffusion_pytorch_model" for diffusers, "model" for transformers.
+        stem: file name without suffix: "diffusion_pytorch_model" for diffusers, "model" for
+            transformers.
 
     Returns:
         The file written. It replaces an older one in a single rename.
@@ -214,20 +222,28 @@ def save(
     directory: Path,
     params: Mapping[str, Any],
     configs: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
     dtype: Any = None,
+    scaling_factor: float | None = None,
 ) -> None:
     """Writes the weights, and where given the configs, of several components.
 
     Args:
         directory: the diffusers directory.
         params: component name ("unet", "vae", "text_encoder") to Flax tree.
-        configs: component name to the content of its `config.json`; components left out keep theirs.
+        configs: component name to the content of its `config.json`; components left out keep
+            theirs.
         dtype: cast to this dtype on the way (None keeps each leaf's own).
+        scaling_factor: written into `vae/config.json`, which must be there or in `configs`.
     """
+    directory = Path(directory)
     for name, config in (configs or {}).items():
-        write_json(Path(directory) / name / "config.json", config)
+        write_json(directory / name / "config.json", config)
+    if scaling_factor is not None:
+        path = directory / "vae" / "config.json"
+        write_json(path, read_json(path) | {"scaling_factor": float(scaling_factor)})
     for name, tree in params.items():
         if dtype is not None:
             tree = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), tree)
         stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
-        write_params(Path(directory) / name, tree, stem=stem)
+        write_params(directory / name, tree, stem=stem)

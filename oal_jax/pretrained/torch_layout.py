@@ -1,12 +1,12 @@
 """Names and array layouts of PyTorch checkpoints, derived from a Flax parameter tree.
 
-diffusers' and transformers' Flax ports keep the module structure of the PyTorch originals, so the PyTorch name of every
-leaf follows from its path in the Flax tree. Three things differ:
+diffusers' and transformers' Flax ports keep the module structure of the PyTorch originals, so the
+PyTorch name of every leaf follows from its path in the Flax tree. Three things differ:
 
 - numbered submodules: `down_blocks_0` in Flax is `down_blocks.0` in PyTorch;
 - leaf names: `kernel`, `scale` and `embedding` are all `weight` in PyTorch;
-- array layout: a dense kernel is (in, out) in Flax and (out, in) in PyTorch; a convolution kernel is (h, w, in, out)
-  against (out, in, h, w).
+- array layout: a dense kernel is (in, out) in Flax and (out, in) in PyTorch; a convolution kernel
+  is (h, w, in, out) against (out, in, h, w).
 """
 
 import re
@@ -16,13 +16,15 @@ import numpy as np
 
 Path = tuple[str, ...]
 
-# Module lists of the ports: only in these does a trailing number mean an index (`linear_1` is a plain name).
+# Module lists of the ports: only in these does a trailing number mean an index (`linear_1` is a
+# plain name).
 _LISTS = (
     "attentions|down_blocks|downsamplers|net|resnets|to_out|transformer_blocks|up_blocks|upsamplers"
 )
 _INDEXED = re.compile(rf"^({_LISTS})_(\d+)$")
 
-# The attention of the autoencoder, which the Flax port still calls by its first names; checkpoints exist with both.
+# The attention of the autoencoder, which the Flax port still calls by its first names; checkpoints
+# exist with both.
 _VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}

@@ -97,7 +97,7 @@ def _train(context: Context) -> None:
     sd = stable_diffusion.build(target)
     key = named(context.key, "generator")
 
-    vae_plan = loop.Plan(len(data.images), config.batch_size, config.vae_epochs, log_every=50)
+    vae_plan = loop.Plan(len(data.images), config.vae_batch_size, config.vae_epochs, log_every=50)
     init, step = make_vae_trainer(sd, key, steps=vae_plan.steps)
     vae_state = _fit(context, "vae", init, step, data.images, "image", data.labels, vae_plan)
     params = {"vae": jax.device_get(vae_state.params["vae"])}
@@ -119,7 +119,8 @@ def _train(context: Context) -> None:
 
 
 def _fit(context: Context, name: str, init, train_step, inputs, input_name, labels, plan):
-    distributed.check_batch("generator.batch_size", plan.batch_size, context.mesh)
+    field = "generator.vae_batch_size" if name == "vae" else "generator.batch_size"
+    distributed.check_batch(field, plan.batch_size, context.mesh)
     key = named(context.key, name)
 
     def make_batch(arrays, indices, epoch, step):

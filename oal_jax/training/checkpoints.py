@@ -1,5 +1,10 @@
 """Checkpoints of a training state: Orbax behind one small class, asynchronous and atomic."""
 
+import gc
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +19,11 @@ class Checkpoints:
     """The last few states of one run in a directory of their own."""
 
     def __init__(self, directory: Path, keep: int = 2):
-        """Open (and create) `directory`; leftovers of an interrupted save are ignored."""
+        """Open (and create) `directory`; leftovers of an interrupted save are deleted."""
         self.directory = directory.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, state: Any) -> None:
@@ -30,19 +37,26 @@ class Checkpoints:
     def restore(self, like: Any) -> Any | None:
         """The newest state that can be read whole, placed and sharded as `like`; None if none is.
 
-        A damaged newest checkpoint is passed over, with a warning, for the one before it.
+        A damaged newest checkpoint is deleted, with a warning, for the one before it.
 
         Raises:
           UserError: there are checkpoints, and none of them can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        damaged = []
         for step in steps:
             try:
-                return self._manager.restore(step, args=ocp.args.StandardRestore(target))
-            except Exception as error:  # noqa: BLE001 - Orbax and TensorStore raise many kinds
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+                with _no_stray_tracebacks():
+                    state = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+            except Exception as error:  # Orbax and TensorStore raise many kinds
+                reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
                 logging.warning("checkpoint %d is damaged, trying the one before: %s", step, reason)
+                damaged.append(step)
+                continue
+            for later in damaged:  # in the way of the save that is due at that step again
+                self._manager.delete(later)
+            return state
         if steps:
             raise UserError(
                 f"no checkpoint under {self.directory} can be read; delete the directory to"
@@ -52,5 +66,22 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for writes that are under way, then let go of the directory."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
+
+
+@contextmanager
+def _no_stray_tracebacks() -> Iterator[None]:
+    """When a read fails, Orbax abandons the others; their complaints would hide the one line."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    except Exception:
+        time.sleep(0.2)  # until the threads of the abandoned reads have said it
+        gc.collect()
+        raise
+    finally:
+        sys.unraisablehook = before

@@ -3,15 +3,18 @@
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 from tqdm import tqdm
 
 from oal_jax import distributed
+from oal_jax.errors import UserError
 from oal_jax.keys import at_step
 from oal_jax.training.checkpoints import Checkpoints
 from oal_jax.training.log import MetricsLog
@@ -34,8 +37,8 @@ class Plan(NamedTuple):
     examples: int
     batch_size: int
     epochs: int
-    log_every: int = 20
-    checkpoint_every: int = 1
+    log_every: int = 20  # steps, counted from the start of each epoch; its last is logged too
+    checkpoint_every: int = 1  # epochs
 
     @property
     def steps_per_epoch(self) -> int:
@@ -53,8 +56,8 @@ def compile_step(
 ) -> Callable[[Any, Arrays, Int[Array, "s b"]], tuple[Any, dict[str, Array]]]:
     """`(state, arrays, order) -> (state, metrics)`: draw the batch, take the step; state donated.
 
-    With `steps_per_call` > 1 that many steps run in one `lax.scan` and the metrics are those of
-    the last: for accelerators. On CPU the gradient of a convolution inside a scan is about a
+    Metrics have a leading axis: one entry a step. With `steps_per_call` > 1 that many steps run in
+    one `lax.scan`: for accelerators. On CPU the gradient of a convolution inside a scan is about a
     hundred times slower than outside, so there a call is one step.
     """
 
@@ -63,13 +66,13 @@ def compile_step(
         batch = make_batch(arrays, order[row], epoch, state.step)
         return train_step(state, distributed.shard_batch(batch, mesh))
 
-    def several(state, arrays, order):
-        state, metrics = jax.lax.scan(
-            lambda s, _: one(s, arrays, order), state, length=steps_per_call
-        )
-        return state, jax.tree.map(lambda m: m[-1], metrics)
+    def call(state, arrays, order):
+        if steps_per_call == 1:
+            state, metrics = one(state, arrays, order)
+            return state, jax.tree.map(lambda m: m[None], metrics)
+        return jax.lax.scan(lambda s, _: one(s, arrays, order), state, length=steps_per_call)
 
-    return jax.jit(one if steps_per_call == 1 else several, donate_argnums=0)
+    return jax.jit(call, donate_argnums=0)
 
 
 def fit(
@@ -92,34 +95,48 @@ def fit(
     `state` is any pytree with an int32 scalar `step` (it is donated); `arrays` stay on the
     devices; `make_batch(arrays, indices, epoch, step)` runs inside jit. Epochs are permuted by
     `fold_in(key, epoch)`, so the step number alone says where to resume. `evaluate(state)` runs
-    after every epoch.
+    after every epoch, and its values are logged with those of the epoch's last step.
+
+    What a checkpoint's step and those before it log is on disk before the checkpoint is, so a
+    resumed run leaves the same lines as one that was never stopped.
 
     Raises:
-      TrainingFailed: a metric is not finite; what was saved before stays.
+      TrainingFailed: a metric or the state is not finite; what was saved before stays.
       Preempted: SIGTERM arrived; the state was saved first.
+      UserError: an epoch has not even one batch.
     """
+    if not plan.steps_per_epoch:
+        raise UserError(
+            f"{name}: batch_size={plan.batch_size} is more than the {plan.examples} training images"
+        )
     per_call = steps_per_call or (1 if jax.default_backend() == "cpu" else plan.log_every)
-    step_fns: dict[int, Callable] = {}
-    draw = jax.jit(
-        lambda epoch: jax.random.permutation(at_step(key, "order", epoch), plan.examples)[
-            : plan.steps_per_epoch * plan.batch_size
-        ].reshape(plan.steps_per_epoch, plan.batch_size)
-    )
+    compiled: dict[int, Callable] = {}
     state, arrays = distributed.replicate((state, dict(arrays)), mesh)
     step = int(state.step)
     saved = checkpoints.latest() if checkpoints else None
-    pending: tuple[int, dict[str, Array]] | None = None
 
-    def report(entry):
-        at, metrics = entry
-        values = {k: float(v) for k, v in metrics.items()}
-        bad = [k for k, v in values.items() if not np.isfinite(v)]
-        if bad:
-            kept = f"checkpoint of step {saved} is kept" if saved else "no checkpoint was saved yet"
-            raise TrainingFailed(f"{name}: {bad[0]} is {values[bad[0]]} at step {at}; {kept}")
+    def fail(what: str):
+        kept = "no checkpoint was saved yet" if saved is None else f"that of step {saved} is kept"
+        raise TrainingFailed(f"{name}: {what}; checkpoint: {kept}")
+
+    def read(calls) -> dict[str, float]:
+        """The metrics of the last step of these calls; every step of them must be finite."""
+        for last, metrics in jax.device_get(calls):
+            names = list(metrics)
+            table = np.stack([metrics[name] for name in names], axis=1)
+            wrong = np.argwhere(~np.isfinite(table))
+            if wrong.size:
+                row, column = wrong[0]
+                at = last - len(table) + 1 + row
+                fail(f"{names[column]} is {table[row, column]} at step {at}")
+        return {k: float(v[-1]) for k, v in metrics.items()}
+
+    def write(calls, more: Mapping[str, float] | None = None):
+        values = read(calls) | dict(more or {})
         if log:
-            log.write(at, values)
-        bar.set_postfix(loss=f"{values['loss']:.3f}")
+            log.write(calls[-1][0], values)
+        if "loss" in values:
+            bar.set_postfix(loss=f"{values['loss']:.3f}")
 
     with (
         _sigterm() as stop,
@@ -127,38 +144,59 @@ def fit(
     ):
         while step < plan.steps:
             epoch = step // plan.steps_per_epoch
-            end = (epoch + 1) * plan.steps_per_epoch
-            order, metrics = draw(epoch), None
+            start, end = epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch
+            order = distributed.replicate(_order(key, epoch, plan), mesh)
+            calls: list = []  # since the last logged step: (step after the call, metrics)
+            due: list = []  # those up to the last logged step
             while step < end and not stop():
-                # Up to the next logged step or the end of the epoch, so that the metrics of a
-                # call are those of the step they are logged under.
-                count = min(per_call, end - step, plan.log_every - step % plan.log_every)
-                if count not in step_fns:
-                    step_fns[count] = compile_step(train_step, make_batch, plan, mesh, count)
-                state, metrics = step_fns[count](state, arrays, order)
+                # Up to the next logged step. Counted from the start of the epoch, so that there are
+                # at most two lengths of a call to compile: the usual one and an epoch's last.
+                count = min(per_call, end - step, plan.log_every - (step - start) % plan.log_every)
+                if count not in compiled:
+                    compiled[count] = compile_step(train_step, make_batch, plan, mesh, count)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = compiled[count](state, arrays, order)
                 step += count
                 bar.update(count)
-                if step % plan.log_every == 0:
-                    # The previous logged step is read now, after this one was dispatched.
-                    if pending:
-                        report(pending)
-                    pending = (step, metrics)
-            if pending:
-                report(pending)
-                pending = None
-            if metrics and step % plan.log_every:
-                report((step, metrics))  # nothing that is not finite may reach a checkpoint
-            epoch_ends = step == end and (epoch + 1) % plan.checkpoint_every == 0
-            if checkpoints and step != saved and (stop() or epoch_ends or step == plan.steps):
+                calls.append((step, metrics))
+                if step == end or (step - start) % plan.log_every == 0:
+                    # What was logged before is read now, after this call was dispatched.
+                    if due:
+                        write(due)
+                    due, calls = calls, []
+            ended = step == end
+            # Nothing that is not finite may reach a checkpoint.
+            for unread in (due, calls):
+                if unread:
+                    read(unread)
+            if not _all_finite(state):
+                fail(f"the state is not finite after step {step}")
+            if due:
+                write(due, evaluate(state) if evaluate and ended else None)
+            at_epoch = ended and (epoch + 1) % plan.checkpoint_every == 0
+            if checkpoints and step != saved and (at_epoch or stop() or step == plan.steps):
+                if log:
+                    log.sync()
                 checkpoints.save(state)
                 saved = step
             if stop():
-                raise Preempted(f"{name}: stopped by SIGTERM at step {step}, which was saved")
-            if evaluate:
-                values = dict(evaluate(state))
-                if log:
-                    log.write(step, values)
+                kept = "which was saved" if checkpoints else "without a checkpoint"
+                raise Preempted(f"{name}: stopped by SIGTERM at step {step}, {kept}")
     return state
+
+
+@partial(jax.jit, static_argnames="plan")
+def _order(key: Key[Array, ""], epoch: int, plan: Plan) -> Int[Array, "s b"]:
+    """Which examples each step of an epoch draws."""
+    order = jax.random.permutation(at_step(key, "order", epoch), plan.examples)
+    used = plan.steps_per_epoch * plan.batch_size
+    return order[:used].reshape(plan.steps_per_epoch, plan.batch_size)
+
+
+def _all_finite(state: Any) -> bool:
+    # On the host, where a checkpoint goes next anyway: nothing to compile.
+    leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return all(np.isfinite(distributed.to_host(x)).all() for x in leaves)
 
 
 @contextmanager

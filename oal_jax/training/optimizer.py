@@ -1,14 +1,19 @@
 """SGD with a rate a group, on one schedule, as the reference trains; and AdamW for the teacher."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import optax
 
 
 def one_cycle(peak: float, steps: int, warmup: float, floor: float) -> optax.Schedule:
-    """Linear warm-up over a fraction of the steps, then a cosine down to `floor` times the peak."""
-    warm = max(1, round(warmup * steps))
+    """Linear warm-up over a fraction of the steps, then a cosine down to `floor` times the peak.
+
+    Without warm-up it is the reference's: peak (floor + (1 - floor) (1 + cos(pi t / steps)) / 2).
+    """
+    warm = round(warmup * steps)
+    if not warm:
+        return optax.cosine_decay_schedule(peak, steps, alpha=floor)
     return optax.warmup_cosine_decay_schedule(
         init_value=peak / warm,
         peak_value=peak,
@@ -27,11 +32,14 @@ def grouped_sgd(
     momentum: float,
     weight_decay: float,
     clip: float,
+    clip_apart: Collection[str] = ("club",),
 ) -> optax.GradientTransformation:
     """Nesterov SGD for params of the form {group: tree}, `rates[group]` being its peak rate.
 
     Weight decay falls on every tensor and is added to the gradient before the momentum, as in
-    PyTorch (arXiv 2406.16525's code); the norm of all gradients together is clipped before.
+    PyTorch (arXiv 2406.16525's code). Before that the gradients of all groups are scaled down to
+    a joint norm of `clip`, if that is not 0; those in `clip_apart` to a norm of their own: the
+    likelihood of CLUB's q has gradients several times the student's, and would slow the student.
     """
 
     def sgd(rate: float) -> optax.GradientTransformation:
@@ -40,13 +48,18 @@ def grouped_sgd(
             optax.sgd(one_cycle(rate, steps, warmup, floor), momentum=momentum, nesterov=True),
         )
 
-    def labels(params):
-        return {
-            group: jax.tree.map(lambda _, g=group: g, tree) for group, tree in params.items()
-        }
+    def by_group(transforms, label):
+        def labels(params):
+            return {g: jax.tree.map(lambda _, g=g: label(g), tree) for g, tree in params.items()}
 
-    groups = optax.multi_transform({g: sgd(rate) for g, rate in rates.items()}, labels)
-    return optax.chain(optax.clip_by_global_norm(clip), groups) if clip else groups
+        return optax.multi_transform(transforms, labels)
+
+    groups = by_group({g: sgd(rate) for g, rate in rates.items()}, lambda g: g)
+    if not clip:
+        return groups
+    norms = {name: optax.clip_by_global_norm(clip) for name in ("apart", "together")}
+    label = lambda g: "apart" if g in clip_apart else "together"
+    return optax.chain(by_group(norms, label), groups)
 
 
 def adamw(

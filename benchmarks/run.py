@@ -1,0 +1,72 @@
+"""`python -m benchmarks.run --suite NAME --output results.json`: run a suite, write its rows.
+
+A row is an object with `suite, case, framework, median_s, min_s, max_s, runs, device, versions`;
+suites add fields of their own. Ratios are made of rows of one file.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from oal_jax import artifacts
+from oal_jax.errors import UserError
+from oal_jax.main import guard
+
+SUITES = ("ablation",)
+
+
+def row(suite: str, case: str, seconds: Sequence[float], **more: Any) -> dict[str, Any]:
+    """One row of results.json from the seconds of each run of a case."""
+    return {
+        "suite": suite,
+        "case": case,
+        "framework": "jax",
+        "median_s": round(statistics.median(seconds), 3),
+        "min_s": round(min(seconds), 3),
+        "max_s": round(max(seconds), 3),
+        "runs": len(seconds),
+        "device": device(),
+        "versions": artifacts.versions(),
+        **more,
+    }
+
+
+def device() -> str:
+    """Accelerator, or processor and number of cores."""
+    import jax
+
+    first = jax.devices()[0]
+    if first.platform != "cpu":
+        return f"{jax.device_count()} x {first.device_kind}"
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [ln for ln in cpuinfo.read_text().splitlines() if ln.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the flags, run the suite, write the file."""
+    parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__)
+    parser.add_argument("--suite", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    args, rest = parser.parse_known_args(argv[1:])
+    if args.suite not in SUITES:
+        near = difflib.get_close_matches(args.suite, SUITES, n=1, cutoff=0.0)
+        raise UserError(f"suite '{args.suite}' is unknown; nearest: '{near[0]}'")
+    rows = import_module(f"benchmarks.{args.suite}").run(rest)
+    artifacts.write_bytes(args.output, (json.dumps(rows, indent=1) + "\n").encode())
+    print(f"{len(rows)} rows: {args.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main, sys.argv))

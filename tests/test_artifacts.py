@@ -1,0 +1,215 @@
+"""What a stage leaves: whole files, manifests that vouch for them, and nobody's files deleted."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+
+from oal_jax import artifacts
+from oal_jax.errors import UserError
+
+INPUTS = {"config": {"a": 1, "b": [1, 2]}, "stages": {}}
+
+
+def finished(directory, inputs=INPUTS, name="x.safetensors"):
+    artifacts.begin(directory, inputs)
+    path = directory / name
+    artifacts.write_tensors(path, {"x": np.arange(6.0).reshape(2, 3)})
+    artifacts.finish(directory, "stage", inputs, [path], 1.0)
+    return path
+
+
+def names(directory):
+    return sorted(p.name for p in directory.iterdir())
+
+
+def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "x.json"
+    artifacts.write_json(path, {"old": 1})
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        artifacts.write_json(path, {"new": 2})
+    assert artifacts.read_json(path) == {"old": 1}
+    assert names(path.parent) == ["x.json"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_write_to_a_disk_that_is_full(tmp_path):
+    (tmp_path / "x.safetensors.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space") as caught:
+        artifacts.write_tensors(tmp_path / "x.safetensors", {"x": np.zeros(10_000)})
+    assert caught.value.errno == errno.ENOSPC
+    assert names(tmp_path) == []
+
+
+def test_tensors_round_trip_and_damage_is_told(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors = {"a": np.arange(12, dtype=np.int32).reshape(3, 4).T, "b": np.float16([1.5])}
+    artifacts.write_tensors(path, tensors)
+    for name, value in artifacts.read_tensors(path).items():
+        np.testing.assert_array_equal(value, tensors[name])
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match=r"x\.safetensors is damaged"):
+        artifacts.read_tensors(path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"x\.safetensors is missing"):
+        artifacts.read_tensors(path)
+
+
+def test_a_finished_stage_is_done_on_its_inputs_alone(tmp_path):
+    stage = tmp_path / "stage"
+    assert not artifacts.is_done(stage, INPUTS)
+    path = finished(stage)
+    assert artifacts.is_done(stage, INPUTS)
+    assert not artifacts.is_done(stage, {**INPUTS, "config": {"a": 2, "b": [1, 2]}})
+    manifest = artifacts.read_json(stage / artifacts.MANIFEST)
+    entry = manifest["outputs"]["x.safetensors"]
+    assert entry["sha256"] == artifacts.sha256(path)
+    assert entry["tensors"] == {"x": ["F64", 2, 3]}
+    assert artifacts.output_hashes(stage) == {"x.safetensors": entry["sha256"]}
+    assert manifest["versions"]["jax"]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda p: p.unlink(), "is missing"),
+        (lambda p: p.write_bytes(p.read_bytes()[:40]), "has 40 bytes instead of"),
+        (flip, "has another sha256"),
+    ],
+)
+def test_a_damaged_output_is_refused_by_name(tmp_path, damage, said):
+    path = finished(tmp_path / "stage")
+    damage(path)
+    with pytest.raises(UserError, match=rf"x\.safetensors {said}"):
+        artifacts.is_done(tmp_path / "stage", INPUTS)
+    # With other inputs the stage runs anew anyway: nothing to refuse.
+    assert not artifacts.is_done(tmp_path / "stage", {"config": {}, "stages": {}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"inputs": {',
+        "[]",
+        "{}",
+        '{"inputs": {}, "outputs": []}',
+        '{"inputs": {}, "outputs": {"x": {}}}',
+        '{"inputs": {}, "outputs": {"../x": {"sha256": "", "bytes": 0}}}',
+        '{"inputs": {}, "outputs": {"/etc/passwd": {"sha256": "", "bytes": 0}}}',
+    ],
+)
+def test_a_damaged_or_foreign_manifest_is_refused(tmp_path, text):
+    finished(tmp_path / "stage")
+    (tmp_path / "stage" / artifacts.MANIFEST).write_text(text)
+    for read in (
+        lambda: artifacts.is_done(tmp_path / "stage", INPUTS),
+        lambda: artifacts.output_hashes(tmp_path / "stage"),
+        lambda: artifacts.copy_stage(tmp_path / "stage", tmp_path / "copy"),
+    ):
+        with pytest.raises(UserError, match=r"manifest\.json is damaged; delete"):
+            read()
+
+
+def test_begin_keeps_what_the_same_inputs_left(tmp_path):
+    stage = tmp_path / "stage"
+    artifacts.begin(stage, INPUTS)
+    (stage / "checkpoint").write_text("half-way")
+    artifacts.begin(stage, INPUTS)
+    assert (stage / "checkpoint").read_text() == "half-way"
+    assert not artifacts.is_done(stage, INPUTS)
+
+
+def test_begin_deletes_what_other_inputs_left(tmp_path):
+    stage = tmp_path / "stage"
+    finished(stage)
+    (stage / "checkpoints" / "3").mkdir(parents=True)
+    (stage / "checkpoints" / "3" / "x").write_text("x")
+    artifacts.begin(stage, {"config": {"a": 2}})
+    assert names(stage) == ["started.json"]
+    # Nor is anything taken for its own by a run of the first inputs.
+    (stage / "checkpoint").write_text("of the second")
+    artifacts.begin(stage, INPUTS)
+    assert names(stage) == ["started.json"]
+
+
+def test_a_deletion_cut_short_leaves_nothing_to_resume(tmp_path, monkeypatch):
+    stage = tmp_path / "stage"
+    artifacts.begin(stage, INPUTS)
+    (stage / "checkpoints").mkdir()
+    (stage / "checkpoints" / "x").write_text("x")
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts.shutil, "rmtree", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            artifacts.begin(stage, {"config": {}})
+    artifacts.begin(stage, INPUTS)
+    assert names(stage) == ["started.json"]
+
+
+def test_files_that_no_run_made_are_not_deleted(tmp_path):
+    stage = tmp_path / "train"
+    stage.mkdir()
+    (stage / "photo.jpg").write_text("the user's own")
+    with pytest.raises(UserError, match="holds files that no run made"):
+        artifacts.begin(stage, INPUTS)
+    finished(tmp_path / "other")
+    with pytest.raises(UserError, match="holds files that no run made"):
+        artifacts.copy_stage(tmp_path / "other", stage)
+    assert names(stage) == ["photo.jpg"]
+    (tmp_path / "report").write_text("a file")
+    with pytest.raises(UserError, match="is in the way"):
+        artifacts.begin(tmp_path / "report", INPUTS)
+
+
+def test_a_link_in_a_stage_is_deleted_and_its_target_is_not(tmp_path):
+    stage, outside = tmp_path / "stage", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "x").write_text("x")
+    finished(stage)
+    (stage / "link").symlink_to(outside)
+    artifacts.begin(stage, {})
+    assert names(stage) == ["started.json"]
+    assert (outside / "x").exists()
+
+
+def test_a_copied_stage_is_done_and_a_torn_copy_is_not(tmp_path, monkeypatch):
+    source, target = tmp_path / "source", tmp_path / "target"
+    finished(source)
+    artifacts.copy_stage(source, target)
+    assert artifacts.is_done(target, INPUTS)
+    write = artifacts.write_bytes
+
+    def stops_at_the_manifest(path, data):
+        if path.name == artifacts.MANIFEST:
+            raise KeyboardInterrupt
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "write_bytes", stops_at_the_manifest)
+        with pytest.raises(KeyboardInterrupt):
+            artifacts.copy_stage(source, target)
+    assert not artifacts.is_done(target, INPUTS)
+    artifacts.copy_stage(source, target)
+    assert artifacts.is_done(target, INPUTS)
+
+
+def test_json_of_an_output_is_hashed_as_it_is_on_disk(tmp_path):
+    artifacts.begin(tmp_path / "s", INPUTS)
+    path = tmp_path / "s" / "source.json"
+    artifacts.write_json(path, {"b": 1, "a": [1, 2]})
+    artifacts.finish(tmp_path / "s", "s", INPUTS, [path], 0.0)
+    assert json.loads(path.read_text()) == {"a": [1, 2], "b": 1}
+    assert artifacts.is_done(tmp_path / "s", INPUTS)

@@ -1,0 +1,512 @@
+"""The training loop: exact resumption, what stops it, what it logs, devices, compilation."""
+
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oal_jax import distributed
+from oal_jax.errors import UserError
+from oal_jax.keys import at_step
+from oal_jax.stages.train import _check_collapse
+from oal_jax.training import log, loop
+from oal_jax.training.checkpoints import Checkpoints
+
+KEY = jax.random.key(3)
+PLAN = loop.Plan(examples=30, batch_size=4, epochs=4, log_every=3)  # 7 steps an epoch
+
+
+@flax.struct.dataclass
+class State:
+    step: Any
+    params: Any
+    model_state: Any
+    opt_state: Any
+
+
+def fresh():
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        params={"w": jnp.ones((5,)), "b": jnp.zeros(())},
+        model_state={"mean": jnp.zeros((5,))},
+        opt_state={"w": jnp.zeros((5,)), "b": jnp.zeros(())},
+    )
+
+
+def train_step(state, batch):
+    """Noisy linear regression with momentum and a running mean."""
+
+    def loss_of(params):
+        noise = 0.1 * jax.random.normal(at_step(KEY, "noise", state.step), batch["x"].shape)
+        error = (batch["x"] + noise) @ params["w"] + params["b"] - batch["y"]
+        return jnp.mean(error**2)
+
+    loss, grads = jax.value_and_grad(loss_of)(state.params)
+    momentum = jax.tree.map(lambda m, g: 0.9 * m + g, state.opt_state, grads)
+    params = jax.tree.map(lambda p, m: p - 0.02 * m, state.params, momentum)
+    mean = 0.9 * state.model_state["mean"] + 0.1 * jnp.mean(batch["x"], axis=0)
+    drawn = batch["index"].astype(jnp.float32) @ jnp.array([1.0, 32.0, 32.0**2, 32.0**3])
+    metrics = {"loss": loss, "drawn": drawn}
+    return State(state.step + 1, params, {"mean": mean}, momentum), metrics
+
+
+def arrays():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(PLAN.examples, 5)).astype(np.float32)
+    return {"x": x, "y": x @ np.arange(5, dtype=np.float32)}
+
+
+def make_batch(arrays, indices, epoch, step):
+    del epoch, step
+    return {"x": arrays["x"][indices], "y": arrays["y"][indices], "index": indices}
+
+
+def evaluate(state):
+    return {"val": float(jnp.sum(state.params["w"]))}
+
+
+def mesh_of(count):
+    if jax.device_count() < count:
+        pytest.skip(f"fewer than {count} devices")
+    types = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((count,), ("data",), types, devices=jax.devices()[:count])
+
+
+def fit(directory=None, *, step=train_step, plan=PLAN, mesh=None, metrics_log=None, **more):
+    """`loop.fit` as a stage calls it: resumes from `directory`, logs there."""
+    mesh = mesh or mesh_of(1)
+    if directory is None:
+        return loop.fit(
+            step, fresh(), arrays(), make_batch, plan, key=KEY, mesh=mesh, name="tiny", **more
+        )
+    checkpoints = Checkpoints(Path(directory) / "checkpoints")
+    try:
+        state = checkpoints.restore(fresh()) or fresh()
+        metrics_log = (metrics_log or log.MetricsLog)(Path(directory), "train", int(state.step))
+        try:
+            return loop.fit(
+                *(step, state, arrays(), make_batch, plan),
+                **{"key": KEY, "mesh": mesh, "name": "tiny", "evaluate": evaluate, **more},
+                log=metrics_log,
+                checkpoints=checkpoints,
+            )
+        finally:
+            metrics_log.close()
+    finally:
+        checkpoints.close()
+
+
+def rows(directory):
+    lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """(state, logged rows) of a run that nothing stopped."""
+    directory = tmp_path_factory.mktemp("straight")
+    state = fit(directory)
+    return state, rows(directory)
+
+
+def assert_same(directory, state, straight):
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(straight[0]))
+    assert rows(directory) == straight[1]
+
+
+def log_that(action, at):
+    """A MetricsLog that calls `action` once, when step `at` has been logged."""
+
+    class Log(log.MetricsLog):
+        done = False
+
+        def write(self, step, metrics):
+            super().write(step, metrics)
+            if step >= at and not Log.done:
+                Log.done = True
+                action()
+
+    return Log
+
+
+def test_rows_are_logged_every_so_often_and_at_the_end_of_an_epoch(straight):
+    steps = [row["step"] for row in straight[1]]
+    assert steps == [7 * epoch + s for epoch in range(4) for s in (3, 6, 7)]
+    assert [row["step"] for row in straight[1] if "val" in row] == [7, 14, 21, 28]
+    assert all(row["stage"] == "train" and np.isfinite(row["loss"]) for row in straight[1])
+
+
+def test_every_epoch_draws_other_examples_each_once(tmp_path):
+    fit(tmp_path, plan=PLAN._replace(log_every=1, epochs=3))
+    codes = np.array([row["drawn"] for row in rows(tmp_path)], int)[:, None]
+    epochs = (codes // 32 ** np.arange(4) % 32).reshape(3, 28)
+    assert all(len(np.unique(epoch)) == 28 for epoch in epochs)
+    assert len(np.unique(epochs, axis=0)) == 3
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", [3, 7, 10, 14, 24])
+def test_ctrl_c_then_the_same_to_the_bit(tmp_path, straight, at):
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, metrics_log=log_that(interrupt, at))
+    assert_same(tmp_path, fit(tmp_path), straight)
+
+
+@pytest.mark.parametrize("at", [3, 7, 10, 28])
+def test_sigterm_saves_and_then_the_same_to_the_bit(tmp_path, straight, at):
+    before = signal.getsignal(signal.SIGTERM)
+    terminate = lambda: signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(loop.Preempted, match=r"tiny: stopped by SIGTERM at step \d+") as stopped:
+        fit(tmp_path, metrics_log=log_that(terminate, at))
+    assert signal.getsignal(signal.SIGTERM) == before
+    step = int(str(stopped.value).split("step ")[1].split(",")[0])
+    assert at <= step <= min(at + PLAN.log_every, 28)
+    assert (tmp_path / "checkpoints" / str(step)).is_dir()
+    assert_same(tmp_path, fit(tmp_path), straight)
+
+
+def test_sigterm_amid_a_log_interval_leaves_no_line_of_its_own(tmp_path, straight):
+    calls = []
+
+    def draw(*inputs):
+        calls.append(0)
+        return make_batch(*inputs)
+
+    # The only call from Python in the middle of an interval is that of the progress bar.
+    class Bar(loop.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            if self.n == 12:
+                signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(loop.Preempted, match="step 12,"):
+        patch.setattr(loop, "tqdm", Bar)
+        fit(tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == [3, 6, 7, 10]
+    assert_same(tmp_path, fit(tmp_path), straight)
+
+
+CHILD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import test_loop
+print("ready", flush=True)
+while True:
+    directory = Path(sys.argv[1])
+    test_loop.fit(directory, plan=test_loop.PLAN._replace(epochs=40))
+"""
+
+
+def test_kill_9_at_any_moment_then_the_same_to_the_bit(tmp_path):
+    plan = PLAN._replace(epochs=40)  # one checkpoint after another: most kills hit a save
+    rng = random.Random(0)
+    for _ in range(2):
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(tmp_path / "killed"), str(Path(__file__).parent)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            child.stdout.readline()
+            newest = latest(tmp_path / "killed")
+            deadline = time.monotonic() + 60
+            while latest(tmp_path / "killed") < newest + 14:
+                assert time.monotonic() < deadline and child.poll() is None
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.15))
+        finally:
+            child.kill()
+            child.wait()
+            child.stdout.close()
+    assert 14 <= latest(tmp_path / "killed") < plan.steps
+    state = fit(tmp_path / "killed", plan=plan)
+    whole = fit(tmp_path / "whole", plan=plan)
+    assert_same(tmp_path / "killed", state, (whole, rows(tmp_path / "whole")))
+    leftovers = [p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()]
+    assert sorted(leftovers, key=int) == ["273", "280"]
+
+
+def latest(directory):
+    """Newest checkpoint by the names of the directories alone."""
+    found = (directory / "checkpoints").glob("[0-9]*")
+    return max((int(p.name) for p in found if p.name.isdigit()), default=0)
+
+
+def truncate(directory, step):
+    """Halve the file of the checkpoint that holds the arrays."""
+    files = (directory / "checkpoints" / str(step) / "default" / "d").iterdir()
+    largest = max(files, key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def test_a_damaged_checkpoint_falls_back_on_the_one_before(tmp_path, straight, caplog):
+    fit(tmp_path, plan=PLAN._replace(epochs=3))
+    truncate(tmp_path, 21)
+    with caplog.at_level("WARNING", logger="absl"):
+        checkpoints = Checkpoints(tmp_path / "checkpoints")
+        state = checkpoints.restore(fresh())
+        checkpoints.close()
+    assert int(state.step) == 14
+    said = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
+    assert len(said) == 1 and said[0].startswith("checkpoint 21 is damaged, trying the one before")
+    assert "\n" not in said[0]
+    # The damaged one is out of the way of the next save at its step.
+    assert_same(tmp_path, fit(tmp_path), straight)
+    assert latest(tmp_path) == 28
+
+
+def test_when_no_checkpoint_can_be_read_nothing_is_thrown_away(tmp_path):
+    fit(tmp_path)
+    truncate(tmp_path, 21)
+    truncate(tmp_path, 28)
+    with pytest.raises(UserError, match=r"no checkpoint under .* can be read; delete"):
+        fit(tmp_path)
+    assert latest(tmp_path) == 28
+
+
+def test_a_checkpoint_is_of_its_step_however_far_training_goes_on(tmp_path):
+    # The state is donated to the next step while the save is under way.
+    checkpoints = Checkpoints(tmp_path, keep=100)
+    advance = jax.jit(
+        lambda s: s.replace(step=s.step + 1, params=jax.tree.map(lambda p: p + 1, s.params)),
+        donate_argnums=0,
+    )
+    zero = fresh().replace(params={"w": jnp.zeros((300, 1000))})
+    state = jax.tree.map(jnp.copy, zero)
+    for _ in range(3):
+        state = advance(state)
+        checkpoints.save(state)
+        state = advance(advance(state))
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    restored = checkpoints.restore(zero)
+    checkpoints.close()
+    assert int(restored.step) == 7
+    assert np.unique(restored.params["w"]).tolist() == [7.0]
+
+
+def turns_bad_at(bad, what):
+    """`train_step`, but something is not finite from step `bad` on; the loss says it in step `bad`."""
+
+    def step(state, batch):
+        sound = state.replace(params=jax.tree.map(jnp.nan_to_num, state.params))
+        state, metrics = train_step(sound, batch)
+        poison = jnp.where(state.step >= bad, jnp.nan, 0.0)
+        if what == "loss":
+            metrics["loss"] += jnp.where(state.step == bad, jnp.inf, 0)
+        elif what == "parameter_norm":
+            # The loss is of the parameters before the update: still finite.
+            state = state.replace(params=jax.tree.map(lambda p: p + poison, state.params))
+            metrics[what] = jnp.linalg.norm(state.params["w"])
+        else:
+            tree = jax.tree.map(lambda x: x + poison, getattr(state, what))
+            state, metrics = state.replace(**{what: tree}), {"loss": jnp.zeros(())}
+        return state, metrics
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("bad", "kept", "what", "steps_per_call"),
+    [
+        # Steps 2, 8 and 17 are not logged ones; 7 and 14 end an epoch.
+        (2, None, "loss", 1),
+        (8, 7, "loss", 3),
+        (14, 7, "loss", 1),
+        (7, None, "parameter_norm", 1),
+        (14, 7, "parameter_norm", 3),
+        (17, 14, "parameter_norm", 1),
+    ],
+)
+def test_a_metric_that_is_not_finite_stops_with_its_step(tmp_path, bad, kept, what, steps_per_call):
+    with pytest.raises(loop.TrainingFailed) as failed:
+        fit(tmp_path, step=turns_bad_at(bad, what), steps_per_call=steps_per_call)
+    value = "inf" if what == "loss" else "nan"
+    saved = f"that of step {kept} is kept" if kept else "no checkpoint was saved yet"
+    assert str(failed.value) == f"tiny: {what} is {value} at step {bad}; checkpoint: {saved}"
+    assert latest(tmp_path) == (kept or 0)
+    assert all(np.isfinite(row["loss"]) and row["step"] < bad for row in rows(tmp_path))
+
+
+@pytest.mark.parametrize("what", ["params", "model_state", "opt_state"])
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path, what):
+    with pytest.raises(loop.TrainingFailed, match="the state is not finite after step 14"):
+        fit(tmp_path, step=turns_bad_at(12, what))
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    state = checkpoints.restore(fresh())
+    checkpoints.close()
+    assert int(state.step) == 7
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state)))
+
+
+def test_a_collapse_stops_before_it_is_saved(tmp_path):
+    def collapsed(state):
+        if int(state.step) == 14:
+            raise loop.TrainingFailed("collapsed")
+        return {}
+
+    with pytest.raises(loop.TrainingFailed, match="collapsed"):
+        fit(tmp_path, evaluate=collapsed)
+    assert latest(tmp_path) == 7
+
+
+def test_the_collapse_check_gives_a_sound_run_time():
+    plan = loop.Plan(12_000, 100, 8)  # 960 steps, 320 of them a third
+    _check_collapse(0.125, 8, 320, plan)
+    _check_collapse(0.26, 8, 960, plan)
+    with pytest.raises(
+        loop.TrainingFailed, match=r"collapsed, validation accuracy 12.5% at step 321"
+    ):
+        _check_collapse(0.125, 8, 321, plan)
+    _check_collapse(0.125, 8, 100, loop.Plan(100, 10, 10))
+
+
+def test_a_batch_larger_than_the_set_is_refused():
+    with pytest.raises(UserError, match="batch_size=31 is more than the 30 training images"):
+        fit(plan=PLAN._replace(batch_size=31))
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused():
+    mesh = distributed.make_mesh()
+    if mesh.size == 1:
+        pytest.skip("one device")
+    with pytest.raises(
+        UserError, match=rf"train.batch_size=129 is not divisible by the {mesh.size}"
+    ):
+        distributed.check_batch("train.batch_size", 129, mesh)
+    distributed.check_batch("train.batch_size", 32 * mesh.size, mesh)
+
+
+def test_a_call_of_several_steps_is_the_same_training(straight):
+    several = fit(steps_per_call=5)  # 3 at most: as far as the next logged step
+    chex.assert_trees_all_close(several, straight[0], rtol=1e-5)
+
+
+def test_one_and_four_devices_train_alike(tmp_path, straight):
+    mesh = mesh_of(4)
+    state = fit(tmp_path, mesh=mesh)
+    chex.assert_trees_all_close(jax.device_get(state), jax.device_get(straight[0]), rtol=1e-5)
+    # The same examples in the same order, to the bit.
+    assert [r["drawn"] for r in rows(tmp_path)] == [r["drawn"] for r in straight[1]]
+
+
+def test_a_run_goes_on_with_another_number_of_devices(tmp_path, straight):
+    mesh = mesh_of(4)
+    fit(tmp_path, mesh=mesh, plan=PLAN._replace(epochs=2))
+    chex.assert_trees_all_close(
+        jax.device_get(fit(tmp_path)), jax.device_get(straight[0]), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("per_call", "lengths"), [(1, 1), (3, 2)])
+def test_the_step_is_compiled_once_a_length_of_call(per_call, lengths):
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(train_step, n=lengths)  # 7 steps: 3 + 3 + 1
+    fit(step=counted, steps_per_call=per_call)
+    chex.clear_trace_counter()
+
+
+def test_a_hidden_transfer_raises(monkeypatch):
+    monkeypatch.setattr(loop.distributed, "replicate", lambda tree, mesh: tree)  # left on the host
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        fit()
+
+
+def test_other_stages_keep_their_lines(tmp_path):
+    first = log.MetricsLog(tmp_path, "teacher")
+    first.write(5, {"loss": 1.0})
+    first.close()
+    fit(tmp_path, plan=PLAN._replace(epochs=1))
+    again = log.MetricsLog(tmp_path, "train", 3)
+    again.write(6, {"loss": 2.0})
+    again.close()
+    kept = [(row["stage"], row["step"]) for row in rows(tmp_path)]
+    assert kept == [("teacher", 5), ("train", 3), ("train", 6)]
+    assert log.read(tmp_path / "metrics.jsonl", "teacher") == rows(tmp_path)[:1]
+    assert log.read(tmp_path / "nothing.jsonl", "teacher") == []
+
+
+def test_lines_cut_short_are_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = '{"stage": "train", "step": 1, "loss": 1.0}\n'
+    path.write_text(good + "\0\0\0\n" + '"text"\n' + '{"stage": "train", "st')
+    assert [row["step"] for row in log.read(path, "train")] == [1]
+    writer = log.MetricsLog(tmp_path, "train", 1)
+    writer.write(2, {"loss": 1.0})
+    writer.close()
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_tensorboard_files_hold_what_was_logged(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    writer = log.MetricsLog(tmp_path, "train", 10)
+    writer.write(11, {"loss": 1.5, "accuracy": 0.25})
+    writer.sync()
+    [path] = (tmp_path / "tensorboard" / "train").iterdir()
+    assert path.name.startswith("events.out.tfevents.")
+    data, events = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    writer.close()
+    version, start, logged = events
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (11, 1)
+    assert logged.step == 11
+    assert {v.tag: v.simple_value for v in logged.summary.value} == {"loss": 1.5, "accuracy": 0.25}
+
+
+def test_a_disk_that_fills_up_during_a_save_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    from oal_jax import main
+
+    real = Checkpoints.save
+
+    def save(self, state):
+        if int(state.step) == 14:
+            # What TensorStore says of it, from the thread that writes.
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [ENOSPC]")
+        real(self, state)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    assert main.guard(lambda _: fit(tmp_path), []) == 2
+    assert "the disk is full" in capsys.readouterr().err.splitlines()[-1]
+    assert latest(tmp_path) == 7
+    monkeypatch.undo()
+    assert int(fit(tmp_path).step) == 28
+
+
+def test_an_event_file_on_a_full_disk_does_not_hang(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    writer = log.MetricsLog(tmp_path, "train")
+    with open("/dev/full", "wb") as full:
+        writer._board._py_recordio_writer._writer, kept = (
+            full,
+            writer._board._py_recordio_writer._writer,
+        )
+        with pytest.raises(OSError, match="No space"):
+            for step in range(100):
+                writer.write(step, {"loss": 1.0})
+                writer.sync()
+        full.raw.close()
+    kept.close()
+    writer._file.close()
