@@ -120,7 +120,7 @@ class Student:
 class Train:
     """Optimizer, schedule and loop of the student."""
 
-    epochs: int = 8
+    epochs: int = 6
     batch_size: int = 128  # over all devices
     learning_rate: float = 0.1  # peak, of the student
     projector_rate: float = 0.1  # of DT
@@ -287,7 +287,12 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
             *("train.log_every", "train.checkpoint_every"),
             *("teacher.epochs", "teacher.batch_size", "teacher.learning_rate"),
             *("teacher.patch", "teacher.width", "teacher.depth", "teacher.heads"),
-            *("generator.vae_epochs", "generator.diffusion_epochs", "generator.batch_size", "generator.vae_batch_size"),
+            *(
+                "generator.vae_epochs",
+                "generator.diffusion_epochs",
+                "generator.batch_size",
+                "generator.vae_batch_size",
+            ),
             *("latents.per_class", "latents.steps", "latents.chunk"),
             *("evaluation.batch_size", "outliers.knn.repeats", "student.width"),
         ),

@@ -16,6 +16,10 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         return
     if not all(given):
         raise UserError("--coordinator, --num-processes and --process-id go together: give all")
+    if not coordinator.rpartition(":")[2].isdigit() or ":" not in coordinator:
+        raise UserError(f"--coordinator '{coordinator}' must be HOST:PORT")
+    if not 0 <= process_id < num_processes:
+        raise UserError(f"--process-id {process_id} must lie in 0..{num_processes - 1}")
     jax.distributed.initialize(coordinator, num_processes, process_id)
 
 

@@ -73,4 +73,4 @@ def gaussian_log_likelihood(
 
 def ramp(step: Int[Array, ""], start: float, end: float) -> Float[Array, ""]:
     """0 up to step `start`, 1 from `end` on (one step later at the least), linear between."""
-    return jnp.clip((step - start) / max(end - start, 1.0), 0.0, 1.0)
+    return jnp.clip((step - start) / jnp.maximum(end - start, 1.0), 0.0, 1.0)

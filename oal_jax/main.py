@@ -9,6 +9,7 @@ import errno
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +54,10 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     values = flags.FlagValues()
     define_flags(values, [argv[0], *arguments])
     try:
-        rest = values([argv[0], *arguments])
+        with warnings.catch_warnings():
+            # ml_collections' way to import a config file; works up to Python 3.14.
+            warnings.filterwarnings("ignore", r"the load_module\(\)", DeprecationWarning)
+            rest = values([argv[0], *arguments])
     except flags.UnrecognizedFlagError as error:
         near = difflib.get_close_matches(error.flagname, list(values), n=1, cutoff=0.0)
         raise UserError(f"unknown flag --{error.flagname}; nearest: --{near[0]}") from None

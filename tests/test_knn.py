@@ -176,9 +176,7 @@ def test_memory_does_not_hold_all_candidates(selection):
     n, width, rows, anchors = 500, 128, 1500, 50
     sizes = {"k": 300, "count": 50, "anchors": anchors, "sigma": 0.17, "noise_rows": rows}
     closed = jax.make_jaxpr(
-        lambda key, x: knn.sample_class(
-            key, x, **sizes, keep=2, repeats=5, selection=selection
-        )
+        lambda key, x: knn.sample_class(key, x, **sizes, keep=2, repeats=5, selection=selection)
     )(jax.random.key(0), jnp.zeros((n, width)))
     every = list(equations(closed.jaxpr))
     largest = max(v.aval.size for e in every for v in e.outvars)

@@ -1,8 +1,11 @@
 """The training loop: exact resumption, what stops it, what it logs, devices, compilation."""
 
+import errno
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oal_jax import distributed
+from oal_jax import distributed, main
 from oal_jax.errors import UserError
 from oal_jax.keys import at_step
 from oal_jax.stages.train import _check_collapse
@@ -161,14 +164,14 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("at", [3, 7, 10, 14, 24])
+@pytest.mark.parametrize("at", [3, 10, 14])
 def test_ctrl_c_then_the_same_to_the_bit(tmp_path, straight, at):
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path, metrics_log=log_that(interrupt, at))
     assert_same(tmp_path, fit(tmp_path), straight)
 
 
-@pytest.mark.parametrize("at", [3, 7, 10, 28])
+@pytest.mark.parametrize("at", [7, 10, 28])
 def test_sigterm_saves_and_then_the_same_to_the_bit(tmp_path, straight, at):
     before = signal.getsignal(signal.SIGTERM)
     terminate = lambda: signal.raise_signal(signal.SIGTERM)
@@ -182,12 +185,6 @@ def test_sigterm_saves_and_then_the_same_to_the_bit(tmp_path, straight, at):
 
 
 def test_sigterm_amid_a_log_interval_leaves_no_line_of_its_own(tmp_path, straight):
-    calls = []
-
-    def draw(*inputs):
-        calls.append(0)
-        return make_batch(*inputs)
-
     # The only call from Python in the middle of an interval is that of the progress bar.
     class Bar(loop.tqdm):
         def update(self, n=1):
@@ -303,7 +300,7 @@ def test_a_checkpoint_is_of_its_step_however_far_training_goes_on(tmp_path):
 
 
 def turns_bad_at(bad, what):
-    """`train_step`, but something is not finite from step `bad` on; the loss says it in step `bad`."""
+    """`train_step`, but something is not finite from step `bad` on (the loss: in that step)."""
 
     def step(state, batch):
         sound = state.replace(params=jax.tree.map(jnp.nan_to_num, state.params))
@@ -475,23 +472,55 @@ def test_tensorboard_files_hold_what_was_logged(tmp_path):
     assert {v.tag: v.simple_value for v in logged.summary.value} == {"loss": 1.5, "accuracy": 0.25}
 
 
-def test_a_disk_that_fills_up_during_a_save_ends_with_one_line(tmp_path, monkeypatch, capsys):
-    from oal_jax import main
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 300 KB, where the tests may mount one."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(tmp_path)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
+
+def test_a_disk_that_fills_up_during_a_save_ends_with_one_line(small_disk, monkeypatch, capsys):
     real = Checkpoints.save
 
     def save(self, state):
         if int(state.step) == 14:
-            # What TensorStore says of it, from the thread that writes.
-            raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [ENOSPC]")
+            self._manager.wait_until_finished()  # with the save before, which has room yet
+            free = os.statvfs(small_disk)
+            room = max(0, free.f_bavail * free.f_frsize - 8192)
+            (small_disk / "filler").write_bytes(bytes(room))
         real(self, state)
 
     monkeypatch.setattr(Checkpoints, "save", save)
-    assert main.guard(lambda _: fit(tmp_path), []) == 2
-    assert "the disk is full" in capsys.readouterr().err.splitlines()[-1]
-    assert latest(tmp_path) == 7
+    assert main.guard(lambda _: fit(small_disk), []) == 2
+    err = capsys.readouterr().err
+    told = [line for line in re.split(r"[\r\n]", err) if line and not line.startswith("tiny:")]
+    assert told == [
+        "oal_jax: the disk is full: the stage under way is not done; make room and start again"
+    ]
+    assert latest(small_disk) == 7
     monkeypatch.undo()
-    assert int(fit(tmp_path).step) == 28
+    (small_disk / "filler").unlink()
+    assert int(fit(small_disk).step) == 28
+
+
+def test_a_full_disk_is_known_whatever_wraps_its_number(capsys):
+    def storage(_):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [ENOSPC]")
+
+    def chained(_):
+        try:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        except OSError as error:
+            raise RuntimeError("failed") from error
+
+    for command in (storage, chained):
+        assert main.guard(command, []) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(ValueError, match="other"):
+        main.guard(lambda _: (_ for _ in ()).throw(ValueError("other")), [])
 
 
 def test_an_event_file_on_a_full_disk_does_not_hang(tmp_path):

@@ -104,9 +104,7 @@ def test_club_of_the_worked_example():
 
 
 def test_log_likelihood_of_the_worked_example():
-    values = losses.gaussian_log_likelihood(
-        jnp.array(MEAN), jnp.array(LOG_VARIANCE), jnp.array(Y)
-    )
+    values = losses.gaussian_log_likelihood(jnp.array(MEAN), jnp.array(LOG_VARIANCE), jnp.array(Y))
     assert values.shape == (2,)
     np.testing.assert_allclose(jnp.mean(values), -10.6323070, rtol=1e-6)
 

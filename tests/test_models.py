@@ -77,9 +77,9 @@ def numpy_vit(params, images, patch, heads, mean, std):
 
     def norm(x, p):
         centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p[
-            "bias"
-        ]
+        return (
+            centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+        )
 
     b, h, w, _ = images.shape
     x = (images - mean) / std
@@ -117,7 +117,9 @@ def test_vit_equals_numpy_and_its_features_are_the_cls_token_after_the_last_norm
     images = np.random.default_rng(0).uniform(size=(2, 8, 12, 2)).astype(np.float32)
     variables = random_variables(model, images)
     logits, features = model.apply(variables, images)
-    expected = numpy_vit(variables["params"], images.astype(np.float64), 4, 2, (0.3, 0.6), (0.4, 0.2))
+    expected = numpy_vit(
+        variables["params"], images.astype(np.float64), 4, 2, (0.3, 0.6), (0.4, 0.2)
+    )
     np.testing.assert_allclose(logits, expected[0], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(features, expected[1], rtol=1e-4, atol=1e-4)
 
@@ -144,10 +146,8 @@ def test_conv_and_its_gradient_are_those_of_pytorch_s_padding_by_every_route(siz
     actual, expected = module.apply(variables, x), plain(variables, x)
     assert actual.shape == expected.shape == (2, -(-size // stride), -(-size // stride), 4)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
-    gradients = [
-        jax.grad(lambda v, x: jnp.sum(f(v, x) ** 2), (0, 1))(variables, x)
-        for f in (module.apply, plain)
-    ]
+    squared = lambda f: lambda v, x: jnp.sum(f(v, x) ** 2)
+    gradients = [jax.grad(squared(f), (0, 1))(variables, x) for f in (module.apply, plain)]
     for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
 

@@ -130,6 +130,8 @@ def test_one_cycle_of_very_short_trainings_is_finite_and_positive(steps):
 def test_adamw_decays_matrices_alone():
     optimizer = adamw(peak=0.1, steps=10, warmup=0.0, floor=0.1, weight_decay=0.5, clip=1.0)
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+    )
     np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5)
     np.testing.assert_array_equal(updates["bias"], 0)

@@ -80,7 +80,7 @@ def test_vae(torch, pipeline, ours, latents):
 
 def test_unet(torch, pipeline, ours, latents):
     sd, params = ours
-    states = np.asarray(stable.encode_prompts(sd, params, _ids(sd)[0][:4]))
+    states = np.array(stable.encode_prompts(sd, params, _ids(sd)[0][:4]))
     times = np.array([0, 1, 500, 999], np.int32)
     expected = pipeline.unet(
         torch.from_numpy(latents), torch.from_numpy(times).long(), torch.from_numpy(states)
@@ -94,8 +94,8 @@ def test_twenty_guided_steps(torch, pipeline, ours, latents, name):
     diffusers = pytest.importorskip("diffusers")
     sd, params = ours
     ids, empty = _ids(sd)
-    cond = np.asarray(stable.encode_prompts(sd, params, ids[:4]))
-    uncond = np.asarray(stable.encode_prompts(sd, params, empty))
+    cond = np.array(stable.encode_prompts(sd, params, ids[:4]))
+    uncond = np.array(stable.encode_prompts(sd, params, empty))
     apply = functools.partial(stable.apply_unet, sd)
     sampler = jax.jit(samplers.make_sampler(apply, sd.schedule, name, 20, guidance=3.0))
     ours_out = sampler(params, jnp.asarray(latents), cond, uncond)

@@ -207,6 +207,7 @@ def write_params(folder: Path, params: Any, *, stem: str = "diffusion_pytorch_mo
     }
     target, partial = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # the library makes it private to its owner, unlike the configs beside it
     partial.replace(target)
     return target
 

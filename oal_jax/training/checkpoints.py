@@ -1,18 +1,21 @@
 """Checkpoints of a training state: Orbax behind one small class, asynchronous and atomic."""
 
 import gc
+import logging
 import sys
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 
 from oal_jax.errors import UserError
+
+_LOGGER = logging.getLogger("absl")
 
 
 class Checkpoints:
@@ -25,6 +28,8 @@ class Checkpoints:
             max_to_keep=keep, create=True, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._until_closed = ExitStack()
+        self._until_closed.enter_context(_no_stray_tracebacks())
 
     def save(self, state: Any) -> None:
         """Write the state under its step; returns before the bytes are on disk."""
@@ -47,11 +52,10 @@ class Checkpoints:
         damaged = []
         for step in steps:
             try:
-                with _no_stray_tracebacks():
-                    state = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+                state = self._manager.restore(step, args=ocp.args.StandardRestore(target))
             except Exception as error:  # Orbax and TensorStore raise many kinds
                 reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-                logging.warning("checkpoint %d is damaged, trying the one before: %s", step, reason)
+                _LOGGER.warning("checkpoint %d is damaged, trying the one before: %s", step, reason)
                 damaged.append(step)
                 continue
             for later in damaged:  # in the way of the save that is due at that step again
@@ -66,22 +70,36 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for writes that are under way, then let go of the directory."""
-        try:
-            self._manager.wait_until_finished()
-        finally:
-            self._manager.close()
+        with self._until_closed:
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
 
 
 @contextmanager
 def _no_stray_tracebacks() -> Iterator[None]:
-    """When a read fails, Orbax abandons the others; their complaints would hide the one line."""
+    """Leave only the exception itself of a read or write that failed.
+
+    Orbax also logs it with a traceback from its thread, and abandons its other reads and writes,
+    which then complain of a closed event loop: pages that would hide the one line to be read.
+    """
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+    def hook(unraisable) -> None:
+        frames = traceback.extract_tb(unraisable.exc_traceback)
+        if not any("orbax" in f.filename or "asyncio" in f.filename for f in frames):
+            before(unraisable)
+
     before = sys.unraisablehook
-    sys.unraisablehook = lambda _: None
+    sys.unraisablehook = hook
+    _LOGGER.addFilter(wanted)
     try:
         yield
-    except Exception:
-        time.sleep(0.2)  # until the threads of the abandoned reads have said it
-        gc.collect()
-        raise
     finally:
+        time.sleep(0.1)  # until the threads of what was abandoned have said it
+        gc.collect()
         sys.unraisablehook = before
+        _LOGGER.removeFilter(wanted)

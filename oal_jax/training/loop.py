@@ -164,7 +164,7 @@ def fit(
                     if due:
                         write(due)
                     due, calls = calls, []
-            ended = step == end
+            ended, stopping = step == end, stop()
             # Nothing that is not finite may reach a checkpoint.
             for unread in (due, calls):
                 if unread:
@@ -174,12 +174,12 @@ def fit(
             if due:
                 write(due, evaluate(state) if evaluate and ended else None)
             at_epoch = ended and (epoch + 1) % plan.checkpoint_every == 0
-            if checkpoints and step != saved and (at_epoch or stop() or step == plan.steps):
+            if checkpoints and step != saved and (at_epoch or stopping or step == plan.steps):
                 if log:
                     log.sync()
                 checkpoints.save(state)
                 saved = step
-            if stop():
+            if stopping or (stop() and step == plan.steps):
                 kept = "which was saved" if checkpoints else "without a checkpoint"
                 raise Preempted(f"{name}: stopped by SIGTERM at step {step}, {kept}")
     return state

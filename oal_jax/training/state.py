@@ -59,9 +59,9 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics = metrics | {
             "loss": loss,
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
             # Read by the guard: finite only if every parameter after the update is.
-            "parameter_norm": optax.global_norm(params),
+            "parameter_norm": optax.tree.norm(params),
         }
         return TrainState(state.step + 1, params, model_state, opt_state), metrics
 
