@@ -83,7 +83,7 @@ STAGES = (
     Stage(
         "features",
         # All of the teacher's: with other heads the same weights are another function.
-        ("data", "teacher", "seed", "smoke", "outliers.knn.features_per_class"),
+        ("data", "teacher", "seed", "smoke"),
         ("teacher",),
         _teacher,
         _data_files,

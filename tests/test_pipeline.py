@@ -89,7 +89,7 @@ AFTER_TRAIN = ["train", "evaluate", "report"]
         ("teacher.views", 0, ALL[2:]),
         ("generator.diffusion_epochs", 3, ["generator", "outliers", "latents", *AFTER_TRAIN]),
         ("outliers.knn.sigma", 0.5, ["outliers", "latents", *AFTER_TRAIN]),
-        ("outliers.knn.features_per_class", 400, ALL[2:]),
+        ("outliers.knn.features_per_class", 400, ALL[3:]),
         ("outliers.source", "knn", AFTER_TRAIN),
         ("latents.guidance", 5.0, ["latents", *AFTER_TRAIN]),
         ("latents.reduction", "flatten", AFTER_TRAIN),
@@ -302,26 +302,23 @@ def test_stages_are_reused_from_another_run_of_the_same_inputs(ran, tmp_path):
     assert run(ran, tmp_path / "three", config(seed=1), reuse=tmp_path / "one") == ALL
 
 
-def test_a_class_with_too_few_images_is_told(tmp_path, monkeypatch, capsys):
+def test_a_class_with_too_few_images_is_told(tmp_path, capsys):
     import jax
 
     from oal_jax import distributed
-    from oal_jax.data.sources import ImageSet
-    from oal_jax.stages import features
+    from oal_jax.stages import outliers
     from oal_jax.stages.context import Context
 
-    few = ImageSet(
-        "few/train", np.zeros((9, 4, 4, 1), np.uint8), np.int32([0] * 6 + [1] * 3), ("a", "b")
-    )
-    monkeypatch.setattr(Context, "train_images", lambda self: few)
-    forward = lambda images: (np.zeros((len(images), 2)), np.zeros((len(images), 3)))
-    monkeypatch.setattr(features.teacher, "load", lambda context: forward)
-    monkeypatch.setattr(features, "apply_in_batches", lambda f, images, *_: list(f(images)))
     context = Context(config(), Path(tmp_path), distributed.make_mesh(), jax.random.key(0))
-    code = main.guard(lambda _: features.run(context), [])
+    labels = np.int32([0] * 600 + [1] * 3)
+    artifacts.write_tensors(
+        context.directory("features") / "features.safetensors",
+        {"features": np.ones((603, 4), np.float32), "labels": labels},
+    )
+    code = main.guard(lambda _: outliers.run(context), [])
     err = capsys.readouterr().err
     assert code == 2
     assert err.count("\n") == 1
-    assert "a class of few/train has 3 images" in err
+    assert "a class of fashion has 3 training images" in err
     assert "features_per_class=500" in err
-    assert not (tmp_path / "features").exists()
+    assert not (tmp_path / "outliers").exists()

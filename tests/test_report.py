@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from oal_jax.artifacts import write_bytes
 from oal_jax.errors import UserError
 from oal_jax.evaluation import (
     Labelled,
@@ -23,7 +24,6 @@ from oal_jax.evaluation import (
     write_tables,
 )
 from oal_jax.evaluation.metrics import ood_metrics
-from oal_jax.artifacts import write_bytes
 from oal_jax.evaluation.tables import with_means
 from oal_jax.scores import Head, Outputs
 

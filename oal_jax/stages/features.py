@@ -9,9 +9,7 @@ from tqdm import tqdm
 
 from oal_jax import artifacts
 from oal_jax.data.augment import augment
-from oal_jax.errors import UserError
 from oal_jax.keys import named
-from oal_jax.outliers.knn import unit
 from oal_jax.stages import teacher
 from oal_jax.stages.context import Context, apply_in_batches
 
@@ -32,16 +30,8 @@ def run(context: Context) -> list[Path]:
     forward = teacher.load(context)
     batch = config.evaluation.batch_size
     logits, features = apply_in_batches(forward, data.images, batch, context.mesh)
-    smallest = np.bincount(data.labels, minlength=len(data.class_names)).min()
-    if smallest < config.outliers.knn.features_per_class:
-        raise UserError(
-            f"a class of {data.name} has {smallest} images, fewer than"
-            f" outliers.knn.features_per_class={config.outliers.knn.features_per_class}"
-        )
     plain = directory / "features.safetensors"
-    artifacts.write_tensors(
-        plain, {"features": features, "logits": logits, "labels": data.labels}
-    )
+    artifacts.write_tensors(plain, {"features": features, "logits": logits, "labels": data.labels})
     if not config.teacher.views:
         return [plain]
     views = [
@@ -70,10 +60,3 @@ def _augmented(context: Context, images: np.ndarray, view: int) -> np.ndarray:
         return jnp.round(drawn * 255).astype(jnp.uint8)
 
     return np.asarray(draw(images))
-
-
-def unit_by_class(features: np.ndarray, labels: np.ndarray, per_class: int) -> list[np.ndarray]:
-    """For each class its first `per_class` features in data order, scaled to unit norm."""
-    return [
-        np.asarray(unit(features[labels == c][:per_class])) for c in range(int(labels.max()) + 1)
-    ]

@@ -1,4 +1,4 @@
-"""Stage `generator`: the Stable Diffusion that latents are sampled from; shipped, given or trained."""
+"""Stage `generator`: the Stable Diffusion of the latents; shipped, given or trained."""
 
 from functools import partial
 from importlib.resources import files
@@ -15,9 +15,7 @@ from oal_jax.generator.training import latent_scale, make_diffusion_trainer, mak
 from oal_jax.keys import named
 from oal_jax.pretrained import diffusers_directory
 from oal_jax.stages.context import Context, apply_in_batches, together
-from oal_jax.training import loop
-from oal_jax.training.checkpoints import Checkpoints
-from oal_jax.training.log import MetricsLog
+from oal_jax.training import loop, session
 
 SHIPPED = files("oal_jax") / "pretrained" / "weights" / "fashion_sd"
 PROMPT = "A high-quality image of the {}"
@@ -47,18 +45,18 @@ def token_norms(context: Context) -> np.ndarray:
 
 
 def run(context: Context) -> list[Path]:
-    """Write `source.json`: where the generator is, and the sha256 of each of its files."""
-    if context.config.generator.train:
+    """Write `source.json`: which generator, and the sha256 of its files; and a trained one."""
+    trained = context.config.generator.train and not context.config.generator.directory
+    if trained:
         _train(context)
     where = directory(context)
     load(context)  # what is missing or damaged is said here
-    hashes = {
-        str(p.relative_to(where)): artifacts.sha256(p) for p in sorted(where.rglob("*.*"))
-    }
+    found = sorted(p for p in where.rglob("*") if p.is_file())
+    hashes = {str(p.relative_to(where)): artifacts.sha256(p) for p in found}
+    kind = "shipped" if where == Path(str(SHIPPED)) else _TRAINED if trained else str(where)
     path = context.directory("generator") / "source.json"
-    kind = "shipped" if where == Path(str(SHIPPED)) else str(where)
     artifacts.write_json(path, {"directory": kind, "files": hashes})
-    return [path]
+    return [path, *found] if trained else [path]
 
 
 def encode(context: Context, sd, params, images: np.ndarray) -> np.ndarray:
@@ -130,23 +128,15 @@ def _fit(context: Context, name: str, init, train_step, inputs, input_name, labe
             batch = to_unit(batch)
         return {input_name: batch, "label": arrays["labels"][indices]}
 
-    checkpoints = Checkpoints(context.directory("generator") / f"checkpoints_{name}")
-    fresh = jax.jit(init)(key)
-    state = checkpoints.restore(fresh) or fresh
-    log = MetricsLog(context.workdir, name, int(state.step))
-    try:
-        return loop.fit(
-            train_step,
-            state,
-            {"inputs": inputs, "labels": labels},
-            make_batch,
-            plan,
-            key=key,
-            mesh=context.mesh,
-            name=name,
-            log=log,
-            checkpoints=checkpoints,
-        )
-    finally:
-        checkpoints.close()
-        log.close()
+    return session.train(
+        train_step,
+        jax.jit(init)(key),
+        {"inputs": inputs, "labels": labels},
+        make_batch,
+        plan,
+        workdir=context.workdir,
+        directory=context.directory("generator") / f"checkpoints_{name}",
+        name=name,
+        key=key,
+        mesh=context.mesh,
+    )

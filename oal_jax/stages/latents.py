@@ -29,7 +29,8 @@ def run(context: Context) -> list[Path]:
     sd, params = generator.load(context)
     data = context.train_images()
     classes, per_class = len(data.class_names), config.latents.per_class
-    pool = artifacts.read_tensors(context.directory("outliers") / "outliers.safetensors")["outliers"]
+    source = context.directory("outliers") / "outliers.safetensors"
+    pool = artifacts.read_tensors(source)["outliers"]
     labels = np.tile(np.arange(classes, dtype=np.int32), per_class)  # evenly, classes in turn
     key = named(context.key, "latents")
     rows = np.asarray(
@@ -66,7 +67,7 @@ def run(context: Context) -> list[Path]:
 
 
 def _sampler(context: Context, sd, params, class_names):
-    """`(outliers or None, labels, indices, name) -> latents`: chunked, one compiled program each."""
+    """`(outliers or None, labels, indices, name) -> latents`, in chunks; compiled once."""
     config, mesh = context.config.latents, context.mesh
     ids, mask, empty = conditioning.class_tokens(
         sd, class_names, generator.PROMPT, config.injection

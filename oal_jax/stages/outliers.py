@@ -6,23 +6,33 @@ import numpy as np
 from tqdm import tqdm
 
 from oal_jax import artifacts
+from oal_jax.errors import UserError
 from oal_jax.keys import at_step
-from oal_jax.outliers.knn import sample_class
+from oal_jax.outliers.knn import sample_class, unit
 from oal_jax.stages import generator
 from oal_jax.stages.context import Context
-from oal_jax.stages.features import unit_by_class
 
 
 def run(context: Context) -> list[Path]:
     """Write `outliers.safetensors`: `outliers` (C, n, d) float32 and `labels` (C,) int32."""
     knn = context.config.outliers.knn
     source = artifacts.read_tensors(context.directory("features") / "features.safetensors")
-    classes = unit_by_class(source["features"], source["labels"], knn.features_per_class)
+    features, labels = source["features"], source["labels"]
+    smallest = np.bincount(labels).min()
+    if smallest < knn.features_per_class:
+        raise UserError(
+            f"a class of {context.benchmark.id_set} has {smallest} training images, fewer than"
+            f" outliers.knn.features_per_class={knn.features_per_class}; lower that"
+        )
+    # The first of each class in data order stand for it, as unit vectors.
+    classes = [
+        unit(features[labels == c][: knn.features_per_class]) for c in range(labels.max() + 1)
+    ]
     sampled = [
         np.asarray(
             sample_class(
                 at_step(context.key, "outliers", c),
-                features,
+                of_class,
                 k=knn.neighbour,
                 count=knn.boundary,
                 anchors=knn.anchors,
@@ -33,7 +43,7 @@ def run(context: Context) -> list[Path]:
                 selection=knn.selection,
             )
         )
-        for c, features in enumerate(tqdm(classes, desc="k-NN outliers", unit="class"))
+        for c, of_class in enumerate(tqdm(classes, desc="k-NN outliers", unit="class"))
     ]
     outliers = np.stack(sampled)
     if knn.scale_by_token:

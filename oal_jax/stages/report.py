@@ -11,11 +11,11 @@ from oal_jax.config import flatten
 from oal_jax.evaluation import protocol
 from oal_jax.evaluation.metrics import id_accuracy
 from oal_jax.evaluation.report import ReportInputs, write_report
+from oal_jax.keys import named
 from oal_jax.methods.base import apply_group
 from oal_jax.methods.kd import normalise
 from oal_jax.models.projector import LatentAdapter, Projector
 from oal_jax.outliers.knn import sample_random
-from oal_jax.keys import named
 from oal_jax.stages import evaluate, latents, outliers, train
 from oal_jax.stages.context import Context
 from oal_jax.training.log import read
@@ -33,7 +33,7 @@ def run(context: Context) -> list[Path]:
     artifacts.write_json(thresholds, result.thresholds)
     test = id_sets["id_test"]
     logged = read(context.workdir / "metrics.jsonl", "train")
-    pictures = latents.pictures(context) if _has(context, "latents") else {}
+    pictures = latents.pictures(context) if config.method.name in ("oal", "pixel") else {}
     page = stage / "index.html"
     write_report(
         page,
@@ -68,10 +68,6 @@ def run(context: Context) -> list[Path]:
     )
     written = [stage / "ood.csv", stage / "validation.csv", thresholds, page]
     return [path for path in written if path.exists()]
-
-
-def _has(context: Context, stage: str) -> bool:
-    return (context.directory(stage) / artifacts.MANIFEST).exists()
 
 
 def _method_name(context: Context) -> str:

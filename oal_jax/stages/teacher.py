@@ -17,9 +17,7 @@ from oal_jax.keys import named
 from oal_jax.methods.ce import cross_entropy
 from oal_jax.models.vit import VisionTransformer
 from oal_jax.stages.context import Context, apply_in_batches, classifier, together
-from oal_jax.training import loop
-from oal_jax.training.checkpoints import Checkpoints
-from oal_jax.training.log import MetricsLog
+from oal_jax.training import loop, session
 from oal_jax.training.optimizer import adamw
 from oal_jax.training.state import init_state, make_train_step
 
@@ -118,27 +116,19 @@ def _train(context: Context) -> dict[str, np.ndarray]:
         )
         return {"val_accuracy": float(np.mean(logits.argmax(-1) == validation.labels))}
 
-    checkpoints = Checkpoints(context.directory("teacher") / "checkpoints")
-    fresh = init_state(method, optimizer, key)
-    state = checkpoints.restore(fresh) or fresh
-    log = MetricsLog(context.workdir, "teacher", int(state.step))
-    try:
-        state = loop.fit(
-            make_train_step(method, optimizer, key),
-            state,
-            {"images": data.images, "labels": data.labels},
-            make_batch,
-            plan,
-            key=key,
-            mesh=mesh,
-            name="teacher",
-            log=log,
-            checkpoints=checkpoints,
-            evaluate=evaluate,
-        )
-    finally:
-        checkpoints.close()
-        log.close()
+    state = session.train(
+        make_train_step(method, optimizer, key),
+        init_state(method, optimizer, key),
+        {"images": data.images, "labels": data.labels},
+        make_batch,
+        plan,
+        workdir=context.workdir,
+        directory=context.directory("teacher") / "checkpoints",
+        name="teacher",
+        evaluate=evaluate,
+        key=key,
+        mesh=mesh,
+    )
     params = flatten_dict(state.params["student"])
     # Half precision: the weights ship inside the package, and features do not notice.
     return {".".join(k): distributed.to_host(v).astype(np.float16) for k, v in params.items()}

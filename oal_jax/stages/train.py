@@ -18,9 +18,7 @@ from oal_jax.models.resnet import ResNet
 from oal_jax.outliers.knn import sample_random
 from oal_jax.stages import features, latents, outliers, teacher
 from oal_jax.stages.context import Context, apply_in_batches, classifier
-from oal_jax.training import loop
-from oal_jax.training.checkpoints import Checkpoints
-from oal_jax.training.log import MetricsLog
+from oal_jax.training import loop, session
 from oal_jax.training.optimizer import grouped_sgd
 from oal_jax.training.state import init_state, make_train_step
 
@@ -133,9 +131,7 @@ def make_batches(context: Context, arrays: dict[str, Any], net: Any) -> loop.Mak
     def pool(step, arrays, name, count):
         size = arrays[name].shape[0]
         # The same rows for `outlier` and `outlier_latent` would be a pairing; draw them apart.
-        rows = jax.random.choice(
-            at_step(key, name, step), size, (count,), replace=size < count
-        )
+        rows = jax.random.choice(at_step(key, name, step), size, (count,), replace=size < count)
         return arrays[name][rows]
 
     def outliers_of(kind, step, arrays, name, count, draw):
@@ -243,28 +239,19 @@ def run(context: Context) -> list[Path]:
         _check_collapse(accuracy, logits.shape[-1], int(state.step), plan)
         return {"val_accuracy": accuracy}
 
-    checkpoints = Checkpoints(directory / "checkpoints")
-    fresh = init_state(method, optimizer, key)
-    # Order of resumption: this run's own checkpoint, else fresh weights.
-    state = checkpoints.restore(fresh) or fresh
-    log = MetricsLog(context.workdir, "train", int(state.step))
-    try:
-        state = loop.fit(
-            make_train_step(method, optimizer, key),
-            state,
-            arrays,
-            make_batches(context, arrays, teacher.model(config.teacher, len(data.class_names))),
-            plan,
-            key=key,
-            mesh=mesh,
-            name=f"student ({config.method.name})",
-            log=log,
-            checkpoints=checkpoints,
-            evaluate=evaluate,
-        )
-    finally:
-        checkpoints.close()
-        log.close()
+    state = session.train(
+        make_train_step(method, optimizer, key),
+        init_state(method, optimizer, key),
+        arrays,
+        make_batches(context, arrays, teacher.model(config.teacher, len(data.class_names))),
+        plan,
+        workdir=context.workdir,
+        directory=directory / "checkpoints",
+        name="train",
+        evaluate=evaluate,
+        key=key,
+        mesh=mesh,
+    )
     path = directory / _FILE
     tree = {"params": state.params, "state": state.model_state}
     flat = {".".join(k): distributed.to_host(v) for k, v in flatten_dict(tree).items()}
