@@ -161,5 +161,9 @@ def _with_overrides(config: Config, overrides: list[str]) -> Config:
         if not item.startswith("--config.") or key not in flat:
             raise UserError(unknown_key(key))
         kind = type(flat[key])
-        flat[key] = value == "True" if kind is bool else kind(value)
+        try:
+            flat[key] = value == "True" if kind is bool else kind(value)
+        except ValueError:
+            wanted = f"wants a value of type {kind.__name__}, got '{value}'"
+            raise UserError(f"config key '{key}' {wanted}") from None
     return unflatten(flat)

@@ -160,6 +160,12 @@ def run(
       UserError: an impossible config, a directory of another config, a damaged file.
     """
     validate(config)
+    if jax.process_count() > 1:
+        # Every process would write the same files: refuse what would not be whole.
+        raise UserError(
+            "a run is one process that drives all its devices; runs of several processes are not"
+            " supported yet"
+        )
     if config.smoke:
         config = shrink(config)
         validate(config)

@@ -116,7 +116,7 @@ def test_vit_equals_numpy_and_its_features_are_the_cls_token_after_the_last_norm
     model = VisionTransformer(3, 4, 16, 2, 2, 2.0, mean=(0.3, 0.6), std=(0.4, 0.2))
     images = np.random.default_rng(0).uniform(size=(2, 8, 12, 2)).astype(np.float32)
     variables = random_variables(model, images)
-    logits, features = model.apply(variables, images)
+    logits, features = jax.jit(model.apply)(variables, images)
     expected = numpy_vit(
         variables["params"], images.astype(np.float64), 4, 2, (0.3, 0.6), (0.4, 0.2)
     )
@@ -132,7 +132,7 @@ def test_vit_equals_numpy_and_its_features_are_the_cls_token_after_the_last_norm
 def test_patches_product_equals_the_convolution(size, kernel, stride, pad):
     x, weights = normal(2, *size, 3), normal(kernel, kernel, 3, 4, seed=2)
     expected = convolve(x, weights, stride, pad)
-    actual = patches_product(x, weights, stride, pad)
+    actual = jax.jit(patches_product, static_argnums=(2, 3))(x, weights, stride, pad)
     assert actual.shape == expected.shape
     np.testing.assert_allclose(actual, expected, atol=2e-5)
 
@@ -143,12 +143,12 @@ def test_conv_and_its_gradient_are_those_of_pytorch_s_padding_by_every_route(siz
     module, x = Conv(4, kernel, stride), normal(2, size, size, 3)
     variables = random_variables(module, x)
     plain = lambda v, x: convolve(x, v["params"]["kernel"], stride, (kernel - 1) // 2)
-    actual, expected = module.apply(variables, x), plain(variables, x)
+    actual, expected = jax.jit(lambda *a: (module.apply(*a), plain(*a)))(variables, x)
     assert actual.shape == expected.shape == (2, -(-size // stride), -(-size // stride), 4)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
     squared = lambda f: lambda v, x: jnp.sum(f(v, x) ** 2)
-    gradients = [jax.grad(squared(f), (0, 1))(variables, x) for f in (module.apply, plain)]
-    for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+    gradient = jax.jit(lambda *a: [jax.grad(squared(f), (0, 1))(*a) for f in (module.apply, plain)])
+    for one, other in zip(*map(jax.tree.leaves, gradient(variables, x)), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
@@ -220,7 +220,8 @@ def test_resnet_block_equals_its_formula(bottleneck):
     shortcut = np.asarray(convolve(x, params["downsample_conv"]["kernel"], 2, 0))
     shortcut = batch_norm(shortcut, params["downsample_bn"], stats["downsample_bn"])
     expected = relu(h + shortcut)
-    np.testing.assert_allclose(module.apply(variables, x, False), expected, atol=1e-4)
+    actual = jax.jit(lambda v: module.apply(v, x, False))(variables)
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 def test_batch_statistics_in_training_and_running_ones_otherwise():
@@ -289,7 +290,7 @@ def assert_uniform(layer, fan_in):
 @pytest.mark.parametrize("hidden", [(256,), (32, 16, 256)])
 def test_gaussian_predictor_has_the_reference_s_layers_and_pytorch_s_start(hidden):
     module = GaussianPredictor(512, hidden)
-    params = module.init(jax.random.key(0), jnp.zeros((1, 64)))["params"]
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 64)))["params"]
     widths = (64, *hidden, 512)
     names = [f"mean_{i}" for i in range(len(hidden))] + ["mean_out"]
     for name, fan_in, fan_out in zip(names, widths, widths[1:], strict=False):
@@ -306,7 +307,7 @@ def test_gaussian_predictor_equals_its_formula():
     p = variables["params"]
     layer = lambda x, name: x @ p[name]["kernel"] + p[name]["bias"]
     relu = lambda v: np.maximum(v, 0)
-    mean, log_variance = module.apply(variables, x)
+    mean, log_variance = jax.jit(module.apply)(variables, x)
     expected = layer(relu(layer(relu(layer(x, "mean_0")), "mean_1")), "mean_out")
     np.testing.assert_allclose(mean, expected, atol=1e-5)
     expected = np.tanh(layer(relu(layer(x, "log_variance_0")), "log_variance_out"))
@@ -323,6 +324,7 @@ def test_adapter_brings_latents_of_any_size_down_to_four_by_four(size):
 def test_adapter_says_of_a_latent_the_same_in_any_batch():
     module, latents = LatentAdapter(8), normal(5, 7, 7, 4)
     variables = random_variables(module, latents)
-    whole, part = module.apply(variables, latents), module.apply(variables, latents[3:])
+    apply = jax.jit(module.apply)
+    whole, part = (np.asarray(apply(variables, x)) for x in (latents, latents[3:]))
     np.testing.assert_allclose(whole[3:], part, atol=1e-5)
     assert np.abs(np.diff(whole, axis=0)).min(axis=0).max() > 1e-3

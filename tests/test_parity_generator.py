@@ -118,3 +118,57 @@ def test_twenty_guided_steps(torch, pipeline, ours, latents, name):
         with_text, without = (pipeline.unet(x, time, states).sample for states in conditions)
         x = scheduler.step(without + 3.0 * (with_text - without), time, x).prev_sample
     np.testing.assert_allclose(ours_out, x, atol=TOLERANCE)
+
+
+def test_a_standard_directory_of_pytorch(torch, tmp_path):
+    """A model with every kind of block of Stable Diffusion v1, sharded, as PyTorch saves it."""
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    cross = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64, 64, 64),
+        down_block_types=(cross[0],) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + (cross[1],) * 3,
+        layers_per_block=2,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+    ).eval()
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+    ).eval()
+    text_encoder = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=1000,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+        )
+    ).eval()
+    unet.save_pretrained(tmp_path / "unet", max_shard_size="400KB")
+    vae.save_pretrained(tmp_path / "vae")
+    text_encoder.save_pretrained(tmp_path / "text_encoder")
+    create.write_tokenizer(tmp_path / "tokenizer", ("cat",), 77)
+    diffusers.PNDMScheduler(**create.SCHEDULER).save_pretrained(tmp_path / "scheduler")
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json").exists()
+
+    sd, params = stable.load(tmp_path)
+    ids = stable.tokenize(sd, ["a cat", ""])
+    states = text_encoder(torch.tensor(ids, dtype=torch.long))[0]
+    np.testing.assert_allclose(stable.encode_prompts(sd, params, ids), states, atol=TOLERANCE)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 4, 16, 16)).astype(np.float32)
+    times = np.array([3, 801], np.int32)
+    expected = unet(torch.tensor(x), torch.tensor(times).long(), states).sample
+    out = jax.jit(functools.partial(stable.apply_unet, sd))(params, x, times, states.numpy())
+    np.testing.assert_allclose(out, expected, atol=TOLERANCE)
+    images = rng.random((1, 128, 128, 3), np.float32)
+    pixels = torch.tensor(images).permute(0, 3, 1, 2) * 2 - 1
+    expected = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+    latents = jax.jit(functools.partial(stable.encode_images, sd))(params, images)
+    np.testing.assert_allclose(latents, expected, atol=TOLERANCE)

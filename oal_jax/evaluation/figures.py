@@ -205,6 +205,11 @@ def curves(series: Mapping[str, Float[np.ndarray, "t 2"]], title: str, unit: str
             marker=marker,
             markersize=3,
         )
+    last = [abs(np.asarray(values)[-1, 1]) for values in series.values()]
+    first = [abs(np.asarray(values)[0, 1]) for values in series.values()]
+    if max(first) > 20 * np.median(last):
+        # One large early term would press all others into a line at the bottom.
+        axes.set_yscale("symlog", linthresh=1.0)
     axes.set(title=title, xlabel="step", ylabel=unit)
     axes.grid(color=INK, alpha=0.12, linewidth=0.6)
     _legend(axes)

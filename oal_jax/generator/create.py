@@ -1,4 +1,4 @@
-"""Makes a small Stable Diffusion from scratch: tokenizer, configs and fresh weights.
+"""Makes a small Stable Diffusion from scratch: its tokenizer and configs.
 
 The architecture is that of Stable Diffusion v1 (CLIP text transformer, UNet with cross-attention,
 KL autoencoder) at a size that a CPU trains in minutes. What is unusual about it has a reason:
@@ -18,9 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from oal_jax.generator import stable_diffusion as stable
 from oal_jax.pretrained import diffusers_directory
 
 FASHION_CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "shirt", "sneaker", "boot")
@@ -194,9 +191,11 @@ def create(
     width: int = 128,
     length: int = 16,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
-    seed: int = 0,
 ) -> None:
-    """Writes an untrained small Stable Diffusion.
+    """Writes the tokenizer and the configs of a small Stable Diffusion.
+
+    No weights: the trainers make their own, and `diffusers_directory.save` puts them here. What
+    `stable_diffusion.build` needs is complete.
 
     Args:
         directory: where to; made if absent.
@@ -205,7 +204,6 @@ def create(
         length: tokens a prompt is padded to.
         overrides: component name to config entries that replace the defaults (smaller nets for
             tests).
-        seed: of the initial weights.
     """
     directory = Path(directory)
     vocabulary = write_tokenizer(directory / "tokenizer", class_names, length)
@@ -215,6 +213,3 @@ def create(
     diffusers_directory.save(directory, {}, made)
     diffusers_directory.write_json(directory / "scheduler" / "scheduler_config.json", SCHEDULER)
     diffusers_directory.write_json(directory / "model_index.json", _MODEL_INDEX)
-    sd = stable.build(directory)
-    params = jax.jit(lambda key: stable.init_params(sd, key))(jax.random.key(seed))
-    diffusers_directory.save(directory, params)

@@ -5,11 +5,12 @@ versions are pinned, the lines say nothing that a user could act on, and a sampl
 hundreds: they are filtered here, and only they.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,10 +21,26 @@ import jax.numpy as jnp
 from oal_jax.errors import UserError
 
 
-class _DropFlaxNotice(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        return "classes are deprecated and will be removed" not in text
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return "classes are deprecated and will be removed" not in record.getMessage()
+
+
+@contextlib.contextmanager
+def _without_notices() -> Iterator[None]:
+    """Silences both libraries while they are imported, and their Flax modules' notices after."""
+    roots = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [root.level for root in roots]
+    for root in roots:
+        root.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    for root, level in zip(roots, levels, strict=True):
+        root.setLevel(level)
+    # On each logger: a filter on a parent, or on its handlers, would not keep lines from the root.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("diffusers.", "transformers.")) and "flax" in name:
+            logging.getLogger(name).addFilter(_is_wanted)
 
 
 @functools.cache
@@ -34,11 +51,9 @@ def libraries() -> SimpleNamespace:
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
 
-        for library in (diffusers_logging, transformers_logging):
-            library.get_logger()  # makes the root handler of the library
-        for name in ("diffusers", "transformers"):
-            for handler in logging.getLogger(name).handlers:
-                handler.addFilter(_DropFlaxNotice())
+    for library in (diffusers_logging, transformers_logging):
+        library.get_logger()  # sets the library's own level, once
+    with _without_notices():
         from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel
         from diffusers.models.vae_flax import FlaxAutoencoderKL
         from transformers import CLIPTextConfig, CLIPTokenizer

@@ -141,6 +141,8 @@ def make_plan(schedule: NoiseSchedule, name: str, steps: int) -> Plan:
     Args:
         schedule: the noise process.
         name: "pndm" (steps + 1 network calls), "ddim" or "dpm_solver_pp_2m" (steps calls).
+            The history of "pndm" is of noise even where the network predicts velocities; diffusers
+            averages the velocities there.
         steps: number of intervals, 1 to the number of training steps less one.
 
     Raises:

@@ -1,0 +1,81 @@
+"""The suites' rows and tables, and the command's error lines."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import ablation, run
+from oal_jax import main
+from oal_jax.config import Config
+from oal_jax.errors import UserError
+from oal_jax.evaluation.tables import Row, with_means
+
+
+def table(near: float, far: float) -> list[Row]:
+    """Four sets with the given AUROC, and the mean rows."""
+    sets = [("a", "near", near), ("b", "near", near + 2), ("c", "far", far), ("v", "validation", 0)]
+    rows = [
+        Row("energy", name, group, auroc, 0.0, 0.0, 10.0, 20.0, 90.0) for name, group, auroc in sets
+    ]
+    return with_means(rows, ("near", "far", "validation"))
+
+
+def test_summary_shows_mean_spread_and_paired_differences():
+    tables = {
+        ("kd", 0): table(50, 90),
+        ("kd", 1): table(60, 92),
+        ("oal-random", 0): table(53, 91),
+        ("oal-random", 1): table(65, 93),
+    }
+    text = ablation.summary(tables, ["kd", "oal-random"], [0, 1])
+    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "|" in line}
+    header = next(line for line in text.splitlines() if line.startswith("| case"))
+    names = [cell.strip() for cell in header.strip("|").split("|")]
+    assert names[:7] == ["case", "a", "b", "c", "near", "far", "all"]
+    # The last line of a case is that of the differences: +3 and +5 on a; the mean of a, b, c.
+    cells = [cell.strip() for cell in lines["oal-random"].strip("|").split("|")]
+    assert cells[1] == "+4.0 ± 1.4 (+3.0 +5.0)"
+    assert cells[6] == "+3.0 ± 0.9 (+2.3 +3.7)"
+    assert "| kd | 55.0 ± 7.1 |" in text
+
+
+def test_every_case_is_a_valid_config():
+    for name, change in ablation.CASES.items():
+        config = change(Config())
+        assert config.method.name == name.split("-")[0]
+    sources = {ablation.CASES[f"oal-{s}"](Config()).outliers.source for s in ("knn", "random")}
+    assert sources == {"knn", "random"}
+
+
+def test_a_row_has_the_fields_that_ratios_are_made_of():
+    row = run.row("s", "c", [3.0, 1.0, 2.0], seed=5)
+    assert (row["median_s"], row["min_s"], row["max_s"], row["runs"]) == (2.0, 1.0, 3.0, 3)
+    assert row["device"] and row["versions"]["jax"] and row["seed"] == 5
+    assert json.loads(json.dumps(row)) == row
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--suite", "ablatoin", "--output", "x"], "suite 'ablatoin' is unknown; nearest: 'abl"),
+        (["--suite", "ablation", "--output", "x", "--cases", "no"], "case 'no' is unknown"),
+        (["--suite", "ablation", "--output", "x", "--config.a=1"], "config key 'a' is unknown"),
+    ],
+)
+def test_a_mistake_is_one_line(argv, words, capsys):
+    assert main.guard(run.main, ["run", *argv]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_overrides_keep_the_type_of_the_field():
+    config = ablation._with_overrides(Config(), ["--config.train.epochs=3"])
+    assert config.train.epochs == 3
+    with pytest.raises(UserError, match="wants a value"):
+        ablation._with_overrides(Config(), ["--config.train.epochs=three"])
+
+
+def test_spread_needs_two_values_for_a_deviation():
+    assert ablation._spread([1.0, 3.0]) == f"2.0 ± {np.std([1, 3], ddof=1):.1f}"
