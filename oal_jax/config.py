@@ -59,7 +59,10 @@ class Knn:
 class Outliers:
     """Which outliers the method trains on."""
 
-    source: str = "random"  # knn, diffusion (k-NN and latents), random, mixed (half and half)
+    # Of method.micl=energy: knn, diffusion (k-NN, and latents sampled from them), random (isotropic
+    # directions, N(0, 1) latents), mixed (half and half), none. The other methods that use
+    # outliers take the k-NN ones and their latents.
+    source: str = "random"
     knn: Knn = field(default_factory=Knn)
 
 
@@ -120,6 +123,7 @@ class Student:
 class Train:
     """Optimizer, schedule and loop of the student."""
 
+    start: str = ""  # directory of a finished run: its student is the start, not fresh weights
     epochs: int = 6
     batch_size: int = 128  # over all devices
     learning_rate: float = 0.1  # peak, of the student
@@ -164,7 +168,7 @@ class Config:
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "data.source": ("bundled", "tfds"),
-    "outliers.source": ("knn", "diffusion", "random", "mixed"),
+    "outliers.source": ("knn", "diffusion", "random", "mixed", "none"),
     "outliers.knn.selection": ("top", "reference"),
     "latents.sampler": ("pndm", "ddim", "dpm_solver_pp_2m"),
     "latents.injection": ("first_piece", "all_pieces"),

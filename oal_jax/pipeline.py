@@ -55,6 +55,11 @@ def _generator_files(config: Config) -> dict[str, Any]:
     return _data_files(config) | _hashes(shipped, not config.generator.train)
 
 
+def _train_files(config: Config) -> dict[str, Any]:
+    start = Path(config.train.start) / "train" / "student.safetensors"
+    return _data_files(config) | _hashes(start, bool(config.train.start))
+
+
 def _package(*parts: str) -> Path:
     return Path(str(files("oal_jax"))).joinpath(*parts)
 
@@ -103,7 +108,7 @@ STAGES = (
             *("outliers", "-outliers.knn", "latents.reduction"),
         ),
         ("teacher", "features", "outliers", "latents"),
-        reads_files=_data_files,
+        reads_files=_train_files,
     ),
     Stage(
         "evaluate", ("data", "smoke", "evaluation.batch_size"), ("train",), reads_files=_data_files

@@ -15,6 +15,7 @@ from oal_jax.methods import ce, kd, oal, pixel
 from oal_jax.methods.base import Method
 from oal_jax.models.mutual_information import GaussianPredictor
 from oal_jax.models.projector import Projector
+from oal_jax.outliers import knn
 from oal_jax.training.optimizer import grouped_sgd
 from oal_jax.training.state import TrainState, init_state, make_train_step
 
@@ -282,7 +283,7 @@ def test_distillation_is_cross_entropy_and_the_weighted_divergences():
                 "params": fixed_variables("kd")[0]["projector"],
                 **fixed_variables("kd")[1]["projector"],
             },
-            kd.normalise(batch["teacher_features"]),
+            knn.unit(batch["teacher_features"]),
             train=True,
             mutable=["batch_stats"],
         )[0],

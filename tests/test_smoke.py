@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from oal_jax import main
 
-CONFIG = Path(__file__).parent.parent / "configs" / "fashion.py"
+CONFIGS = Path(__file__).parent.parent / "configs"
 CASES = {
     "mixed": ["--config.outliers.source=mixed"],
     "reference": ["--config.method.micl=reference", "--config.latents.injection=first_piece"],
@@ -30,8 +30,14 @@ def runs(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-def start(workdir: Path, *flags: str) -> int:
-    argv = ["main", f"--config={CONFIG}", f"--workdir={workdir}", "--config.smoke=True", *flags]
+def start(workdir: Path, *flags: str, name: str = "fashion.py") -> int:
+    argv = [
+        "main",
+        f"--config={CONFIGS / name}",
+        f"--workdir={workdir}",
+        "--config.smoke=True",
+        *flags,
+    ]
     return main.guard(main.run, argv)
 
 
@@ -76,3 +82,15 @@ def test_teacher_and_generator_train_in_their_stages(runs):
     small = ["--config.generator.batch_size=64", "--config.generator.vae_batch_size=64"]
     assert start(runs / "trained", *flags, *small) == 0
     assert (runs / "trained/generator/stable_diffusion/unet/config.json").exists()
+
+
+def test_the_reference_starts_from_another_runs_student(runs):
+    flags = [f"--config.train.start={runs / 'ce'}", "--config.latents.steps=4"]
+    assert start(runs / "official", *flags, name="fashion_reference.py") == 0
+    assert load_file(runs / "official" / "train" / "student.safetensors")
+
+
+def test_a_start_of_another_size_is_told(runs, capsys):
+    flags = [f"--config.train.start={runs / 'ce'}", "--config.method.name=ce"]
+    assert start(runs / "deep", *flags, "--config.student.depth=34") == 2
+    assert "another size" in capsys.readouterr().err

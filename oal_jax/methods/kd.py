@@ -22,11 +22,7 @@ from oal_jax.methods.base import (
     split_variables,
 )
 from oal_jax.models.projector import Projector
-
-
-def normalise(features: jax.Array) -> jax.Array:
-    """Unit L2 norm, so that DT sees ID features and outliers (directions) on one scale."""
-    return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+from oal_jax.outliers.knn import unit
 
 
 def distillation(
@@ -96,7 +92,7 @@ def student_terms(
         params,
         model_state,
         "projector",
-        normalise(teacher_features) if unit_features else teacher_features,
+        unit(teacher_features) if unit_features else teacher_features,
         train=True,
     )
     ce = jnp.mean(losses.cross_entropy(logits, batch["label"]))

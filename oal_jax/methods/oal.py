@@ -24,6 +24,7 @@ from oal_jax.methods import kd
 from oal_jax.methods.base import Method, apply_group, split_variables
 from oal_jax.models.mutual_information import GaussianPredictor
 from oal_jax.models.projector import LatentAdapter, Projector
+from oal_jax.outliers.knn import unit
 
 
 def energy(
@@ -65,7 +66,7 @@ def energy(
     def mapped_outliers(params, model_state, batch) -> dict[str, jax.Array]:
         mapped = {}
         if feature_outliers:
-            outliers = kd.normalise(batch["outlier"])
+            outliers = unit(batch["outlier"])
             mapped["feature"], _ = apply_group(
                 projector, params, model_state, "projector", outliers, train=False
             )

@@ -13,9 +13,8 @@ from oal_jax.evaluation.metrics import id_accuracy
 from oal_jax.evaluation.report import ReportInputs, write_report
 from oal_jax.keys import named
 from oal_jax.methods.base import apply_group
-from oal_jax.methods.kd import normalise
 from oal_jax.models.projector import LatentAdapter, Projector
-from oal_jax.outliers.knn import sample_random
+from oal_jax.outliers.knn import sample_random, unit
 from oal_jax.stages import evaluate, latents, outliers, train
 from oal_jax.stages.context import Context
 from oal_jax.training.log import read
@@ -111,10 +110,10 @@ def _mapped_outliers(context: Context) -> np.ndarray | None:
         )
         mapped.append(
             apply_group(
-                Projector(width), params, state, "projector", normalise(directions), train=False
+                Projector(width), params, state, "projector", unit(directions), train=False
             )[0]
         )
     if latent and latent != "random":
         z = latents.channels_last(context)[:count]
         mapped.append(LatentAdapter(width).apply({"params": params["adapter"]}, jnp.asarray(z)))
-    return np.concatenate([np.asarray(m) for m in mapped])
+    return np.concatenate([np.asarray(m) for m in mapped]) if mapped else None

@@ -12,15 +12,16 @@ from oal_jax import artifacts, distributed
 from oal_jax.config import Config, Method
 from oal_jax.data.augment import augment
 from oal_jax.data.sources import ImageSet
+from oal_jax.errors import UserError
 from oal_jax.keys import at_step, named
 from oal_jax.methods import base, ce, kd, oal, pixel
 from oal_jax.models.resnet import ResNet
-from oal_jax.outliers.knn import sample_random
+from oal_jax.outliers.knn import sample_random, unit
 from oal_jax.stages import features, latents, outliers, teacher
 from oal_jax.stages.context import Context, apply_in_batches, classifier
 from oal_jax.training import loop, session
 from oal_jax.training.optimizer import grouped_sgd
-from oal_jax.training.state import init_state, make_train_step
+from oal_jax.training.state import TrainState, init_state, make_train_step
 
 _FILE = "student.safetensors"
 # What a source gives to the two outlier terms: feature outliers, latents.
@@ -29,6 +30,7 @@ SOURCES = {
     "diffusion": ("pool", "pool"),
     "random": ("random", "random"),
     "mixed": ("half", "half"),
+    "none": (None, None),  # the energy loss on the ID side alone: a control
 }
 
 
@@ -140,8 +142,11 @@ def make_batches(context: Context, arrays: dict[str, Any], net: Any) -> loop.Mak
         if kind == "pool":
             return pool(step, arrays, name, count)
         half = count // 2
-        mixed = (pool(step, arrays, name, half), draw(at_step(key, name, step), count - half))
-        return jnp.concatenate([_unit_rows(m) if name == "outlier" else m for m in mixed])
+        mixed = (
+            pool(step, arrays, name, half),
+            draw(at_step(key, f"random {name}", step), count - half),
+        )
+        return jnp.concatenate([unit(m) if name == "outlier" else m for m in mixed])
 
     def make_batch(arrays, indices, epoch, step):
         count = config.method.outlier_batch or indices.shape[0]
@@ -183,10 +188,6 @@ def make_batches(context: Context, arrays: dict[str, Any], net: Any) -> loop.Mak
         return batch
 
     return make_batch
-
-
-def _unit_rows(x: jax.Array) -> jax.Array:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def make_plan(config: Config, examples: int) -> loop.Plan:
@@ -241,7 +242,7 @@ def run(context: Context) -> list[Path]:
 
     state = session.train(
         make_train_step(method, optimizer, key),
-        init_state(method, optimizer, key),
+        _started(context, init_state(method, optimizer, key)),
         arrays,
         make_batches(context, arrays, teacher.model(config.teacher, len(data.class_names))),
         plan,
@@ -257,6 +258,21 @@ def run(context: Context) -> list[Path]:
     flat = {".".join(k): distributed.to_host(v) for k, v in flatten_dict(tree).items()}
     artifacts.write_tensors(path, flat)
     return [path]
+
+
+def _started(context: Context, fresh: TrainState) -> TrainState:
+    """The fresh state, its student replaced by that of the run `train.start`, if there is one."""
+    if not context.config.train.start:
+        return fresh
+    path = Path(context.config.train.start) / "train" / _FILE
+    params, model_state = _read(path)
+    old, new = jax.tree.map(np.shape, (fresh.params["student"], params["student"]))
+    if old != new:
+        raise UserError(f"{path} has a student of another size than this config's; see student.*")
+    return fresh.replace(
+        params=fresh.params | {"student": params["student"]},
+        model_state=fresh.model_state | {"student": model_state["student"]},
+    )
 
 
 def _check_collapse(accuracy: float, classes: int, step: int, plan: loop.Plan) -> None:
@@ -276,6 +292,10 @@ def student_variables(params: dict, model_state: dict) -> dict[str, Any]:
 
 def load(context: Context) -> tuple[dict, dict]:
     """(params, model_state) of the trained groups."""
-    tensors = artifacts.read_tensors(context.directory("train") / _FILE)
+    return _read(context.directory("train") / _FILE)
+
+
+def _read(path: Path) -> tuple[dict, dict]:
+    tensors = artifacts.read_tensors(path)
     tree = unflatten_dict({tuple(k.split(".")): v for k, v in tensors.items()})
     return tree["params"], tree["state"]
