@@ -30,9 +30,10 @@ class Net(nn.Module):
     feature_width: int = 5
 
     @nn.compact
-    def __call__(self, images, train=False):
+    def __call__(self, images, train=False, statistics=None):
         x = nn.Conv(self.feature_width, (3, 3), use_bias=False, name="conv")(images)
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="bn")(x)
+        mask = None if statistics is None else statistics[:, None, None, None]
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="bn")(x, mask=mask)
         features = jnp.mean(nn.relu(x), axis=(1, 2))
         return nn.Dense(CLASSES, name="fc")(features), features
 
@@ -85,7 +86,7 @@ def make_method(name, weights) -> Method:
 GOLDEN = {
     "ce": (1.59452, 1.78784),
     "kd": (26.4582, 16.195),
-    "pixel": (28.3502, 18.6868),
+    "pixel": (27.33836, 17.23155),
     "oal energy": (29.9064, 25.0551),
     "oal reference": (12.405, 6.5838),
     "oal alternate": (45.7344, 221.721),
@@ -491,9 +492,24 @@ def test_pixel_outliers_train_the_whole_student_towards_the_uniform_prediction()
     grads, _, metrics = gradients("pixel", batch)
     effect = difference(grads["student"], plain["student"])
     assert norm(effect["conv"]) > 1e-3 and norm(effect["fc"]) > 1e-3
-    assert norm(difference(grads["projector"], plain["projector"])) < 1e-6
-    params, model_state = fixed_variables("pixel")
-    variables = {"params": params["student"], **model_state["student"]}
-    logits = np.asarray(NET.apply(variables, batch["outlier_image"])[0], np.float64)
+    # Rounding alone: the larger batch is summed in another order.
+    rest = norm(difference(grads["projector"], plain["projector"]))
+    assert rest < 2e-6 * norm(plain["projector"])
+    params, _ = fixed_variables("pixel")
+    # By hand: the outliers are normalised by the moments of the ID images.
+    kernel = params["student"]["conv"]["kernel"]
+    maps = {
+        name: np.asarray(
+            jax.lax.conv_general_dilated(
+                batch[name], kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            ),
+            np.float64,
+        )
+        for name in ("image", "outlier_image")
+    }
+    bn, fc = params["student"]["bn"], params["student"]["fc"]
+    mean, variance = (f(maps["image"], axis=(0, 1, 2)) for f in (np.mean, np.var))
+    x = (maps["outlier_image"] - mean) / np.sqrt(variance + 1e-5) * bn["scale"] + bn["bias"]
+    logits = np.maximum(x, 0).mean((1, 2)) @ np.asarray(fc["kernel"], np.float64) + fc["bias"]
     expected = np.mean(np.log(np.exp(logits).sum(1)) - logits.mean(1))
     np.testing.assert_allclose(metrics["outlier_exposure"], expected, rtol=1e-4)

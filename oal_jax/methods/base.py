@@ -27,11 +27,14 @@ class Method(NamedTuple):
 
 
 def apply_group(
-    module: Any, params: Groups, model_state: Groups, group: str, *inputs: Array, train: bool
+    module: Any, params: Groups, model_state: Groups, group: str, *inputs: Array, **options: Any
 ) -> tuple[Any, Mapping[str, Any]]:
-    """Apply a module with the variables of its group; returns outputs and new batch statistics."""
+    """Apply a module with the variables of its group; returns outputs and new batch statistics.
+
+    `options` are the module's own: `train`, and what else it takes.
+    """
     variables = {"params": params[group], **model_state.get(group, {})}
-    return module.apply(variables, *inputs, train=train, mutable=["batch_stats"])
+    return module.apply(variables, *inputs, mutable=["batch_stats"], **options)
 
 
 def split_variables(variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -77,15 +77,24 @@ def student_terms(
     logit_weight: float,
     feature_weight: float,
     unit_features: bool = True,
+    outlier_images: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Groups, Metrics], tuple[jax.Array, jax.Array]]:
     """`(value, (model_state, metrics))` of CE and KD, and the student's (logits, features).
+
+    `outlier_images` pass through the student behind the ID images, normalised by the batch
+    statistics of the ID images alone; their rows stand last in the returned pair.
 
     `unit_features` scales the teacher's features to unit norm before DT; the official code does
     not, but outliers are directions, and DT must see both alike where it maps outliers too.
     """
-    (logits, features), student_state = apply_group(
-        model, params, model_state, "student", batch["image"], train=True
+    images, options, count = batch["image"], {}, batch["image"].shape[0]
+    if outlier_images is not None:
+        images = jnp.concatenate([images, outlier_images])
+        options["statistics"] = jnp.arange(images.shape[0]) < count
+    outputs, student_state = apply_group(
+        model, params, model_state, "student", images, train=True, **options
     )
+    logits, features = (rows[:count] for rows in outputs)
     teacher_features = batch["teacher_features"].astype(jnp.float32)
     target, dt_state = apply_group(
         Projector(model.feature_width),
@@ -107,4 +116,4 @@ def student_terms(
     }
     value = ce + logit_weight * kd_logits + feature_weight * kd_features
     state = {**model_state, "student": student_state, "projector": dt_state}
-    return value, (state, metrics), (logits, features)
+    return value, (state, metrics), outputs

@@ -5,7 +5,7 @@ from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from oal_jax.models.conv import Conv
 from oal_jax.models.normalise import normalise
@@ -23,20 +23,25 @@ class ResNetBlock(nn.Module):
     bottleneck: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
-        """`train`: normalise by the batch and update the running statistics."""
+    def __call__(
+        self, x: Float[Array, "b h w c"], train: bool, mask: Bool[Array, "b 1 1 1"] | None
+    ) -> Float[Array, "b h2 w2 c2"]:
+        """`train`: normalise by the batch, or by its rows in `mask`."""
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5)
         out = self.channels * (4 if self.bottleneck else 1)
         if self.bottleneck:
-            h = nn.relu(norm(name="bn1")(Conv(self.channels, 1, name="conv1")(x)))
-            h = nn.relu(norm(name="bn2")(Conv(self.channels, 3, self.stride, name="conv2")(h)))
-            h = norm(name="bn3")(Conv(out, 1, name="conv3")(h))
+            h = Conv(self.channels, 1, name="conv1")(x)
+            h = nn.relu(norm(name="bn1")(h, mask=mask))
+            h = Conv(self.channels, 3, self.stride, name="conv2")(h)
+            h = nn.relu(norm(name="bn2")(h, mask=mask))
+            h = norm(name="bn3")(Conv(out, 1, name="conv3")(h), mask=mask)
         else:
-            h = nn.relu(norm(name="bn1")(Conv(self.channels, 3, self.stride, name="conv1")(x)))
-            h = norm(name="bn2")(Conv(out, 3, name="conv2")(h))
+            h = Conv(self.channels, 3, self.stride, name="conv1")(x)
+            h = nn.relu(norm(name="bn1")(h, mask=mask))
+            h = norm(name="bn2")(Conv(out, 3, name="conv2")(h), mask=mask)
         if x.shape != h.shape:
             shortcut = Conv(out, 1, self.stride, name="downsample_conv")(x)
-            x = norm(name="downsample_bn")(shortcut)
+            x = norm(name="downsample_bn")(shortcut, mask=mask)
         return nn.relu(x + h)
 
 
@@ -60,15 +65,23 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "b h w c"], train: bool = False
+        self,
+        images: Float[Array, "b h w c"],
+        train: bool = False,
+        statistics: Bool[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b k"], Float[Array, "b d"]]:
-        """`train`: normalise by the batch and update the running statistics."""
+        """`train`: normalise by the batch and update the running statistics.
+
+        `statistics` says which images the batch statistics are made of (None: all); the others
+        are normalised by the same, so that nothing but their pixels tells them apart.
+        """
+        mask = None if statistics is None else statistics[:, None, None, None]
         sizes: Sequence[int] = STAGES[self.depth]
         kernel, stride, pool = STEMS[self.stem]
         x = normalise(images, self.mean, self.std)
         x = Conv(self.width, kernel, stride, name="conv1")(x)
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name="bn1")(x)
-        x = nn.relu(x)
+        norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name="bn1")
+        x = nn.relu(norm(x, mask=mask))
         if pool:
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for i, blocks in enumerate(sizes):
@@ -78,6 +91,6 @@ class ResNet(nn.Module):
                     stride=2 if i > 0 and j == 0 else 1,
                     bottleneck=self.depth >= 50,
                     name=f"layer{i + 1}_{j}",
-                )(x, train)
+                )(x, train, mask)
         features = jnp.mean(x, axis=(1, 2))
         return nn.Dense(self.num_classes, name="fc")(features), features
