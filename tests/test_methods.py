@@ -507,9 +507,9 @@ def test_pixel_outliers_train_the_whole_student_towards_the_uniform_prediction()
         )
         for name in ("image", "outlier_image")
     }
-    bn, fc = params["student"]["bn"], params["student"]["fc"]
+    bn, fc = jax.tree.map(np.asarray, (params["student"]["bn"], params["student"]["fc"]))
     mean, variance = (f(maps["image"], axis=(0, 1, 2)) for f in (np.mean, np.var))
     x = (maps["outlier_image"] - mean) / np.sqrt(variance + 1e-5) * bn["scale"] + bn["bias"]
-    logits = np.maximum(x, 0).mean((1, 2)) @ np.asarray(fc["kernel"], np.float64) + fc["bias"]
+    logits = np.maximum(x, 0).mean((1, 2)) @ fc["kernel"] + fc["bias"]
     expected = np.mean(np.log(np.exp(logits).sum(1)) - logits.mean(1))
     np.testing.assert_allclose(metrics["outlier_exposure"], expected, rtol=1e-4)

@@ -239,7 +239,7 @@ def test_stage_stops_after_the_one_named(ran, tmp_path):
 
 def test_another_config_is_refused_with_the_field_and_both_values(ran, tmp_path):
     run(ran, tmp_path, only="teacher")
-    with pytest.raises(UserError, match=r"train.epochs was 8, now 9; .*--force"):
+    with pytest.raises(UserError, match=r"train.epochs was 6, now 9; .*--force"):
         run(ran, tmp_path, config(**{"train.epochs": 9}))
     with pytest.raises(UserError, match=r"seed was 0, now 1 and 1 more"):
         run(ran, tmp_path, config(**{"train.epochs": 9, "seed": 1}))

@@ -24,7 +24,7 @@ class ResNetBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], train: bool, mask: Bool[Array, "b 1 1 1"] | None
+        self, x: Float[Array, "b h w c"], train: bool, mask: Bool[Array, "b 1 1 1"] | None = None
     ) -> Float[Array, "b h2 w2 c2"]:
         """`train`: normalise by the batch, or by its rows in `mask`."""
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5)
