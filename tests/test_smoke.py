@@ -54,7 +54,8 @@ def test_a_method_runs_from_start_to_report(runs, case, capsys):
     assert all(0 <= float(row["auroc"]) <= 100 for row in rows)
     page = (runs / case / "report" / "index.html").read_text()
     assert "http" not in page
-    logged = [json.loads(line) for line in (runs / case / "metrics.jsonl").open()]
+    lines = (runs / case / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line) for line in lines]
     assert all(np.isfinite(v) for row in logged for k, v in row.items() if k != "stage")
     if case == "reference":
         last = logged[-1]
