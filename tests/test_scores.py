@@ -27,7 +27,11 @@ def _head():
 def _outputs(features):
     features = features.astype(np.float32)
     head = _head()
-    return Outputs(features @ head.kernel + head.bias[None, :], features)
+    # Two maps whose means are the features, so that every score has what it needs.
+    ripple = np.float32([1.5, 0.5, 0.5, 1.5]).reshape(1, 2, 2, 1)
+    maps = [ripple * features[:, None, None, :width] for width in (6, WIDTH)]
+    logits = features @ head.kernel + head.bias[None, :]
+    return jax.tree.map(np.array, scores.summarise(logits, features, maps, scores.FIELDS))
 
 
 def _id(n, seed):
@@ -59,9 +63,8 @@ def test_shape_dtype_and_finite(fitted):
     values = scores.apply(score, state, _id(40, seed=1)[0])
     assert values.shape == (40,) and values.dtype == np.float32
     assert np.isfinite(values).all()
-    assert scores.apply(
-        score, state, Outputs(np.zeros((0, CLASSES)), np.zeros((0, WIDTH)))
-    ).shape == (0,)
+    none = jax.tree.map(lambda x: x[:0], _id(1, seed=1)[0])
+    assert scores.apply(score, state, none).shape == (0,)
 
 
 def test_far_inputs_score_higher(fitted):
@@ -92,7 +95,7 @@ def test_rows_are_independent(fitted):
     outputs = _id(30, seed=1)[0]
     order = np.random.default_rng(0).permutation(30)
     values = scores.apply(score, state, outputs)
-    shuffled = scores.apply(score, state, Outputs(*(x[order] for x in outputs)))
+    shuffled = scores.apply(score, state, jax.tree.map(lambda x: x[order], outputs))
     np.testing.assert_allclose(shuffled, values[order], rtol=2e-5, atol=1e-6)
 
 
@@ -115,7 +118,7 @@ def test_bad_values_name_score_and_set(fitted, bad):
         scores.fit(score, outputs, np.zeros(20, int), _head())
     outputs = _id(20, seed=1)[0]
     outputs.features[5] = bad
-    if score.needs_features:
+    if "features" in score.needs:
         with pytest.raises(UserError, match=f"{score.name}: the features of letters"):
             scores.apply(score, state, outputs, set_name="letters")
     else:
@@ -245,11 +248,10 @@ def test_mahalanobis_with_dead_units_and_absent_classes():
     score = scores.make("mahalanobis")
     state = scores.fit(score, train, labels, _head())
     assert len(state["means"]) == CLASSES - 1
-    awake = Outputs(train.logits[:1], train.features[:1].copy())
-    awake.features[0, -1] = 1
-    quiet, loud = (
-        scores.apply(score, state, x)[0] for x in (Outputs(*(a[:1] for a in train)), awake)
-    )
+    first = jax.tree.map(lambda x: x[:1].copy(), train)
+    quiet = scores.apply(score, state, first)[0]
+    first.features[0, -1] = 1
+    loud = scores.apply(score, state, first)[0]
     assert np.isfinite(loud) and loud > 1000 * quiet
 
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from oal_jax.errors import UserError
 from oal_jax.scores import knn, logits, mahalanobis
-from oal_jax.scores.base import Head, Outputs, Score, State, apply, fit
+from oal_jax.scores.base import Head, Score, State, apply, apply_to_images, fit
+from oal_jax.scores.outputs import FIELDS, Forward, Outputs, compute, summarise
 
 SCORES: dict[str, Callable[..., Score]] = {
     **logits.SCORES,
@@ -18,7 +19,29 @@ SCORES: dict[str, Callable[..., Score]] = {
     **mahalanobis.SCORES,
 }
 
-__all__ = ["SCORES", "Head", "Outputs", "Score", "State", "apply", "fit", "make"]
+# For each score that has any, the values of its parameters that a search tries.
+GRIDS: dict[str, dict[str, tuple]] = {
+    **logits.GRIDS,
+    **knn.GRIDS,
+    **mahalanobis.GRIDS,
+}
+
+__all__ = [
+    "FIELDS",
+    "GRIDS",
+    "SCORES",
+    "Forward",
+    "Head",
+    "Outputs",
+    "Score",
+    "State",
+    "apply",
+    "apply_to_images",
+    "compute",
+    "fit",
+    "make",
+    "summarise",
+]
 
 
 # Cached, so that the same score with the same parameters is the same function to jit.

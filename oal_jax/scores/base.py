@@ -1,10 +1,10 @@
 """What a post-hoc score is, and how one is fitted and applied.
 
-A score is a NamedTuple of two pure functions. `fit` turns the outputs of the ID training set into a
-state, a dict of arrays that can be saved, sharded and exported; `score` turns a state and the
-outputs of any inputs into one `ood_score` an input. **Higher always means more OOD.** Parameters go
-into the factory that makes the score, and from there into the state or the shapes, so a search over
-them can never read a state that was fitted with other ones.
+A score is a NamedTuple of pure functions. `fit` turns the outputs of an ID set into a state, a dict
+of arrays that can be saved, sharded and exported; `score` turns a state and the outputs of any
+inputs into one `ood_score` an input. **Higher always means more OOD.** Parameters go into the
+factory that makes the score, and from there into the state or the shapes, so a search over them can
+never read a state that was fitted with other ones.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,18 +13,14 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from oal_jax import distributed
 from oal_jax.errors import UserError
+from oal_jax.scores.outputs import Forward, Outputs, check, rows
 
 State = Mapping[str, Array]
-
-
-class Outputs(NamedTuple):
-    """What a classifier says about n inputs: everything that a post-hoc score may look at."""
-
-    logits: Float[Array, "n c"]
-    features: Float[Array, "n d"]  # the input of the last linear layer
 
 
 class Head(NamedTuple):
@@ -37,46 +33,58 @@ class Head(NamedTuple):
 class Score(NamedTuple):
     """A post-hoc OOD score; see the docstring of the module.
 
-    `fit(outputs, labels, head) -> state` runs once, on the host, on the ID training set.
+    `fit(outputs, labels, head) -> state` runs once, on the host's arrays of the ID set `fit_on`.
     `score(state, outputs) -> (n,)` is traceable, works row by row, and gives ood_scores.
+    `perturb(state, forward, images) -> outputs`, where there is one, moves the images along a
+    gradient first: `score` then reads the outputs of the moved images. Traceable, row by row.
     """
 
-    fit: Callable[[Outputs, Int[Array, " n"], Head], State]
+    fit: Callable[[Outputs, Int[np.ndarray, " n"], Head | None], State]
     score: Callable[[State, Outputs], Float[Array, " n"]]
-    needs_features: bool = False
+    needs: tuple[str, ...] = ()  # fields of `Outputs` that it reads besides the logits
+    needs_head: bool = False
+    fit_on: str = "train"  # or "validation": what the publication fits it on
+    perturb: Callable[[State, Forward, Float[Array, "n h w c"]], Outputs] | None = None
     name: str = ""  # for messages; `make` sets it
 
 
-def fit(score: Score, outputs: Outputs, labels, head: Head, set_name: str = "ID train") -> State:
-    """Checks the outputs of the training set, then fits `score` on them.
+def fit(
+    score: Score, outputs: Outputs, labels, head: Head | None = None, set_name: str = "ID train"
+) -> State:
+    """Checks the outputs of an ID set, then fits `score` on them.
 
     Args:
       score: from `oal_jax.scores.make`.
-      outputs: of n ID training inputs.
+      outputs: of n ID inputs, of the set that `score.fit_on` names.
       labels: (n,) class indices.
-      head: the last linear layer of the classifier.
+      head: the last linear layer of the classifier; None where no score asks for it.
       set_name: how messages call the set.
 
     Returns:
       The state, a dict of arrays on the default device.
 
     Raises:
-      UserError: wrong shapes, a NaN or an infinity in the outputs, or too few inputs for the score.
+      UserError: wrong shapes, a NaN or an infinity in the outputs, outputs or a head that the
+        score needs and the model does not give, or too few inputs for the score.
     """
-    outputs = _checked(score, outputs, set_name)
+    outputs = check(outputs, score.needs, f"{score.name}: the {{}} of {set_name}")
     labels = np.asarray(labels)
-    if labels.shape != (len(outputs.logits),):
+    count = len(outputs.logits)
+    if labels.shape != (count,):
         raise UserError(
-            f"{score.name}: {set_name} has {len(outputs.logits)} outputs "
-            f"but labels of shape {labels.shape}"
+            f"{score.name}: {set_name} has {count} outputs but labels of shape {labels.shape}"
         )
+    if not count:
+        raise UserError(f"{score.name}: {set_name} has no inputs to fit on")
+    if score.needs_head:
+        head = _checked_head(score, outputs, head)
     return jax.device_put(score.fit(outputs, labels, head))
 
 
 def apply(
     score: Score, state: State, outputs: Outputs, batch_size: int = 512, set_name: str = "inputs"
 ) -> Float[np.ndarray, " n"]:
-    """The ood_score of every input, `batch_size` at a time.
+    """The ood_score of every input, `batch_size` at a time, split over the devices.
 
     The last chunk is filled up with copies of its last row and the results of those are cut off, so
     a score compiles once for a batch size, whatever the sizes of the sets.
@@ -84,52 +92,74 @@ def apply(
     Args:
       score: from `oal_jax.scores.make`.
       state: what `fit` returned for this score.
-      outputs: of n inputs; features are ignored where the score does not need them.
-      batch_size: rows a call.
+      outputs: of n inputs; fields that the score does not need are ignored.
+      batch_size: rows a call; rounded up to a multiple of the devices.
       set_name: how messages call the set.
 
     Returns:
       (n,) float32, higher = more OOD.
 
     Raises:
-      UserError: wrong shapes, or a NaN or an infinity in the outputs.
+      UserError: wrong shapes, a NaN or an infinity, or a missing field.
     """
-    outputs = _checked(score, outputs, set_name)
-    state = jax.device_put(state)
-    n = len(outputs.logits)
-    parts = []
-    for start in range(0, n, batch_size):
-        chunk = Outputs(*(x[start : start + batch_size] for x in outputs))
-        missing = batch_size - len(chunk.logits)
-        if missing:
-            chunk = Outputs(*(np.pad(x, ((0, missing), (0, 0)), mode="edge") for x in chunk))
-        parts.append(_score_chunk(score.score, state, chunk))
+    outputs = check(outputs, score.needs, f"{score.name}: the {{}} of {set_name}")
+    chunks = partial(rows, outputs, sharding=_sharding())
+    return _collect(partial(_score_rows, score.score), state, chunks, batch_size)
+
+
+def apply_to_images(
+    score: Score,
+    state: State,
+    forward: Forward,
+    images: np.ndarray,
+    batch_size: int = 512,
+) -> Float[np.ndarray, " n"]:
+    """The ood_score of every image for a score with `perturb`; else as `apply`.
+
+    Args:
+      forward: pure; images as they come here, cast to float32, to `Outputs`.
+      images: (n, h, w, c).
+    """
+    chunks = partial(rows, images, sharding=_sharding())
+    return _collect(partial(_score_images, score, forward), state, chunks, batch_size)
+
+
+def _collect(function, state, chunks, batch_size) -> Float[np.ndarray, " n"]:
+    state = jax.device_put(state, NamedSharding(distributed.make_mesh(), PartitionSpec()))
     # Read only after every chunk was dispatched, so that the device never waits for the host.
-    return np.concatenate([np.asarray(p) for p in parts])[:n] if parts else np.zeros(0, np.float32)
+    parts = [(function(state, chunk), kept) for chunk, kept in chunks(batch_size)]
+    host = [distributed.to_host(part)[:kept] for part, kept in parts]
+    return np.concatenate(host) if host else np.zeros(0, np.float32)
+
+
+def _sharding() -> NamedSharding:
+    return NamedSharding(distributed.make_mesh(), PartitionSpec("data"))
 
 
 @partial(jax.jit, static_argnums=0)
-def _score_chunk(score_fn, state, outputs):
+def _score_rows(score_fn, state, outputs):
     return score_fn(state, outputs)
 
 
-def _checked(score: Score, outputs: Outputs, set_name: str) -> Outputs:
-    """`outputs` as float32 arrays of the host, features dropped (width 0) where not needed."""
-    logits = np.asarray(outputs.logits, np.float32)
-    if score.needs_features:
-        features = np.asarray(outputs.features, np.float32)
-    else:
-        features = np.zeros((len(logits), 0), np.float32)
-    for kind, x in (("logits", logits), ("features", features)):
-        if x.ndim != 2 or len(x) != len(logits):
-            raise UserError(
-                f"{score.name}: the {kind} of {set_name} have shape {x.shape}, "
-                f"not ({len(logits)}, width)"
-            )
-        bad = ~np.isfinite(x).all(axis=1)
-        if bad.any():
-            raise UserError(
-                f"{score.name}: the {kind} of {set_name} have NaN or infinite values in "
-                f"{int(bad.sum())} of {len(x)} rows, the first in row {int(bad.argmax())}"
-            )
-    return Outputs(logits, features)
+@partial(jax.jit, static_argnums=(0, 1))
+def _score_images(score: Score, forward: Forward, state, images):
+    images = images.astype(np.float32)
+    perturb = score.perturb or (lambda state, forward, images: forward(images))
+    return score.score(state, perturb(state, forward, images))
+
+
+def _checked_head(score: Score, outputs: Outputs, head: Head | None) -> Head:
+    if head is None:
+        raise UserError(
+            f"{score.name} needs the last linear layer; give head=Head(kernel, bias), or take"
+            " another score"
+        )
+    head = Head(*(np.asarray(x, np.float32) for x in head))
+    classes = outputs.logits.shape[1]
+    width = head.kernel.shape[0] if outputs.features is None else outputs.features.shape[1]
+    if head.kernel.shape != (width, classes) or head.bias.shape != (classes,):
+        raise UserError(
+            f"{score.name}: the head has shapes {head.kernel.shape} and {head.bias.shape}; features"
+            f" of width {width} and {classes} logits want ({width}, {classes}) and ({classes},)"
+        )
+    return head

@@ -49,7 +49,7 @@ def knn(k: int = 50, bank_chunk: int = 4096, query_chunk: int = 1024) -> Score:
         similarity = kth_similarity(queries, state["bank"], k, bank_chunk, query_chunk)
         return jnp.sqrt(jnp.maximum(2.0 - 2.0 * similarity, 0.0))
 
-    return Score(fit, score, needs_features=True)
+    return Score(fit, score, needs=("features",))
 
 
 def kth_similarity(
@@ -94,3 +94,4 @@ def kth_similarity(
 
 
 SCORES = {"knn": knn}
+GRIDS = {"knn": {"k": (1, 5, 10, 20, 50, 100, 200)}}

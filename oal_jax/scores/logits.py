@@ -71,4 +71,5 @@ def max_logit() -> Score:
     return Score(fit, score)
 
 
+GRIDS: dict[str, dict[str, tuple]] = {}
 SCORES = {"energy": energy, "msp": msp, "max_logit": max_logit}

@@ -58,7 +58,7 @@ def mahalanobis(floor: float = 1e-6) -> Score:
         nearest = jnp.full(white.shape[:1], jnp.inf, white.dtype)
         return lax.scan(step, nearest, state["means"])[0]
 
-    return Score(fit, score, needs_features=True)
+    return Score(fit, score, needs=("features",))
 
 
 def class_statistics(features, labels) -> tuple[np.ndarray, np.ndarray]:
@@ -85,3 +85,4 @@ def class_statistics(features, labels) -> tuple[np.ndarray, np.ndarray]:
 
 
 SCORES = {"mahalanobis": mahalanobis}
+GRIDS: dict[str, dict[str, tuple]] = {}
