@@ -20,18 +20,20 @@ from oal_jax import artifacts
 from oal_jax.errors import UserError
 from oal_jax.main import guard
 
-SUITES = ("ablation",)
+SUITES = ("ablation", "methods", "scores")
 
 
-def row(suite: str, case: str, seconds: Sequence[float], **more: Any) -> dict[str, Any]:
+def row(
+    suite: str, case: str, seconds: Sequence[float], framework: str = "jax", **more: Any
+) -> dict[str, Any]:
     """One row of results.json from the seconds of each run of a case."""
     return {
         "suite": suite,
         "case": case,
-        "framework": "jax",
-        "median_s": round(statistics.median(seconds), 3),
-        "min_s": round(min(seconds), 3),
-        "max_s": round(max(seconds), 3),
+        "framework": framework,
+        "median_s": round(statistics.median(seconds), 6),
+        "min_s": round(min(seconds), 6),
+        "max_s": round(max(seconds), 6),
         "runs": len(seconds),
         "device": device(),
         "versions": artifacts.versions(),

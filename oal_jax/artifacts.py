@@ -50,7 +50,7 @@ def read_json(path: Path, remedy: str = "") -> Any:
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """`write_bytes` of a safetensors file."""
-    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     write_bytes(path, safetensors.numpy.save(contiguous))
 
 
@@ -174,17 +174,36 @@ def is_done(directory: Path, inputs: Mapping[str, Any]) -> bool:
     if manifest["inputs"] != json.loads(json.dumps(dict(inputs))):
         return False
     for name, expected in manifest["outputs"].items():
-        path = directory / name
-        problem = None
-        if not path.exists():
-            problem = "is missing"
-        elif path.stat().st_size != expected["bytes"]:
-            problem = f"has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        elif sha256(path) != expected["sha256"]:
-            problem = "has another sha256 than its manifest says"
-        if problem:
-            raise UserError(f"{path} {problem}; delete {directory} (or give --force) to redo it")
+        _check(directory / name, expected, f"delete {directory} (or give --force) to redo it")
     return True
+
+
+def verified(directory: Path, name: str) -> Path:
+    """The path of one output of a finished stage, intact as its manifest says.
+
+    Raises:
+      UserError: the stage has no such output, or it was damaged or removed since.
+    """
+    outputs = _read_manifest(directory)["outputs"]
+    if name not in outputs:
+        raise UserError(
+            f"{directory} has no {name}, so an earlier version made it; delete"
+            f" {directory / MANIFEST} and start the run's command again"
+        )
+    _check(directory / name, outputs[name], f"delete {directory} and run its stage again")
+    return directory / name
+
+
+def _check(path: Path, expected: Mapping[str, Any], remedy: str) -> None:
+    problem = None
+    if not path.exists():
+        problem = "is missing"
+    elif path.stat().st_size != expected["bytes"]:
+        problem = f"has {path.stat().st_size} bytes instead of {expected['bytes']}"
+    elif sha256(path) != expected["sha256"]:
+        problem = "has another sha256 than its manifest says"
+    if problem:
+        raise UserError(f"{path} {problem}; {remedy}")
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
@@ -215,6 +234,11 @@ def output_hashes(directory: Path) -> dict[str, str]:
     """File name to sha256 of a finished stage, as its manifest has them."""
     outputs = _read_manifest(directory)["outputs"]
     return {name: entry["sha256"] for name, entry in outputs.items()}
+
+
+def made_from(directory: Path, stage: str) -> dict[str, str] | None:
+    """`output_hashes` of `stage` as they were when the stage of `directory` read them."""
+    return _read_manifest(directory)["inputs"].get("stages", {}).get(stage)
 
 
 def copy_stage(source: Path, target: Path) -> None:

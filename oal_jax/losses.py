@@ -45,6 +45,60 @@ def energy_logistic(
     return jax.nn.softplus(-(a * id_energy + offset)), jax.nn.softplus(a * outlier_energy + offset)
 
 
+def energy_hinges(
+    id_energy: Float[Array, " b"],
+    outlier_energy: Float[Array, " m"],
+    margin_in: float,
+    margin_out: float,
+) -> tuple[Float[Array, " b"], Float[Array, " m"]]:
+    """relu(E_in - margin_in)^2 and relu(margin_out - E_out)^2 of E = -logsumexp(logits).
+
+    Energy fine-tuning (arXiv 2010.03759): ID is pushed below `margin_in`, outliers above
+    `margin_out`.
+    """
+    return (
+        jax.nn.relu(id_energy - margin_in) ** 2,
+        jax.nn.relu(margin_out - outlier_energy) ** 2,
+    )
+
+
+def unit_rows(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+    """Rows of unit L2 norm, with a gradient even where a row is zero.
+
+    LogitNorm's code (arXiv 2205.09310) adds 1e-7 to the norm; here it stands inside the root.
+    """
+    return x / jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-14)
+
+
+def supervised_contrastive(
+    embeddings: Float[Array, "b d"], labels: Int[Array, " b"], temperature: float
+) -> Float[Array, " b"]:
+    """Mean over positives p of -log[exp(z.z_p / t) / sum_{a != self} exp(z.z_a / t)].
+
+    Positives of a row are the other rows of its label; a row without any has the value 0.
+    Embeddings have unit norm (arXiv 2004.11362, eq. 2).
+    """
+    others = ~jnp.eye(labels.shape[0], dtype=bool)
+    similarity = jnp.where(others, embeddings @ embeddings.T / temperature, -jnp.inf)
+    log_share = similarity - jax.nn.logsumexp(similarity, axis=-1, keepdims=True)
+    positive = others & (labels[:, None] == labels[None])
+    total = jnp.sum(jnp.where(positive, log_share, 0.0), axis=-1)
+    return -total / jnp.maximum(jnp.sum(positive, axis=-1), 1)
+
+
+def augmented_lagrangian(
+    constraint: Float[Array, " n"], multiplier: Float[Array, " n"], penalty: Float[Array, " n"]
+) -> Float[Array, " n"]:
+    """The term that stands for `constraint` <= 0 in a minimisation.
+
+    m c + p c^2 / 2 where p c + m >= 0, else -m^2 / (2 p): continuous, and flat where the
+    constraint holds with room to spare (arXiv 2202.03299).
+    """
+    active = penalty * constraint + multiplier >= 0
+    pulling = multiplier * constraint + penalty * constraint**2 / 2
+    return jnp.where(active, pulling, -(multiplier**2) / (2 * penalty))
+
+
 def club(
     mean: Float[Array, "b d"], log_variance: Float[Array, "b d"], y: Float[Array, "b d"]
 ) -> Float[Array, " b"]:

@@ -1,5 +1,8 @@
 """`python -m oal_jax.main --config FILE [--workdir DIR] [--config.a.b=VALUE ...] [--stage NAME]`.
 
+`python -m oal_jax.main --compare RUN1 RUN2 ... [--output FILE.html]` compares finished runs, seeds
+of one config together; a CSV file in OpenOOD's layout counts as one more.
+
 Exit codes: 0 done; 2 a mistake of the user's, one line on stderr; 1 a training that failed or
 any other error; 130 Ctrl-C; 143 SIGTERM, after saving.
 """
@@ -16,7 +19,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from oal_jax.config import Config, flatten, unknown_key, validate
+from oal_jax.config import Config, expand, flatten, unknown_key
+from oal_jax.config_checks import validate
 from oal_jax.errors import UserError
 
 
@@ -30,6 +34,8 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "stage": "run the stages up to this one",
         "reuse": "take finished stages from this run",
         "coordinator": "HOST:PORT of process 0",
+        "compare": "directories of finished runs, and OpenOOD's CSV files; needs no --config",
+        "output": "with --compare: an .html or .csv file for the result",
     }.items():
         flags.DEFINE_string(name, None, text, flag_values=values)
     for name, text in {
@@ -69,6 +75,8 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         return values
     if len(rest) > 1:
         raise UserError(f"argument '{rest[1]}' is not a flag; flags start with --")
+    if values.output:
+        raise UserError("--output goes with --compare")
     if values.config is None:
         raise UserError("--config FILE is missing; for example --config configs/fashion.py")
     if not isinstance(values.config, Config):
@@ -76,6 +84,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
             "the config file's get_config() must return an oal_jax.config.Config,"
             f" returned a {type(values.config).__name__}"
         )
+    values.config.evaluation = expand(values.config).evaluation
     validate(values.config)
     return values
 
@@ -152,7 +161,14 @@ def usage() -> str:
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse, run the pipeline, print the table."""
+    """Parse, run the pipeline, print the table; or compare finished runs."""
+    arguments = [_spelled(argument) for argument in argv[1:]]
+    names = {argument.partition("=")[0] for argument in arguments}
+    if "--compare" in names and not names & {"--help", "--h"}:
+        from oal_jax.evaluation import compare
+
+        compare.run(arguments)
+        return
     values = parse(argv)
     if values.help:
         print(usage())

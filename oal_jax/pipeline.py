@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 
 from oal_jax import artifacts, distributed
-from oal_jax.config import Config, flatten, shrink, unflatten, validate
+from oal_jax.config import Config, expand, flatten, shrink, stages_before, unflatten
+from oal_jax.config_checks import validate
 from oal_jax.errors import UserError
 from oal_jax.stages.context import Context
 
@@ -27,17 +28,18 @@ class Stage(NamedTuple):
     reads_files: Callable[[Config], dict[str, Any]] = lambda config: {}  # beside those of stages
 
 
-def _teacher(config: Config) -> bool:
-    return config.method.name != "ce"
-
-
-def _outliers(config: Config) -> bool:
-    return config.method.name in ("oal", "pixel")
+def _read_by_method(stage: str) -> Callable[[Config], bool]:
+    return lambda config: stage in stages_before(config)
 
 
 def _data_files(config: Config) -> dict[str, Any]:
+    data, root = config.data, Path(config.data.root).expanduser()
+    if data.source == "imglist":
+        return _hashes(root / "benchmark_imglist" / data.id_set, True)
+    if data.source == "folder":
+        return _stats(root)
     # The manifest vouches for every bundled file, and each is checked when it is read.
-    return _hashes(_package("data", "embedded", "manifest.json"), config.data.source == "bundled")
+    return _hashes(_package("data", "embedded", "manifest.json"), data.source == "bundled")
 
 
 def _teacher_files(config: Config) -> dict[str, Any]:
@@ -48,16 +50,29 @@ def _teacher_files(config: Config) -> dict[str, Any]:
 def _generator_files(config: Config) -> dict[str, Any]:
     given = config.generator.directory
     if given:
-        # Several GB: size and time of change stand for the content, which the stage hashes.
-        stats = {str(p): p.stat() for p in sorted(Path(given).expanduser().rglob("*.*"))}
-        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        return _stats(Path(given).expanduser())  # several GB
     shipped = _package("pretrained", "weights", "fashion_sd")
     return _data_files(config) | _hashes(shipped, not config.generator.train)
 
 
+def _evaluate_reads(config: Config) -> dict[str, Any]:
+    # Beside the features, outputs that no score reads are not kept: another list can ask for more.
+    from oal_jax.scores import needed
+
+    outputs = needed(config.evaluation.scores) | {"features"}
+    return _data_files(config) | {"outputs": sorted(outputs)}
+
+
 def _train_files(config: Config) -> dict[str, Any]:
-    start = Path(config.train.start) / "train" / "student.safetensors"
-    return _data_files(config) | _hashes(start, bool(config.train.start))
+    from oal_jax.stages.train import start_file
+
+    return _data_files(config) | _hashes(start_file(config), bool(config.train.start))
+
+
+def _stats(directory: Path) -> dict[str, Any]:
+    """Size and time of change of the files below a directory; they stand for the content."""
+    stats = {str(p): p.stat() for p in sorted(directory.rglob("*.*"))}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def _package(*parts: str) -> Path:
@@ -75,14 +90,14 @@ STAGES = (
         "teacher",
         ("teacher", "-teacher.views", "data", "seed", "smoke"),
         (),
-        _teacher,
+        _read_by_method("teacher"),
         _teacher_files,
     ),
     Stage(
         "generator",
         ("generator", "data", "seed", "smoke", "teacher.width"),
         (),
-        _outliers,
+        _read_by_method("generator"),
         _generator_files,
     ),
     Stage(
@@ -90,16 +105,31 @@ STAGES = (
         # All of the teacher's: with other heads the same weights are another function.
         ("data", "teacher", "seed", "smoke"),
         ("teacher",),
-        _teacher,
+        _read_by_method("features"),
         _data_files,
     ),
-    Stage("outliers", ("outliers.knn", "seed"), ("features", "generator"), _outliers),
+    Stage(
+        "outliers",
+        ("outliers.knn", "seed"),
+        ("features", "generator"),
+        _read_by_method("outliers"),
+    ),
     Stage(
         "latents",
         ("latents", "-latents.reduction", "data", "seed", "smoke"),
         ("outliers", "generator"),
-        _outliers,
+        _read_by_method("latents"),
         _data_files,
+    ),
+    Stage(
+        "estimate_loss",
+        (
+            *("method.n_masks", "method.estimate_keep", "train.start"),
+            *("student", "-student.dropout", "data", "seed", "smoke"),
+        ),
+        (),
+        _read_by_method("estimate_loss"),
+        _train_files,
     ),
     Stage(
         "train",
@@ -107,11 +137,14 @@ STAGES = (
             *("method", "student", "train", "data", "seed", "smoke"),
             *("outliers", "-outliers.knn", "latents.reduction"),
         ),
-        ("teacher", "features", "outliers", "latents"),
+        ("teacher", "features", "outliers", "latents", "estimate_loss"),
         reads_files=_train_files,
     ),
     Stage(
-        "evaluate", ("data", "smoke", "evaluation.batch_size"), ("train",), reads_files=_data_files
+        "evaluate",
+        ("data", "smoke", "evaluation.batch_size"),
+        ("train",),
+        reads_files=_evaluate_reads,
     ),
     # The page shows the whole config.
     Stage("report", ("",), ("evaluate", "train", "latents", "outliers")),
@@ -164,6 +197,7 @@ def run(
     Raises:
       UserError: an impossible config, a directory of another config, a damaged file.
     """
+    config = expand(config)
     validate(config)
     if jax.process_count() > 1:
         # Every process would write the same files: refuse what would not be whole.

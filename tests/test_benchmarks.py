@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import ablation, run
+from benchmarks import ablation, cases, methods, run
 from oal_jax import main
-from oal_jax.config import Config
+from oal_jax.config import Config, flatten, unflatten
+from oal_jax.config_checks import validate
 from oal_jax.errors import UserError
 from oal_jax.evaluation.tables import Row, with_means
 
@@ -40,12 +41,31 @@ def test_summary_shows_mean_spread_and_paired_differences():
     assert "| kd | 55.0 ± 7.1 |" in text
 
 
-def test_every_case_is_a_valid_config():
-    for name, change in ablation.CASES.items():
-        config = change(Config())
-        assert config.method.name == name.split("-")[0]
-    sources = {ablation.CASES[f"oal-{s}"](Config()).outliers.source for s in ("knn", "random")}
-    assert sources == {"knn", "random"}
+@pytest.mark.parametrize("suite", [ablation, methods])
+def test_every_case_is_a_valid_config(suite, tmp_path):
+    for name, case in suite.CASES.items():
+        start = {"train.start": str(tmp_path)} if case.start else {}
+        config = unflatten(flatten(Config()) | dict(case.changes) | start)
+        validate(config)
+        assert config.method.name == name.split("-")[0].split("+")[0]
+        assert not case.start or case.start in suite.CASES
+
+
+def test_the_table_of_methods_pairs_seeds_with_the_control():
+    def scored(near, far):
+        return [r._replace(score=score) for r in table(near, far) for score in methods.SCORES]
+
+    tables = {("ce-more", 0): scored(50, 90), ("um", 0): scored(53, 91)}
+    seconds = {("ce-more", 0): 2.0, ("um", 0): 3.0}
+    text = methods.summary(tables, seconds, ["ce-more", "um"], [0])
+    head, _, *lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+    ]
+    assert len(lines) == 2 * len(methods.SCORES)
+    um = dict(zip(head, lines[-1], strict=True))
+    # Sets a, b and c: 53, 55, 91 against 50, 52, 90.
+    assert um["all − ce-more"].startswith("+2.3 ±")
+    assert um["AUROC near"].startswith("54.0") and um["train s"].startswith("3.0")
 
 
 def test_a_row_has_the_fields_that_ratios_are_made_of():
@@ -71,11 +91,11 @@ def test_a_mistake_is_one_line(argv, words, capsys):
 
 
 def test_overrides_keep_the_type_of_the_field():
-    config = ablation._with_overrides(Config(), ["--config.train.epochs=3"])
+    config = cases._with_overrides(Config(), ["--config.train.epochs=3"])
     assert config.train.epochs == 3
     with pytest.raises(UserError, match="wants a value"):
-        ablation._with_overrides(Config(), ["--config.train.epochs=three"])
+        cases._with_overrides(Config(), ["--config.train.epochs=three"])
 
 
 def test_spread_needs_two_values_for_a_deviation():
-    assert ablation._spread([1.0, 3.0]) == f"2.0 ± {np.std([1, 3], ddof=1):.1f}"
+    assert cases.spread([1.0, 3.0]) == f"2.0 ± {np.std([1, 3], ddof=1):.1f}"

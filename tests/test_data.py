@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oal_jax.data import build, bundled, sources, synthesis
+from oal_jax.data import build, bundled, corruptions, sources, synthesis
 from oal_jax.data.benchmarks import BENCHMARKS
 from oal_jax.errors import UserError
 
@@ -86,6 +86,9 @@ def test_benchmark_names_every_embedded_set() -> None:
     assert len(groups) == len(set(groups))
     assert {FASHION.id_set, *groups} == set(manifest["sets"])
     assert set(groups) == set(OUTLIERS)
+    # The covariate-shifted sets are made of embedded ones when they are read.
+    assert set(FASHION.csid) == set(corruptions.SETS)
+    assert not set(FASHION.csid) & {FASHION.id_set, *groups}
 
 
 @pytest.mark.parametrize("name", OUTLIERS)
@@ -105,6 +108,7 @@ def test_outliers_are_complete_and_balanced(name: str) -> None:
 def test_no_image_is_in_two_sets() -> None:
     hashes = {name: distinct(read(name, split)) for name, (split, _) in OUTLIERS.items()}
     hashes |= {f"fashion/{split}": distinct(read("fashion", split)) for split in ID_SPLITS}
+    hashes |= {name: distinct(read(name, "test")) for name in FASHION.csid}
     assert len(set().union(*hashes.values())) == sum(map(len, hashes.values()))
 
 
@@ -199,7 +203,7 @@ def test_damaged_manifest_is_named(tree: Path, text: str | None) -> None:
 
 def test_unknown_names_list_the_choices() -> None:
     for arguments, expected in (
-        (("folders", "mnist", "test"), "bundled, tfds"),
+        (("folders", "mnist", "test"), "bundled, tfds, imglist, folder"),
         (("bundled", "cifar", "test"), "fashion"),
         (("bundled", "mnist", "train"), "test"),
     ):

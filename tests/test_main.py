@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from oal_jax import config as config_module
 from oal_jax import main
-from oal_jax.config import Config, flatten, validate
+from oal_jax.config import Config, flatten
+from oal_jax.config_checks import CHOICES, validate
 from oal_jax.errors import UserError
 from oal_jax.scores import SCORES
 from oal_jax.stages import generator, teacher
@@ -55,11 +55,11 @@ def refusal(capsys, *arguments, config=FASHION):
         (["--config.train.clip=nan"], "'train.clip' wants a value of type float, got nan"),
         (["--config.smoke=maybe"], "'smoke' wants a value of type bool, got 'maybe'"),
         (["--config.evaluation.scores=(1,)"], "'evaluation.scores' wants a value of type tuple"),
-        (["--config.evaluation.scores=enrgy"], "evaluation.scores='enrgy' is not one of energy"),
+        (["--config.evaluation.scores=enrgy"], "scores='enrgy' is not known; nearest: 'energy'"),
         (["--config.evaluation.scores=()"], "evaluation.scores is empty"),
         (
             ["--config.method.name=oak"],
-            "method.name='oak' is not one of ce, kd, oal, pixel; nearest",
+            "method.name='oak' is not one of ce, kd, oal, pixel, um, umap; nearest",
         ),
         (["--config.student.depth=19"], "student.depth=19 is not one of 18, 34, 50"),
         (["--config.train.epochs=0"], "train.epochs=0 must be greater than 0"),
@@ -209,7 +209,7 @@ def test_exit_codes(capsys):
 
 
 def test_choices_are_those_that_exist():
-    assert set(config_module.CHOICES["evaluation.scores"]) == set(SCORES)
+    assert set(CHOICES["evaluation.scores"]) == set(SCORES)
     validate(Config())
 
 

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import test_outlier_methods
 
-from oal_jax import config, distributed, losses
-from oal_jax.methods import ce, kd, oal, pixel
+from oal_jax import distributed, losses
+from oal_jax.config_checks import CHOICES
+from oal_jax.methods import ce, kd, masking, oal, pixel, unleashing_mask
 from oal_jax.methods.base import Method
 from oal_jax.models.mutual_information import GaussianPredictor
 from oal_jax.models.projector import Projector
@@ -22,6 +24,7 @@ from oal_jax.training.state import TrainState, init_state, make_train_step
 ROWS, CLASSES, TEACHER = 8, 3, 6
 IMAGE, LATENT = (6, 6, 1), (5, 5, 4)
 RATES = {"student": 0.05, "projector": 0.05, "adapter": 0.02, "club": 0.02, "energy": 0.05}
+RATES["mask"] = 0.05
 
 
 class Net(nn.Module):
@@ -58,14 +61,18 @@ WEIGHTS = {
 }
 
 
-def make_method(name, weights) -> Method:
+def make_method(name, weights, **more) -> Method:
     if name == "ce":
-        return ce.cross_entropy(NET, IMAGE)
+        return ce.cross_entropy(NET, IMAGE, **more)
+    if name in ("um", "umap"):  # constraints above and below the first loss
+        constraint = unleashing_mask.transform(3.0 if name == "um" else 0.5, 1.0)
+        method = ce.cross_entropy(NET, IMAGE, ce_transform=constraint)
+        return method if name == "um" else masking.with_mask(method, 0.8, freeze=False)
     pick = lambda *names: {n: weights[n] for n in ("logit_weight", "feature_weight", *names)}
     if name == "kd":
-        return kd.distillation(*SHAPES, **pick())
+        return kd.distillation(*SHAPES, **pick(), **more)
     if name == "pixel":
-        return pixel.outlier_exposure(*SHAPES, **pick("pixel_weight"))
+        return pixel.outlier_exposure(*SHAPES, **pick("pixel_weight"), **more)
     if name in ("oal energy", "oal energy without outliers"):
         return oal.energy(
             *SHAPES,
@@ -73,12 +80,14 @@ def make_method(name, weights) -> Method:
             **pick("energy_weight", "adapter_weight"),
             ramp_steps=(weights["ramp_start"], weights["ramp_end"]),
             feature_outliers=name == "oal energy",
+            **more,
         )
     return oal.club(
         *SHAPES,
         int(np.prod(LATENT)),
         **pick("knn_weight", "latent_weight"),
         alternate=name == "oal alternate",
+        **more,
     )
 
 
@@ -90,6 +99,8 @@ GOLDEN = {
     "oal energy": (29.9064, 25.0551),
     "oal reference": (12.405, 6.5838),
     "oal alternate": (45.7344, 221.721),
+    "um": (6.0 - 1.59452, 1.78784),  # the constraint's reflection of ce's
+    "umap": (2.7719, 2.73051),
 }
 
 
@@ -186,10 +197,10 @@ def name(request):
 
 
 def test_every_method_of_the_config_is_tested_here():
-    names = {name.split()[0] for name in GOLDEN}
+    names = {name.split()[0] for name in GOLDEN} | set(test_outlier_methods.BUILD)
     micl = {name.split()[1] for name in GOLDEN if " " in name}
-    assert names == set(config.CHOICES["method.name"])
-    assert micl == set(config.CHOICES["method.micl"])
+    assert names == set(CHOICES["method.name"])
+    assert micl == set(CHOICES["method.micl"])
 
 
 def test_steps_are_finite_golden_and_bring_the_loss_down(name):
@@ -216,6 +227,19 @@ def test_jit_changes_nothing(name):
     loss = make_method(name, WEIGHTS).loss
     value, (state, metrics) = loss(*fixed_variables(name), batch, jnp.array(0), jax.random.key(0))
     assert_outcomes_close((state, metrics | {"loss": value}), gradients(name, batch)[1:])
+
+
+@pytest.mark.parametrize("name", ["ce", "kd", "oal energy", "oal reference", "pixel"])
+def test_a_transform_of_the_cross_entropy_touches_nothing_else(name):
+    batch = make_batch(name)
+    method = make_method(name, WEIGHTS, ce_transform=lambda ce: 10 * ce)
+    loss = jax.jit(
+        lambda b: method.loss(*fixed_variables(name), b, jnp.array(0), jax.random.key(0))
+    )
+    value, (_, metrics) = loss(batch)
+    plain = gradients(name, batch)[2]
+    np.testing.assert_allclose(value, plain["loss"] + 9 * plain["ce"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["ce"], plain["ce"], rtol=1e-5)
 
 
 def test_four_devices_compute_what_one_does(name):
@@ -394,7 +418,9 @@ def test_over_all_pairings_the_reference_does_nothing_to_the_student():
     def loss(student, order, weights):
         paired = batch | {k: batch[k][order] for k in ("outlier", "outlier_latent")}
         method = make_method("oal reference", WEIGHTS | weights)
-        return method.loss(params | {"student": student}, model_state, paired, 0, None)[0]
+        return method.loss(
+            params | {"student": student}, model_state, paired, 0, jax.random.key(0)
+        )[0]
 
     def effect(order):
         without = {"knn_weight": 0.0, "latent_weight": 0.0}

@@ -17,8 +17,8 @@ def gradients(step):
     return jax.tree.map(lambda p: 2 * rng.normal(size=p.shape), PARAMS)
 
 
-def torch_sgd(rates, decay, momentum, steps, clip=None):
-    """torch.optim.SGD(nesterov=True, dampening=0), step by step; `clip(gradients)` before it."""
+def torch_sgd(rates, decay, momentum, steps, clip=None, nesterov=True):
+    """torch.optim.SGD(dampening=0), step by step; `clip(gradients)` before it."""
     flat = lambda tree: {"w": tree["student"]["w"], "b": tree["student"]["b"], "c": tree["club"]}
     params, buffers = flat(PARAMS), {}
     for step in range(steps):
@@ -28,7 +28,7 @@ def torch_sgd(rates, decay, momentum, steps, clip=None):
             g = grads[name] + decay * p
             buffers[name] = g if step == 0 else momentum * buffers[name] + g
             rate = rates["club" if name == "c" else "student"](step)
-            params[name] = p - rate * (g + momentum * buffers[name])
+            params[name] = p - rate * (g + momentum * buffers[name] if nesterov else buffers[name])
     return params
 
 
@@ -60,6 +60,30 @@ def assert_same(actual, expected):
 def test_grouped_sgd_is_pytorch_s_with_a_rate_a_group():
     rates = {group: cosine(rate) for group, rate in RATES.items()}
     assert_same(run(sgd(), 8), torch_sgd(rates, 0.05, 0.9, 8))
+
+
+def test_without_nesterov_it_is_pytorch_s_default():
+    rates = {group: cosine(rate) for group, rate in RATES.items()}
+    expected = torch_sgd(rates, 0.05, 0.9, 8, nesterov=False)
+    assert_same(run(sgd(nesterov=False), 8), expected)
+
+
+def test_the_rate_of_an_epoch_is_that_of_its_first_step():
+    rates = {g: lambda t, r=rate: cosine(r)(t - t % 3) for g, rate in RATES.items()}
+    assert_same(run(sgd(rate_every=3), 8), torch_sgd(rates, 0.05, 0.9, 8))
+
+
+def test_a_group_of_rate_zero_is_held_against_the_weight_decay_too():
+    optimizer = grouped_sgd(
+        RATES | {"student": 0.0},
+        **{"steps": 8, "warmup": 0.0, "floor": 0.01, "momentum": 0.9},
+        weight_decay=0.05,
+        clip=0.0,
+    )
+    after = run(optimizer, 4)
+    np.testing.assert_array_equal(after["w"], PARAMS["student"]["w"])
+    np.testing.assert_array_equal(after["b"], PARAMS["student"]["b"])
+    assert abs(after["c"] - PARAMS["club"]) > 1e-3
 
 
 def test_warm_up_rises_to_the_peak_of_each_group():

@@ -16,7 +16,7 @@ from oal_jax import artifacts, main, pipeline
 from oal_jax.config import Config, flatten, shrink, unflatten
 from oal_jax.errors import UserError
 
-ALL = [stage.name for stage in pipeline.STAGES]
+ALL = [stage.name for stage in pipeline.plan(Config())]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The protocol end to end on small Gaussian features: rows, CSV files, text table, HTML report."""
+"""Tables and the HTML report of a protocol run on small Gaussian features."""
 
 import base64
 import csv
@@ -13,17 +13,20 @@ from matplotlib.image import imread
 from oal_jax.artifacts import write_bytes
 from oal_jax.errors import UserError
 from oal_jax.evaluation import (
-    Labelled,
+    Inputs,
     ReportInputs,
     Row,
+    bootstrap,
     evaluate,
     figures,
     format_table,
+    protocol,
     report,
     write_report,
     write_tables,
 )
 from oal_jax.evaluation.metrics import ood_metrics
+from oal_jax.evaluation.search import Trial
 from oal_jax.evaluation.tables import with_means
 from oal_jax.scores import Head, Outputs
 
@@ -48,10 +51,10 @@ def data():
 
     def labelled(n):
         labels = rng.integers(0, CLASSES, n)
-        return Labelled(outputs(means[labels] + rng.normal(size=(n, WIDTH))), labels)
+        return Inputs(outputs(means[labels] + rng.normal(size=(n, WIDTH))), labels=labels)
 
     sets = {
-        name: outputs(shift + rng.normal(size=(50, WIDTH)))
+        name: Inputs(outputs(shift + rng.normal(size=(50, WIDTH))))
         for name, shift in {"digits": 0.0, "bag": 0.6, "noise": -0.5, "sandal": 0.9}.items()
     }
     return {
@@ -91,12 +94,48 @@ def inputs(data, evaluation):
         id_features=data["id_test"].outputs.features,
         id_labels=data["id_test"].labels,
         class_names=["coat", "shirt", "<i>", "boot & shoe"],
-        ood_features={"bag": data["ood"]["bag"].features},
+        ood_features={"bag": data["ood"]["bag"].outputs.features},
         outlier_features=rng.normal(size=(20, WIDTH)),
         losses={"cross-entropy": np.stack([steps, 1 / (1 + steps)], axis=1)},
         val_accuracy=np.array([[100, 50.0], [200, 75.0]]),
         id_samples=images,
         outlier_samples=images[::-1],
+    )
+
+
+@pytest.fixture(scope="module")
+def full(data, inputs):
+    """As `inputs`, and all that comes with csid sets, images and a search."""
+    rng = np.random.default_rng(2)
+    shifted = data["id_test"].outputs.features + 0.3
+    csid = Inputs(Outputs(shifted @ data["head"].kernel, shifted), labels=data["id_test"].labels)
+    sets = {**data, "ood": {**data["ood"], "fog": csid}, "groups": {**GROUPS, "fog": "csid"}}
+    result = evaluate(SCORES, **sets, params={"knn": {"k": 5}}, batch_size=64)
+    pictures = {
+        name: report.extremes(
+            result.ood_scores["energy"][name], rng.integers(0, 256, (50, 28, 28, 3), dtype=np.uint8)
+        )
+        for name in ("bag", "digits")
+    }
+    found = [
+        interval
+        for score in SCORES
+        for interval in bootstrap.intervals(
+            score, result.id_scores[score], result.ood_scores[score], GROUPS, resamples=20
+        )
+    ]
+    trials = [
+        Trial("knn", {"k": 5}, 91.25, chosen=True),
+        Trial("knn", {"k": 500}, None, refusal="<k> is too large"),
+    ]
+    return inputs._replace(
+        groups=sets["groups"],
+        intervals=found,
+        rejected=protocol.rejected(result),
+        csid_rows=result.csid_rows,
+        full_spectrum_rows=result.full_spectrum_rows,
+        extremes=pictures,
+        trials=trials,
     )
 
 
@@ -126,7 +165,8 @@ def test_thresholds_keep_95_percent_of_validation(data, evaluation):
 
 def test_csv_files_exactly(tmp_path, evaluation):
     write_tables(tmp_path / "report", evaluation)
-    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == ["ood.csv", "validation.csv"]
+    names = [str(p.relative_to(tmp_path / "report")) for p in (tmp_path / "report").rglob("*.csv")]
+    assert sorted(names) == ["ood.csv", "openood/energy.csv", "openood/knn.csv", "validation.csv"]
     for name, rows in (
         ("ood.csv", evaluation.rows),
         ("validation.csv", evaluation.validation_rows),
@@ -142,7 +182,7 @@ def test_csv_files_exactly(tmp_path, evaluation):
 def test_no_validation_file_without_validation_sets(tmp_path, data):
     few = {**data, "ood": {"bag": data["ood"]["bag"]}}
     write_tables(tmp_path, evaluate(["msp"], **few))
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.csv")
     rows = list(csv.DictReader(io.StringIO(file.read_text())))
     assert [row["dataset"] for row in rows] == ["bag", "nearood"]
 
@@ -176,9 +216,10 @@ def test_a_set_must_not_be_called_like_a_mean(data):
 
 
 def test_nan_names_score_and_set(data):
-    bad = data["ood"]["bag"].logits.copy()
+    bag = data["ood"]["bag"].outputs
+    bad = bag.logits.copy()
     bad[0, 0] = np.nan
-    broken = {**data, "ood": {**data["ood"], "bag": data["ood"]["bag"]._replace(logits=bad)}}
+    broken = {**data, "ood": {**data["ood"], "bag": Inputs(bag._replace(logits=bad))}}
     with pytest.raises(UserError, match="msp: the logits of bag"):
         evaluate(["msp"], **broken)
 
@@ -240,8 +281,8 @@ def test_report_has_every_section_and_fetches_nothing(tmp_path, inputs):
         "Results", "Score distributions", "Feature space", "Training", "Samples",
         "Validation sets", "Configuration",
     ]  # fmt: skip
-    # Two charts a score, one projection, two curves; a strip a class and kind of sample.
-    assert parser.seen.count("svg") == 2 * len(SCORES) + 3
+    # Two overviews, two charts a score, one projection, two curves; a strip a class and kind.
+    assert parser.seen.count("svg") == 2 + 2 * len(SCORES) + 3
     assert parser.seen.count("img") == 2 * CLASSES
     assert not {"script", "link", "iframe"} & set(parser.seen)
     assert "http" not in page and "@import" not in page
@@ -262,6 +303,57 @@ def test_report_escapes_strings(inputs):
     assert "boot &amp; shoe" in page and "oal &amp; more" in page
 
 
+def test_report_of_everything(full):
+    page = report.render(full)
+    parser = _parse(page)
+    titles = re.findall(r"<h2>(.*?)</h2>", page)
+    assert titles == [
+        "Results", "Score distributions", "Thresholds", "Covariate shift", "Most and least OOD",
+        "Feature space", "Training", "Samples", "Validation sets", "Parameter search",
+        "Configuration",
+    ]  # fmt: skip
+    assert parser.seen.count("svg") == 2 + 3 * len(SCORES) + 3
+    assert parser.seen.count("img") == 2 * CLASSES + 4
+    assert "<k>" not in page and "&lt;k&gt; is too large" in page
+    # Every image has its ood_score below it.
+    block = page[page.index("id=most-and-least-ood") : page.index("id=feature-space")]
+    shown = re.findall(r"<span>(-?[\d.e+-]+)</span>", block)
+    expected = [
+        f"{value:.3g}"
+        for pictures in full.extremes.values()
+        for value in (*pictures.most_scores, *pictures.least_scores)
+    ]
+    assert shown == expected
+    for row in full.csid_rows:
+        assert f"<td>{row.id_accuracy:.2f}</td><td>{row.rejected:.2f}</td>" in page
+    # Nothing but tables, which scroll on their own, may be wider than a phone.
+    assert page.count("<table") == page.count("<div class=scroll")
+
+
+def test_table_of_shares_called_ood(full):
+    page = report.render(full)
+    section = page[page.index("id=thresholds") : page.index("id=covariate-shift")]
+    for shares in full.rejected.values():
+        cells = "".join(f"<td>{value:.2f}</td>" for value in shares.values())
+        assert cells in section
+    assert section.count("<svg") == len(SCORES)
+
+
+def test_extremes_are_the_ends_of_the_order():
+    scores = np.array([0.5, 3.0, -1.0, 2.0, 0.0, 1.0])
+    images = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1)
+    found = report.extremes(scores, images, count=2)
+    assert found.most.ravel().tolist() == [1, 3] and found.most_scores.tolist() == [3.0, 2.0]
+    assert found.least.ravel().tolist() == [2, 4] and found.least_scores.tolist() == [-1.0, 0.0]
+    assert len(report.extremes(scores, images).most) == 3  # none is shown as both
+    assert len(report.extremes(scores[:1], images[:1]).most) == 1
+
+
+def test_names_with_dollars_are_no_formulas():
+    chart = figures.shares({"a$b$c": 50.0}, {}, 5.0, "energy")
+    assert "a$b$c" in chart
+
+
 def test_report_is_deterministic(inputs):
     assert report.render(inputs) == report.render(inputs)
 
@@ -271,7 +363,8 @@ def test_sections_without_data_are_left_out(inputs):
     page = report.render(bare)
     _parse(page)
     assert re.findall(r"<h2>(.*?)</h2>", page) == ["Results", "Configuration"]
-    assert "None" not in page and "svg>" not in page
+    assert not re.search(r"\bNone\b", page)
+    assert page.count("</svg>") == 2  # all scores at a glance, which needs the rows alone
     _parse(report.render(bare._replace(rows=[])))
 
 

@@ -1,8 +1,10 @@
 """Every registered score against the promises of the registry, and each one against NumPy."""
 
 import jax
+import jax.export
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from scipy.spatial.distance import cdist
 from scipy.special import log_softmax
 
@@ -10,10 +12,18 @@ from oal_jax import scores
 from oal_jax.errors import UserError
 from oal_jax.evaluation.metrics import auroc
 from oal_jax.scores import Head, Outputs
-from oal_jax.scores.knn import kth_similarity
+from oal_jax.scores.knn import top_similarities
 
 CLASSES, WIDTH = 5, 12
-SMALL = {"knn": {"k": 7, "bank_chunk": 64, "query_chunk": 32}}  # parameters for the tiny data here
+SMALL = {  # parameters for the tiny data here
+    "knn": {"k": 7, "bank_chunk": 64},
+    # A class has 18 inputs, and the far ones have long features.
+    "openmax": {"tail": 3},
+    "gradnorm": {"temperature": 10.0},
+    "react": {"percentile": 95.0},  # below it lies the one active feature of every ID input
+}
+# To openmax every ID input is unknown that lies beyond the 18 training inputs of its class.
+LEAST_AUROC = {"openmax": 0.85}
 
 
 def _means():
@@ -70,7 +80,13 @@ def test_shape_dtype_and_finite(fitted):
 def test_far_inputs_score_higher(fitted):
     score, state = fitted
     values = [scores.apply(score, state, x) for x in (_id(60, seed=1)[0], _far(60, seed=2))]
-    assert auroc(*values) > 0.95
+    assert auroc(*values) > LEAST_AUROC.get(score.name, 0.95)
+
+
+def _assert_close(values, expected):
+    # Some scores are a difference of terms as large as the largest score.
+    atol = 1e-6 * max(1, np.abs(expected).max())
+    np.testing.assert_allclose(values, expected, rtol=2e-5, atol=atol)
 
 
 def test_jit_changes_nothing(fitted):
@@ -78,7 +94,7 @@ def test_jit_changes_nothing(fitted):
     outputs = _id(33, seed=1)[0]
     with jax.disable_jit():
         eager = score.score(state, outputs)
-    np.testing.assert_allclose(jax.jit(score.score)(state, outputs), eager, rtol=2e-5, atol=1e-6)
+    _assert_close(jax.jit(score.score)(state, outputs), eager)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 33, 64])
@@ -87,7 +103,7 @@ def test_batch_size_and_padding_change_nothing(fitted, batch_size):
     outputs = _id(33, seed=1)[0]
     whole = np.asarray(score.score(state, outputs))
     values = scores.apply(score, state, outputs, batch_size=batch_size)
-    np.testing.assert_allclose(values, whole, rtol=2e-5, atol=1e-6)
+    _assert_close(values, whole)
 
 
 def test_rows_are_independent(fitted):
@@ -96,7 +112,7 @@ def test_rows_are_independent(fitted):
     order = np.random.default_rng(0).permutation(30)
     values = scores.apply(score, state, outputs)
     shuffled = scores.apply(score, state, jax.tree.map(lambda x: x[order], outputs))
-    np.testing.assert_allclose(shuffled, values[order], rtol=2e-5, atol=1e-6)
+    _assert_close(shuffled, values[order])
 
 
 def test_state_is_arrays_and_fit_is_deterministic(fitted):
@@ -105,6 +121,34 @@ def test_state_is_arrays_and_fit_is_deterministic(fitted):
     assert all(isinstance(x, jax.Array) for x in state.values())
     again = scores.fit(score, *_id(90, seed=0), _head())
     jax.tree.map(np.testing.assert_array_equal, state, again)
+
+
+def test_state_survives_a_safetensors_file(fitted, tmp_path):
+    score, state = fitted
+    path = tmp_path / "state.safetensors"
+    # The format has no arrays without memory order, so views are copied.
+    save_file({key: np.array(value, order="C") for key, value in state.items()}, path)
+    again = load_file(path)
+    assert set(again) == set(state)
+    outputs = _id(20, seed=1)[0]
+    np.testing.assert_array_equal(
+        scores.apply(score, again, outputs), scores.apply(score, state, outputs)
+    )
+
+
+def test_export_with_any_batch_size(fitted):
+    score, state = fitted
+    outputs = scores.outputs.check(_id(9, seed=1)[0], score.needs, "{}")
+    (batch,) = jax.export.symbolic_shape("batch")
+    symbolic = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), outputs)
+    leaves, tree = jax.tree.flatten(outputs)
+    function = jax.jit(lambda *leaves: score.score(state, jax.tree.unflatten(tree, leaves)))
+    exported = jax.export.export(function, platforms=["cpu"])(*jax.tree.leaves(symbolic))
+    exported = jax.export.deserialize(exported.serialize())
+    for n in (1, 9):
+        values = exported.call(*(x[:n] for x in leaves))
+        expected = scores.apply(score, state, jax.tree.map(lambda x, n=n: x[:n], outputs))
+        _assert_close(values, expected)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -198,11 +242,11 @@ def test_msp_is_the_formula_and_does_not_saturate():
 
 
 @pytest.mark.parametrize("k", [1, 7, 90])
-@pytest.mark.parametrize(("bank_chunk", "query_chunk"), [(1000, 1000), (90, 30), (32, 16), (1, 1)])
-def test_knn_is_brute_force(k, bank_chunk, query_chunk):
+@pytest.mark.parametrize("bank_chunk", [1000, 90, 32, 7, 1])
+def test_knn_is_brute_force(k, bank_chunk):
     train, labels = _id(90, seed=0)
     queries = _far(30, seed=1)
-    score = scores.make("knn", k=k, bank_chunk=bank_chunk, query_chunk=query_chunk)
+    score = scores.make("knn", k=k, bank_chunk=bank_chunk)
     values = scores.apply(score, scores.fit(score, train, labels, _head()), queries)
     a, b = (
         x.features.astype(np.float64) / np.linalg.norm(x.features, axis=1)[:, None]
@@ -211,11 +255,22 @@ def test_knn_is_brute_force(k, bank_chunk, query_chunk):
     np.testing.assert_allclose(values, np.sort(cdist(a, b), axis=1)[:, k - 1], atol=1e-5)
 
 
+@pytest.mark.parametrize("k", [1, 5, 60])
+@pytest.mark.parametrize("bank_chunk", [5000, 1000, 333])
+def test_top_similarities_are_exact_also_with_ties(k, bank_chunk):
+    rng = np.random.default_rng(0)
+    # Small integers: products are exact, and most of them occur many times.
+    queries, bank = (rng.integers(-3, 4, (n, 4)).astype(np.float32) for n in (20, 3001))
+    found = jax.jit(lambda q, b: top_similarities(q, b, k, bank_chunk))(queries, bank)
+    np.testing.assert_array_equal(found, -np.sort(-queries @ bank.T, axis=1)[:, :k])
+
+
 def test_knn_never_holds_the_whole_matrix():
-    n, m = 4000, 5000
+    n, m = 512, 50_000
     shapes = [jax.ShapeDtypeStruct((rows, WIDTH), np.float32) for rows in (n, m)]
-    compiled = jax.jit(lambda q, b: kth_similarity(q, b, 10, 500, 100)).lower(*shapes).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * n * m / 20
+    compiled = jax.jit(lambda q, b: top_similarities(q, b, 10, 1000)).lower(*shapes).compile()
+    # The blocks of the bank are a copy of it here, of no more than 12 floats a row.
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * m * WIDTH + 4 * n * m / 20
 
 
 def test_knn_survives_zero_features_and_asks_for_enough():

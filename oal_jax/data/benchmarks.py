@@ -1,15 +1,22 @@
 """Which image sets an OOD benchmark consists of.
 
 Near-OOD sets resemble the in-distribution (ID) classes, far-OOD sets do not (OpenOOD,
-arXiv 2210.07242). The validation OOD sets choose hyper-parameters; they share neither images nor
-families with the near and far sets, so that nothing is tuned on what is reported.
+arXiv 2210.07242). Covariate-shifted ID sets show the ID classes in another style or quality;
+full-spectrum detection counts them as ID (arXiv 2204.05306). The validation OOD sets choose
+hyper-parameters and share no image with the near and far sets. Those of `fashion` share no family
+with them either; those of OpenOOD v1.5 (arXiv 2306.09301) are held-out images of one of them.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from oal_jax.errors import UserError
+
+NO_SETS = ("none",)  # given for a group: it is empty, whatever the benchmark says
 
 
 class Benchmark(NamedTuple):
-    """Names of image sets, as `oal_jax.data.sources.load` takes them.
+    """Names of image sets, as `oal_jax.data.sources.load` takes them; no name twice.
 
     Attributes:
       id_set: the in-distribution set, with splits `train`, `extra` (more training images, for the
@@ -17,19 +24,100 @@ class Benchmark(NamedTuple):
       near: near-OOD sets, split `test`.
       far: far-OOD sets, split `test`.
       validation: OOD sets for choosing hyper-parameters, split `validation`.
+      csid: covariate-shifted ID sets with labels as those of the ID set, split `test`.
     """
 
     id_set: str
-    near: tuple[str, ...]
-    far: tuple[str, ...]
-    validation: tuple[str, ...]
+    near: tuple[str, ...] = ()
+    far: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    csid: tuple[str, ...] = ()
 
 
+_CIFAR_FAR = ("mnist", "svhn", "texture", "places365")
+_IMAGENET = Benchmark(
+    id_set="imagenet",
+    near=("ssb_hard", "ninco"),
+    far=("inaturalist", "textures", "openimage_o"),
+    validation=("val_openimage_o",),
+    csid=("imagenet_v2", "imagenet_c", "imagenet_r"),
+)
+# All but "fashion" are OpenOOD v1.5's, read by source "imglist" from its own directory.
 BENCHMARKS = {
     "fashion": Benchmark(
         id_set="fashion",
         near=("sandal", "bag"),
         far=("mnist", "letters", "photos"),
         validation=("val_rotated", "val_jigsaw", "val_blend", "val_shapes", "val_noise"),
+        csid=(
+            *("fashion_gaussian", "fashion_blur", "fashion_contrast"),
+            *("fashion_jpeg", "fashion_pixelate"),
+        ),
     ),
+    # OpenOOD's download of the CIFAR-10 benchmark lacks cifar10c (download it under "misc"). There
+    # is a list of cinic10 too, for data.csid=cinic10.
+    "cifar10": Benchmark("cifar10", ("cifar100", "tin"), _CIFAR_FAR, ("val_tin",), ("cifar10c",)),
+    "cifar100": Benchmark("cifar100", ("cifar10", "tin"), _CIFAR_FAR, ("val_tin",)),
+    "imagenet200": _IMAGENET._replace(id_set="imagenet200"),
+    "imagenet": _IMAGENET,
 }
+
+_CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+_CIFAR100 = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
+dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
+leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
+otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray
+road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+wardrobe whale willow_tree wolf woman worm
+"""
+# ID sets of OpenOOD to the names of their classes, in the order of the labels.
+CLASS_NAMES = {
+    "cifar10": tuple(_CIFAR10.split()),
+    "cifar100": tuple(name.replace("_", " ") for name in _CIFAR100.split()),
+    "imagenet200": tuple(f"class {i}" for i in range(200)),
+    "imagenet": tuple(f"class {i}" for i in range(1000)),
+}
+
+
+def resolve(
+    id_set: str,
+    near: Sequence[str] = (),
+    far: Sequence[str] = (),
+    validation: Sequence[str] = (),
+    csid: Sequence[str] = (),
+) -> Benchmark:
+    """The benchmark of an ID set, each group that is given in place of its own.
+
+    Args:
+      id_set: a key of `BENCHMARKS`, or any set if near- or far-OOD sets are given.
+      near: sets of the group, `NO_SETS`, or nothing for those of the benchmark; so are the others.
+        "a,b" is two sets: so a flag hands over --config.data.near=a,b.
+
+    Raises:
+      UserError: an unknown ID set without OOD sets, or a set in two places.
+    """
+    given = {
+        group: tuple(part.strip() for name in names for part in name.split(","))
+        for group, names in zip(Benchmark._fields[1:], (near, far, validation, csid), strict=True)
+    }
+    if id_set not in BENCHMARKS and not (near or far):
+        raise UserError(
+            f"config data.id_set='{id_set}' has no benchmark: give its OOD sets as data.near and"
+            f" data.far, or choose one of {', '.join(BENCHMARKS)}"
+        )
+    benchmark = BENCHMARKS.get(id_set, Benchmark(id_set))._replace(
+        **{group: () if names == NO_SETS else names for group, names in given.items() if names}
+    )
+    places: dict[str, str] = {benchmark.id_set: "id_set"}
+    for group in given:
+        for name in getattr(benchmark, group):
+            if name in places:
+                raise UserError(
+                    f"image set '{name}' is in data.{places[name]} and in data.{group}: name"
+                    " different sets, validation sets different from those that are reported"
+                )
+            places[name] = group
+    return benchmark

@@ -1,7 +1,8 @@
-"""Whole image sets in memory, from the package or from prepared TFDS directories.
+"""Whole image sets in memory: of the package, of TFDS, of OpenOOD's lists, of folders.
 
-Both are TFDS data sets in a format that reads back without TensorFlow (array_record). Sets whose
-images differ in size, or that do not fit in memory, are not for this module.
+The first two are TFDS data sets in a format that reads back without TensorFlow (array_record),
+their images of one size. The others are image files (`oal_jax.data.imglist`). Sets that do not fit
+in memory are not for this module.
 """
 
 import contextlib
@@ -16,10 +17,10 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 from PIL import Image
 
-from oal_jax.data import bundled
+from oal_jax.data import bundled, corruptions, imglist, procedural
 from oal_jax.errors import UserError
 
-SOURCES = ("bundled", "tfds")
+SOURCES = ("bundled", "tfds", "imglist", "folder")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -40,23 +41,53 @@ class ImageSet(NamedTuple):
 
 
 def load(
-    source: str, name: str, split: str, *, root: str | None = None, limit: int = 0
+    source: str,
+    name: str,
+    split: str,
+    *,
+    root: str | None = None,
+    limit: int = 0,
+    id_set: str = "",
+    labelled: bool = True,
+    image_size: int = 0,
+    on_corrupt: str = "error",
 ) -> ImageSet:
     """Reads one split of an image set into memory.
 
     Args:
-      source: "bundled" (the sets that come with the package, see `oal_jax.data.bundled`) or
-        "tfds" (prepared once with `tfds build`).
+      source: "bundled" (the sets that come with the package, see `oal_jax.data.bundled`, and their
+        corrupted copies, see `oal_jax.data.corruptions`, and `oal_jax.data.procedural`), "tfds"
+        (prepared once with `tfds build`), "imglist" (OpenOOD's lists) or "folder" (a folder a
+        class), for both of which `oal_jax.data.imglist` says what `root` must hold.
       name: the set; for "tfds" also NAME/CONFIG or NAME:VERSION, else the highest version.
       split: such as "train", "validation" or "test".
       root: where the sets are; None for the package, or for TFDS's own default directory.
-      limit: read only so many images, from the first; 0 for all.
+      limit: read only so many images; 0 for all. The first ones of "bundled" and "tfds"; of image
+        files, which lie class by class, as many of each class.
+      id_set: of image files: the ID set that this set is used with; empty: it is the ID set.
+      labelled: of image files: whether the labels are classes of the ID set, as those of the ID set
+        itself and of covariate-shifted sets are. Else all are 0, of the class "ood".
+      image_size: of image files: the side that images get; 0 for the source's default.
+      on_corrupt: of image files: "error", or "skip" to leave damaged images out.
 
     Raises:
       UserError: the set or split is not there, is damaged, or breaks what `ImageSet` promises.
     """
     if limit < 0:
         raise UserError(f"limit for image set {name!r} is {limit}: give 0 (all) or more")
+    if source == "bundled" and name in corruptions.SETS:
+        clean = load(source, corruptions.SETS[name].base, split, root=root, limit=limit)
+        shifted = corruptions.corrupt(name, clean.images)
+        return clean._replace(name=f"{name}/{split}", images=shifted)
+    if source == "bundled" and name == procedural.NAME:
+        drawn = procedural.draw(limit or procedural.COUNT, procedural.SIZE)
+        return validated(f"{name}/{split}", drawn, np.zeros(len(drawn), np.int32), ("outlier",))
+    if source in ("imglist", "folder"):
+        wanted = imglist.Wanted(
+            *(root or "", id_set or name, name, split, labelled, limit, image_size, on_corrupt)
+        )
+        read = imglist.read_list if source == "imglist" else imglist.read_folder
+        return validated(wanted.where, *read(wanted))
     if source == "bundled":
         directory = bundled.verified_directory(name, root)
         remedy = bundled.REMEDY

@@ -1,21 +1,29 @@
-"""Metrics, the near/far protocol, tables, and the report with pictures."""
+"""Metrics, the near/far protocol, search, intervals, tables, comparisons, report with pictures.
 
-from oal_jax.evaluation.metrics import id_accuracy, ood_metrics
-from oal_jax.evaluation.protocol import Evaluation, Labelled, evaluate, threshold, write_tables
-from oal_jax.evaluation.report import ReportInputs, write_report
-from oal_jax.evaluation.tables import Row, format_table, write_csv
+Names are imported on first use, so that `oal_jax.evaluation.metrics` needs NumPy alone.
+"""
 
-__all__ = [
-    "Evaluation",
-    "Labelled",
-    "ReportInputs",
-    "Row",
-    "evaluate",
-    "format_table",
-    "id_accuracy",
-    "ood_metrics",
-    "threshold",
-    "write_csv",
-    "write_report",
-    "write_tables",
-]
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Evaluation": "protocol",
+    "Inputs": "protocol",
+    "ReportInputs": "report",
+    "Row": "tables",
+    "evaluate": "protocol",
+    "format_table": "tables",
+    "id_accuracy": "metrics",
+    "ood_metrics": "metrics",
+    "threshold": "protocol",
+    "write_csv": "tables",
+    "write_report": "report",
+    "write_tables": "protocol",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

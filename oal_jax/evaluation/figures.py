@@ -19,7 +19,7 @@ from oal_jax.evaluation.metrics import curve
 
 INK = "#010203"  # stands for currentColor while matplotlib draws
 ID_COLOR = "#4c8bd6"
-GROUP_COLORS = {"near": "#f28e2b", "far": "#d9534f", "validation": "#9c6ade"}
+GROUP_COLORS = {"near": "#f28e2b", "far": "#d9534f", "validation": "#9c6ade", "csid": "#3fa796"}
 # Readable on white and on near-black; more series than colours start again.
 SERIES = ("#4c8bd6", "#f28e2b", "#d9534f", "#3fa796", "#9c6ade", "#b8892b", "#d16ba5", "#7a8899")
 _CURVE_POINTS = 300
@@ -87,6 +87,62 @@ def roc(
     axes.set(title=title, xlabel="ID called OOD", ylabel="OOD caught", xlim=(0, 1), ylim=(0, 1.01))
     _legend(axes, loc="lower right")
     return _svg(figure, f"ROC curves: {title}")
+
+
+def overview(
+    values: Mapping[str, Mapping[str, float]],
+    intervals: Mapping[tuple[str, str], tuple[float, float]],
+    title: str,
+) -> str:
+    """One line a score, the first on top, and on it a dot a group (near, far), in percent.
+
+    Where `intervals` has the ends for (score, group), a bar through the dot shows them.
+    """
+    order = list(values)[::-1]
+    figure, axes = _figure(height=0.9 + 0.24 * len(order))
+    for group in dict.fromkeys(group for score in order for group in values[score]):
+        color = GROUP_COLORS[group]
+        for place, score in enumerate(order):
+            if (score, group) in intervals:
+                axes.plot(intervals[score, group], [place, place], color=color, alpha=0.45)
+        dots = [(values[s][group], place) for place, s in enumerate(order) if group in values[s]]
+        style = {"linestyle": "none", "marker": "o", "markersize": 5.5, "color": color}
+        axes.plot(*zip(*dots, strict=True), **style, label=f"{group} OOD")
+    axes.set(title=title, xlabel="percent", yticks=range(len(order)))
+    axes.set_yticklabels([_plain(score) for score in order])
+    axes.set_ylim(-0.6, len(order) - 0.4)
+    axes.grid(color=INK, alpha=0.12, linewidth=0.6)
+    _legend_below(figure, axes)
+    return _svg(figure, title)
+
+
+def shares(
+    percent: Mapping[str, float], groups: Mapping[str, str], wanted: float, title: str
+) -> str:
+    """Horizontal bars: percent of each set called OOD; sets without a group are ID.
+
+    The dashed line is at `wanted`, the percent of ID inputs that the threshold gives away.
+    """
+    figure, axes = _figure(height=0.9 + 0.24 * len(percent))
+    names = list(percent)[::-1]
+    colors = [GROUP_COLORS[groups[name]] if name in groups else ID_COLOR for name in names]
+    axes.barh(range(len(names)), [percent[name] for name in names], color=colors, height=0.7)
+    for place, name in enumerate(names):
+        inside = percent[name] > 85  # where a number behind the bar would leave the picture
+        axes.annotate(
+            f"{percent[name]:.1f}",
+            (percent[name], place),
+            xytext=(-3 if inside else 3, 0),
+            textcoords="offset points",
+            ha="right" if inside else "left",
+            va="center",
+            color=INK,
+            fontsize=8,
+        )
+    axes.axvline(wanted, color=INK, linestyle="--", linewidth=1)
+    axes.set(title=title, xlabel="called OOD, percent", xlim=(0, 100), yticks=range(len(names)))
+    axes.set_yticklabels([_plain(name) for name in names])
+    return _svg(figure, f"Share of each set called OOD: {title}")
 
 
 def pca(features: Float[np.ndarray, "n d"]) -> tuple[np.ndarray, np.ndarray]:
@@ -174,18 +230,7 @@ def projection(
         xlabel="first principal component",
         ylabel="second",
     )
-    handles = axes.get_legend_handles_labels()
-    if handles[0]:
-        figure.legend(
-            *handles,
-            loc="outside lower center",
-            ncols=3,
-            frameon=False,
-            fontsize=8,
-            labelcolor=INK,
-            handletextpad=0.2,
-            columnspacing=1.0,
-        )
+    _legend_below(figure, axes)
     return _svg(figure, "Principal components of the features")
 
 
@@ -284,6 +329,26 @@ def _figure(width: float = 4.6, height: float = 3.1):
 
 def _legend(axes, loc: str = "best") -> None:
     axes.legend(loc=loc, frameon=False, fontsize=8, labelcolor=INK)
+
+
+def _legend_below(figure, axes) -> None:
+    handles = axes.get_legend_handles_labels()
+    if handles[0]:
+        figure.legend(
+            *handles,
+            loc="outside lower center",
+            ncols=3,
+            frameon=False,
+            fontsize=8,
+            labelcolor=INK,
+            handletextpad=0.2,
+            columnspacing=1.0,
+        )
+
+
+def _plain(name: str) -> str:
+    """A name as it is: matplotlib would set what lies between two dollar signs as a formula."""
+    return name.replace("$", r"\$")
 
 
 def _svg(figure, description: str) -> str:

@@ -50,8 +50,8 @@ def curve(id_scores, ood_scores) -> Curve:
     Raises:
       ValueError: an empty set, a NaN, or not one axis.
     """
-    id_scores = _checked(id_scores, "id_scores")
-    ood_scores = _checked(ood_scores, "ood_scores")
+    id_scores = checked(id_scores, "id_scores")
+    ood_scores = checked(ood_scores, "ood_scores")
     scores = np.concatenate([id_scores, ood_scores])
     order = np.argsort(-scores)
     is_ood = order >= len(id_scores)
@@ -134,7 +134,8 @@ def id_accuracy(logits: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"])
     return float(np.mean(np.argmax(logits, axis=1) == labels))
 
 
-def _checked(scores, name: str) -> Float[np.ndarray, " n"]:
+def checked(scores, name: str) -> Float[np.ndarray, " n"]:
+    """Scores as float64 with one axis; `ValueError`, with `name`, where empty or with a NaN."""
     scores = np.asarray(scores, np.float64)
     if scores.ndim != 1 or not len(scores):
         raise ValueError(f"{name} must have one axis and at least one entry, got {scores.shape}")

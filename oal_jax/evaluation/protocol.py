@@ -1,23 +1,37 @@
-"""The near/far protocol: fit a score once on ID train, score all sets, compare with ID test."""
+"""The protocol: fit a score on ID inputs, set its threshold, score all sets, compare with ID test.
 
-from collections.abc import Mapping, Sequence
+Near and far sets are what is reported. Validation sets choose hyper-parameters. Covariate-shifted
+ID sets ("csid": the ID classes under noise, in another style) are for two questions: how a score
+treats them, and how well near and far sets are told from all ID inputs together, shifted or not:
+the full-spectrum setting of OpenOOD (Yang et al., arXiv 2204.05306, section 3).
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from oal_jax import scores as post_hoc
+from oal_jax.artifacts import write_json, write_tensors
 from oal_jax.errors import UserError
+from oal_jax.evaluation import tables
 from oal_jax.evaluation.metrics import METRICS, id_accuracy, ood_metrics
-from oal_jax.evaluation.tables import MEANS, Row, with_means, write_csv
+from oal_jax.evaluation.tables import MEANS, Row, Shifted, with_means
+
+CSID = "csid"  # the group of covariate-shifted ID sets
+GROUPS = (*MEANS, CSID)
 
 
-class Labelled(NamedTuple):
-    """Outputs of an ID set and its class indices."""
+class Inputs(NamedTuple):
+    """What is known of one set: outputs of the classifier, and more where something asks for it."""
 
     outputs: post_hoc.Outputs
-    labels: Int[np.ndarray, " n"]
+    # Read only where a score moves the images along a gradient, and for pictures.
+    images: Callable[[], np.ndarray] | None = None  # (n, h, w, c), uint8 or floats in [0, 1]
+    labels: Int[np.ndarray, " n"] | None = None  # class indices; of ID and csid sets
 
 
 class Evaluation(NamedTuple):
@@ -26,20 +40,26 @@ class Evaluation(NamedTuple):
     rows: list[Row]  # near and far sets, then their means
     validation_rows: list[Row]  # validation sets, then their mean
     id_scores: dict[str, np.ndarray]  # ood_scores of ID test
-    ood_scores: dict[str, dict[str, np.ndarray]]  # score -> set -> ood_scores
+    ood_scores: dict[str, dict[str, np.ndarray]]  # score -> near, far, validation set -> ood_scores
     thresholds: dict[str, float]  # an input is OOD where its ood_score is above
     states: dict[str, post_hoc.State]
+    id_val_scores: dict[str, np.ndarray]  # ood_scores of ID validation, sorted
+    csid_scores: dict[str, dict[str, np.ndarray]]  # score -> csid set -> ood_scores
+    csid_rows: list[Shifted]  # none where there are no csid sets, as the next
+    full_spectrum_rows: list[Row]  # as `rows`, against ID test and all csid sets together
+    params: dict[str, dict[str, Any]]  # what each score was made with, beside its defaults
 
 
 def evaluate(
     score_names: Sequence[str],
-    id_train: Labelled,
-    id_val: Labelled,
-    id_test: Labelled,
-    ood: Mapping[str, post_hoc.Outputs],
+    id_train: Inputs,
+    id_val: Inputs,
+    id_test: Inputs,
+    ood: Mapping[str, Inputs],
     groups: Mapping[str, str],
-    head: post_hoc.Head,
-    params: Mapping[str, Mapping[str, object]] | None = None,
+    head: post_hoc.Head | None = None,
+    forward: post_hoc.Forward | None = None,
+    params: Mapping[str, Mapping[str, Any]] | None = None,
     keep: float = 0.95,
     batch_size: int = 512,
 ) -> Evaluation:
@@ -47,50 +67,136 @@ def evaluate(
 
     Args:
       score_names: keys of `scores.SCORES`; no name twice.
-      id_train: what scores are fitted on.
-      id_val: what thresholds are set on.
-      id_test: what every OOD set is compared with.
-      ood: the OOD sets by name.
-      groups: "near", "far" or "validation" for each of them. Validation sets are for choosing
-        hyper-parameters: they get rows of their own and enter no near or far mean.
-      head: the last linear layer.
+      id_train: what scores are fitted on, with labels; those with `fit_on="validation"` take
+        `id_val`.
+      id_val: what thresholds are set on, with labels.
+      id_test: what every OOD set is compared with, with labels.
+      ood: the other sets by name, csid sets among them.
+      groups: "near", "far", "validation" or "csid" for each of them. Validation sets are for
+        choosing hyper-parameters: they get rows of their own and enter no near or far mean.
+      head: the last linear layer, for scores that read it.
+      forward: float images in [0, 1] to `Outputs`, for scores with `perturb`; those read the images
+        of all sets but `id_train`.
       params: parameters of scores, by score name.
       keep: share of ID validation inputs that a threshold keeps.
       batch_size: inputs a call of a score.
 
     Raises:
-      UserError: an unknown score, a set without a group, a set called like a mean row, a NaN.
+      UserError: an unknown score, a set without a group or called like a mean row, a NaN, missing
+        labels, a score that lacks the head, outputs, images or forward function.
     """
     params = params or {}
     _check_names(score_names, ood, groups, params)
-    accuracy = id_accuracy(np.asarray(id_test.outputs.logits), id_test.labels)
+    csid = [name for name in ood if groups[name] == CSID]
+    for name, data in {"ID test": id_test, **{name: ood[name] for name in csid}}.items():
+        if data.labels is None:
+            raise UserError(f"set {name} has no labels; give its class indices")
+    accuracies = {name: accuracy(ood[name]) for name in csid}
+    id_only = accuracy(id_test)
+    sizes = [len(data.outputs.logits) for data in (id_test, *(ood[name] for name in csid))]
+    spectrum = float(np.average([id_only, *accuracies.values()], weights=sizes))
     order = [name for group in MEANS for name in ood if groups[name] == group]
-    rows, id_scores, ood_scores, thresholds, states = [], {}, {}, {}, {}
+    result = Evaluation([], [], {}, {}, {}, {}, {}, {}, [], [], {})
+    rows, full = [], []
     for score_name in score_names:
-        score = post_hoc.make(score_name, **params.get(score_name, {}))
-        state = post_hoc.fit(score, id_train.outputs, id_train.labels, head)
+        chosen = dict(params.get(score_name, {}))
+        score = post_hoc.make(score_name, **chosen)
+        state = fit(score, id_train, id_val, head)
 
-        def on(outputs, set_name, score=score, state=state):
-            return post_hoc.apply(score, state, outputs, batch_size, set_name)
+        def on(data, set_name, score=score, state=state):
+            return apply(score, state, data, forward, batch_size, set_name)
 
-        id_scores[score_name] = on(id_test.outputs, "ID test")
-        thresholds[score_name] = threshold(on(id_val.outputs, "ID val"), keep)
-        ood_scores[score_name] = {name: on(ood[name], name) for name in order}
-        states[score_name] = state
-        for name, values in ood_scores[score_name].items():
-            metrics = ood_metrics(id_scores[score_name], values)
-            percent = [100 * metrics[m] for m in METRICS]
-            rows.append(Row(score_name, name, groups[name], *percent, 100 * accuracy))
+        id_scores = on(id_test, "ID test")
+        val_scores = np.sort(on(id_val, "ID validation"))
+        limit = threshold(val_scores, keep)
+        ood_scores = {name: on(ood[name], name) for name in order}
+        csid_scores = {name: on(ood[name], name) for name in csid}
+        everything = np.concatenate([id_scores, *csid_scores.values()])
+        for name, values in ood_scores.items():
+            rows.append(_row(score_name, name, groups[name], id_scores, values, id_only))
+            if csid and groups[name] != "validation":
+                full.append(_row(score_name, name, groups[name], everything, values, spectrum))
+        for name, values in csid_scores.items():
+            rejected = 100 * float(np.mean(values > limit))
+            result.csid_rows.append(Shifted(score_name, name, accuracies[name], rejected))
+        result.id_scores[score_name] = id_scores
+        result.ood_scores[score_name] = ood_scores
+        result.thresholds[score_name] = limit
+        result.states[score_name] = state
+        result.id_val_scores[score_name] = val_scores
+        result.csid_scores[score_name] = csid_scores
+        result.params[score_name] = chosen
     test = [row for row in rows if row.group != "validation"]
     validation = [row for row in rows if row.group == "validation"]
-    return Evaluation(
+    return result._replace(
         rows=with_means(test, ("near", "far")),
         validation_rows=with_means(validation, ("validation",)),
-        id_scores=id_scores,
-        ood_scores=ood_scores,
-        thresholds=thresholds,
-        states=states,
+        full_spectrum_rows=with_means(full, ("near", "far")),
     )
+
+
+def fit(
+    score: post_hoc.Score, id_train: Inputs, id_val: Inputs, head: post_hoc.Head | None
+) -> post_hoc.State:
+    """`scores.fit` on the ID set that the score is meant to be fitted on.
+
+    Raises:
+      UserError: that set has no labels, or what `scores.fit` raises.
+    """
+    on_validation = score.fit_on == "validation"
+    data, name = (id_val, "ID validation") if on_validation else (id_train, "ID train")
+    if data.labels is None:
+        raise UserError(f"{score.name}: {name} has no labels; give its class indices")
+    return post_hoc.fit(score, data.outputs, data.labels, head, name)
+
+
+def apply(
+    score: post_hoc.Score,
+    state: post_hoc.State,
+    data: Inputs,
+    forward: post_hoc.Forward | None,
+    batch_size: int,
+    set_name: str,
+) -> Float[np.ndarray, " n"]:
+    """The ood_score of every input of a set, from its outputs, or from its images for `perturb`.
+
+    Raises:
+      UserError: a field, the images or `forward` are missing though the score needs them, or a NaN.
+    """
+    if score.perturb is None:
+        values = post_hoc.apply(score, state, data.outputs, batch_size, set_name)
+    elif forward is None or data.images is None:
+        raise UserError(
+            f"{score.name} moves the images along a gradient: give the images of {set_name} and the"
+            " model's forward function, or take another score"
+        )
+    else:
+        images = data.images()
+        on_images = _on_bytes(score) if images.dtype == np.uint8 else score
+        values = post_hoc.apply_to_images(on_images, state, forward, images, batch_size)
+        count = len(data.outputs.logits)
+        if len(values) != count:
+            raise UserError(
+                f"{score.name}: {set_name} has {len(values)} images but {count} outputs"
+            )
+    if np.isnan(values).any():
+        raise UserError(
+            f"{score.name}: {int(np.isnan(values).sum())} of {len(values)} ood_scores of {set_name}"
+            " are NaN; look for extreme values in its outputs"
+        )
+    return values
+
+
+# Cached, so that one score is one function to jit; scaled inside, so that no set is copied whole.
+@functools.cache
+def _on_bytes(score: post_hoc.Score) -> post_hoc.Score:
+    perturb = score.perturb
+    return score._replace(perturb=lambda state, f, images: perturb(state, f, images / 255))
+
+
+def accuracy(data: Inputs) -> float:
+    """Percent of the inputs of a labelled set whose largest logit is that of their class."""
+    return 100 * id_accuracy(np.asarray(data.outputs.logits), data.labels)
 
 
 def threshold(id_val_scores: Float[np.ndarray, " n"], keep: float = 0.95) -> float:
@@ -109,11 +215,68 @@ def threshold(id_val_scores: Float[np.ndarray, " n"], keep: float = 0.95) -> flo
     return float(scores[max(int(np.ceil(keep * len(scores) - 1e-9)), 1) - 1])
 
 
-def write_tables(folder: str | Path, evaluation: Evaluation) -> None:
-    """Writes `ood.csv`, and `validation.csv` where there are validation sets, into `folder`."""
-    write_csv(Path(folder) / "ood.csv", evaluation.rows)
-    if evaluation.validation_rows:
-        write_csv(Path(folder) / "validation.csv", evaluation.validation_rows)
+def rejected(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Score -> set -> percent of the set above the threshold; ID sets first, as "ID validation".
+
+    Of ID validation it is at most `100 * (1 - keep)`, by construction; how far ID test lies from
+    there says how well the threshold carries over.
+    """
+    shares = {}
+    for name, limit in evaluation.thresholds.items():
+        sets = {"ID validation": evaluation.id_val_scores[name]}
+        sets |= {"ID test": evaluation.id_scores[name]}
+        sets |= evaluation.csid_scores[name] | evaluation.ood_scores[name]
+        shares[name] = {key: 100 * float(np.mean(values > limit)) for key, values in sets.items()}
+    return shares
+
+
+def write_tables(folder: str | Path, evaluation: Evaluation) -> list[Path]:
+    """Writes the results into `folder`; returns the files.
+
+    `ood.csv`; `validation.csv`, `fullspectrum.csv` and `csid.csv` where there are such sets; one
+    `openood/SCORE.csv` a score in OpenOOD's layout.
+    """
+    folder = Path(folder)
+    written = {"ood": evaluation.rows}
+    optional = {
+        "validation": evaluation.validation_rows,
+        "fullspectrum": evaluation.full_spectrum_rows,
+    }
+    written |= {name: rows for name, rows in optional.items() if rows}
+    for name, rows in written.items():
+        tables.write_csv(folder / f"{name}.csv", rows)
+    paths = [folder / f"{name}.csv" for name in written]
+    if evaluation.csid_rows:
+        paths.append(folder / "csid.csv")
+        tables.write_shifted(paths[-1], evaluation.csid_rows)
+    for score in evaluation.thresholds:
+        paths.append(folder / "openood" / f"{score}.csv")
+        tables.write_openood(paths[-1], tables.as_openood(evaluation.rows, score))
+    return paths
+
+
+def write_detectors(folder: str | Path, evaluation: Evaluation) -> list[Path]:
+    """Writes what a detector loads into `folder`; returns the files.
+
+    `thresholds.json`: {score: threshold}; `parameters.json`: {score: {parameter: value}};
+    `detectors/SCORE.safetensors`: `state.KEY` for each key of the state, and `id_val_scores`,
+    sorted, float32, from which any other threshold can be set.
+    """
+    folder = Path(folder)
+    paths = [folder / "thresholds.json", folder / "parameters.json"]
+    write_json(paths[0], evaluation.thresholds)
+    write_json(paths[1], evaluation.params)
+    for score, state in evaluation.states.items():
+        tensors = {f"state.{key}": np.asarray(value) for key, value in state.items()}
+        tensors["id_val_scores"] = evaluation.id_val_scores[score].astype(np.float32)
+        paths.append(folder / "detectors" / f"{score}.safetensors")
+        write_tensors(paths[-1], tensors)
+    return paths
+
+
+def _row(score, name, group, id_scores, values, percent_right) -> Row:
+    metrics = ood_metrics(id_scores, values)
+    return Row(score, name, group, *(100 * metrics[m] for m in METRICS), percent_right)
 
 
 def _check_names(score_names, ood, groups, params) -> None:
@@ -123,9 +286,9 @@ def _check_names(score_names, ood, groups, params) -> None:
         if name not in score_names:
             raise UserError(f"parameters for score {name!r}, which is not evaluated")
     for name in ood:
-        if groups.get(name) not in MEANS:
+        if groups.get(name) not in GROUPS:
             raise UserError(
-                f"OOD set {name!r} needs a group out of {', '.join(MEANS)}, got {groups.get(name)}"
+                f"OOD set {name!r} needs a group out of {', '.join(GROUPS)}, got {groups.get(name)}"
             )
         if name in MEANS.values():
             raise UserError(f"OOD set {name!r} has the name of a mean row; call it otherwise")

@@ -5,19 +5,30 @@ that comes from outside is escaped.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from oal_jax.artifacts import write_bytes
-from oal_jax.evaluation import figures
-from oal_jax.evaluation.tables import Row, is_mean
+from oal_jax.evaluation import figures, page
+from oal_jax.evaluation.bootstrap import Interval
+from oal_jax.evaluation.page import text
+from oal_jax.evaluation.search import Trial, describe
+from oal_jax.evaluation.tables import MEANS, Row, Shifted, is_mean
 
 _SCORES_SHOWN = 6  # with pictures; tables show all
 _CLASSES_SHOWN = 10
 _SAMPLES_SHOWN = 8
+
+
+class Extremes(NamedTuple):
+    """The images of a set that a score takes for the most and the least OOD, the extreme first."""
+
+    most: np.ndarray  # (k, h, w, c) uint8
+    most_scores: np.ndarray  # (k,)
+    least: np.ndarray
+    least_scores: np.ndarray
 
 
 class ReportInputs(NamedTuple):
@@ -45,6 +56,28 @@ class ReportInputs(NamedTuple):
     val_accuracy: np.ndarray | None = None  # (t, 2) of (step, percent)
     id_samples: np.ndarray | None = None  # (n_class, k, h, w, c) uint8
     outlier_samples: np.ndarray | None = None  # (n_class, k, h, w, c) uint8, decoded latents
+    intervals: Sequence[Interval] | None = None
+    rejected: Mapping[str, Mapping[str, float]] | None = None  # score -> set -> percent called OOD
+    keep: float = 0.95  # share of ID validation that the thresholds keep
+    csid_rows: Sequence[Shifted] | None = None
+    full_spectrum_rows: Sequence[Row] | None = None
+    extremes: Mapping[str, Extremes] | None = None  # set -> pictures, for the first score
+    trials: Sequence[Trial] | None = None  # of a search
+
+
+def extremes(scores: np.ndarray, images: np.ndarray, count: int = 8) -> Extremes:
+    """The `count` images with the highest ood_scores and those with the lowest.
+
+    A set of fewer than twice as many images is divided, so that none is shown as both.
+
+    Args:
+      scores: (n,) ood_scores.
+      images: (n, h, w, c) uint8, in the same order.
+    """
+    order = np.argsort(-scores, kind="stable")
+    count = min(count, max(1, len(order) // 2))
+    most, least = order[:count], order[::-1][:count]
+    return Extremes(images[most], scores[most], images[least], scores[least])
 
 
 def write_report(path: str | Path, inputs: ReportInputs) -> None:
@@ -61,10 +94,14 @@ def render(inputs: ReportInputs) -> str:
     sections = [
         ("Results", _results(inputs)),
         ("Score distributions", _distributions(inputs)),
+        ("Thresholds", _thresholds(inputs)),
+        ("Covariate shift", _covariate_shift(inputs)),
+        ("Most and least OOD", _extremes(inputs)),
         ("Feature space", _feature_space(inputs)),
         ("Training", _training(inputs)),
         ("Samples", _samples(inputs)),
         ("Validation sets", _validation(inputs)),
+        ("Parameter search", _search(inputs)),
         ("Configuration", _configuration(inputs)),
     ]
     body = "\n".join(
@@ -72,19 +109,14 @@ def render(inputs: ReportInputs) -> str:
         for title, content in sections
         if content
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(inputs.run_name)}: OOD report</title>\n<style>{_CSS}</style>\n</head>\n"
-        f"<body>\n{_header(inputs)}\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    body = f"{_header(inputs)}\n<main>\n{body}\n</main>"
+    return page.document(f"{inputs.run_name}: OOD report", body)
 
 
 def _header(inputs: ReportInputs) -> str:
     facts = [("Method", inputs.method), ("Seed", inputs.seed), ("Date", inputs.date)]
     facts += inputs.versions.items()
-    line = " · ".join(f"<span>{_text(k)} <b>{_text(v)}</b></span>" for k, v in facts)
+    line = " · ".join(f"<span>{text(k)} <b>{text(v)}</b></span>" for k, v in facts)
     tiles = [("ID accuracy", inputs.id_accuracy, "%")]
     if inputs.rows:
         first = inputs.rows[0].score
@@ -93,11 +125,11 @@ def _header(inputs: ReportInputs) -> str:
                 tiles.append((f"{row.group}-OOD AUROC, {first}", row.auroc, ""))
                 tiles.append((f"{row.group}-OOD FPR95, {first}", row.fpr_at_95_ood_tpr, "%"))
     cells = "".join(
-        f"<div class=tile><b>{value:.2f}<small>{unit}</small></b><span>{_text(name)}</span></div>"
+        f"<div class=tile><b>{value:.2f}<small>{unit}</small></b><span>{text(name)}</span></div>"
         for name, value, unit in tiles
     )
     return (
-        f"<header>\n<h1>{_text(inputs.run_name)}</h1>\n<p class=facts>{line}</p>\n"
+        f"<header>\n<h1>{text(inputs.run_name)}</h1>\n<p class=facts>{line}</p>\n"
         f"<div class=tiles>{cells}</div>\n</header>"
     )
 
@@ -113,52 +145,33 @@ def _results(inputs: ReportInputs) -> str:
     )
     means = [row for row in inputs.rows if is_mean(row)]
     sets = [row for row in inputs.rows if not is_mean(row)]
-    return note + _table(means, _ALL) + "<h3>Each set</h3>" + _table(sets, _SHORT)
-
-
-_HIGH = {"auroc": "AUROC", "aupr_in": "AUPR<sub>in</sub>", "aupr_out": "AUPR<sub>out</sub>"}
-_LOW = {"fpr_at_95_ood_tpr": "FPR<sub>OOD</sub>", "fpr_at_95_id_tpr": "FPR<sub>ID</sub>"}
-_ALL = {**_HIGH, **_LOW}
-_SHORT = {"auroc": _HIGH["auroc"], **_LOW}
-
-
-def _table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
-    """A line a score; for each set the metrics that `columns` names."""
-    cells = {(row.score, row.dataset): row for row in rows}
-    scores = list(dict.fromkeys(row.score for row in rows))
-    groups = {row.dataset: row.group for row in rows}
-    best = {}
-    for dataset in groups:
-        for metric in columns:
-            values = [getattr(r, metric) for (_, d), r in cells.items() if d == dataset]
-            best[dataset, metric] = max(values) if metric in _HIGH else min(values)
-
-    def cell(score, dataset, metric, first):
-        classes = [name for name, on in (("first", first),) if on]
-        row = cells.get((score, dataset))
-        if row is None:
-            return "<td></td>"
-        value = getattr(row, metric)
-        if len(scores) > 1 and round(value, 2) == round(best[dataset, metric], 2):
-            classes.append("best")
-        return f'<td class="{" ".join(classes)}">{value:.2f}</td>'
-
-    top = "".join(
-        f'<th class=first colspan={len(columns)}>{_text(d)} <span class="tag {g}">{g}</span></th>'
-        for d, g in groups.items()
+    tables = (
+        page.metric_table(means, page.ALL)
+        + "<h3>Each set</h3>"
+        + page.metric_table(sets, page.SHORT)
     )
-    names = [f"<th>{name}</th>" for name in columns.values()]
-    second = "".join([names[0].replace("<th>", "<th class=first>"), *names[1:]]) * len(groups)
-    lines = "".join(
-        f"<tr><th>{_text(score)}</th>"
-        + "".join(cell(score, d, m, m == next(iter(columns))) for d in groups for m in columns)
-        + "</tr>\n"
-        for score in scores
-    )
-    return (
-        f"<div class=scroll tabindex=0><table>\n<thead><tr><th rowspan=2>score</th>{top}</tr>"
-        f"<tr>{second}</tr></thead>\n<tbody>{lines}</tbody></table></div>"
-    )
+    return note + tables + _overview(means, inputs.intervals)
+
+
+def _overview(means: Sequence[Row], intervals: Sequence[Interval] | None) -> str:
+    """AUROC and FPR of all scores at a glance; one score needs no picture."""
+    if len({row.score for row in means}) < 2:
+        return ""
+    charts = []
+    # Both pictures in one order: by AUROC on the first group, which is near where there is one.
+    means = sorted(means, key=lambda row: (row.group != means[0].group, -row.auroc))
+    for metric, title in (("auroc", "AUROC"), ("fpr_at_95_ood_tpr", "FPR at 95 % OOD TPR")):
+        values: dict[str, dict[str, float]] = {}
+        for row in means:
+            values.setdefault(row.score, {})[row.group] = getattr(row, metric)
+        ends = {
+            (i.score, i.group): (i.low, i.high)
+            for i in intervals or ()
+            if i.metric == metric and i.dataset == MEANS[i.group]
+        }
+        charts.append(figures.overview(values, ends, title))
+    note = "<p class=note>Bars: 95 % of bootstrap samples of the test inputs.</p>"
+    return "<h3>All scores</h3>" + (note if intervals else "") + page.charts(charts)
 
 
 def _distributions(inputs: ReportInputs) -> str:
@@ -183,9 +196,82 @@ def _distributions(inputs: ReportInputs) -> str:
         charts.append(figures.histograms(inputs.id_scores[score], pooled, threshold, score))
         charts.append(figures.roc(inputs.id_scores[score], sets, score))
     left = len(inputs.id_scores) - len(shown)
-    note = "<p class=note>The dashed line is the threshold that keeps 95 % of ID validation inputs."
+    kept = f"{100 * inputs.keep:g} %"
+    note = (
+        f"<p class=note>The dashed line is the threshold that keeps {kept} of ID validation inputs."
+    )
     note += f" {left} more scores are in the table only.</p>" if left else "</p>"
-    return note + _grid(charts)
+    return note + page.charts(charts)
+
+
+def _thresholds(inputs: ReportInputs) -> str:
+    if not inputs.rejected:
+        return ""
+    groups = inputs.groups or {}
+    sets = list(next(iter(inputs.rejected.values())))
+    head = "".join(f"<th>{text(name)}{page.tag(groups.get(name, ''))}</th>" for name in sets)
+    lines = "".join(
+        f"<tr><th>{text(score)}</th>"
+        + "".join(f"<td>{shares[name]:.2f}</td>" for name in sets)
+        + "</tr>\n"
+        for score, shares in inputs.rejected.items()
+    )
+    wanted = 100 * (1 - inputs.keep)
+    note = (
+        f"<p class=note>Percent of each set called OOD. A threshold gives away {wanted:g} % of ID "
+        "validation; ID test should be near that, OOD sets near 100.</p>"
+    )
+    charts = [
+        figures.shares(inputs.rejected[score], groups, wanted, score)
+        for score in list(inputs.rejected)[:_SCORES_SHOWN]
+    ]
+    return note + page.table(f"<th>score</th>{head}", lines) + page.charts(charts)
+
+
+def _covariate_shift(inputs: ReportInputs) -> str:
+    if not inputs.csid_rows:
+        return ""
+    lines = "".join(
+        f"<tr><th>{text(r.score)}</th><td>{text(r.dataset)}</td><td>{r.id_accuracy:.2f}</td>"
+        f"<td>{r.rejected:.2f}</td></tr>\n"
+        for r in inputs.csid_rows
+    )
+    head = "<th>score</th><th>set</th><th>ID accuracy</th><th>called OOD</th>"
+    found = (
+        "<p class=note>Percent. These sets hold the ID classes under a shift: a detector should "
+        "keep what its classifier still gets right.</p>"
+    )
+    means = [row for row in inputs.full_spectrum_rows or () if is_mean(row)]
+    sets = [row for row in inputs.full_spectrum_rows or () if not is_mean(row)]
+    found += page.table(head, lines)
+    if not means:
+        return found
+    note = "<p class=note>ID test and all shifted sets together are the ID side.</p>"
+    tables = page.metric_table(means, page.ALL) + page.metric_table(sets, page.SHORT)
+    return f"{found}<h3>Full spectrum</h3>{note}{tables}"
+
+
+def _extremes(inputs: ReportInputs) -> str:
+    if not inputs.extremes:
+        return ""
+    groups = inputs.groups or {}
+    score = inputs.rows[0].score if inputs.rows else "the first score"
+    blocks = []
+    for name, pictures in inputs.extremes.items():
+        strips = "".join(
+            f"<figure class=strip><figcaption>{kind} OOD</figcaption>"
+            f'<img src="{figures.strip(images)}" alt="{kind} OOD images of {text(name)}">'
+            f'<div class=values style="grid-template-columns: repeat({len(values)}, 1fr)">'
+            + "".join(f"<span>{value:.3g}</span>" for value in values)
+            + "</div></figure>"
+            for kind, images, values in (
+                ("most", pictures.most, pictures.most_scores),
+                ("least", pictures.least, pictures.least_scores),
+            )
+        )
+        blocks.append(f"<h3>{text(name)}{page.tag(groups.get(name, ''))}</h3>{strips}")
+    note = f"<p class=note>Below each image its ood_score, {text(score)}; higher is more OOD.</p>"
+    return note + "<div class=strips>" + "".join(f"<div>{b}</div>" for b in blocks) + "</div>"
 
 
 def _feature_space(inputs: ReportInputs) -> str:
@@ -215,7 +301,7 @@ def _training(inputs: ReportInputs) -> str:
     if inputs.val_accuracy is not None:
         accuracy = {"ID validation": inputs.val_accuracy}
         charts.append(figures.curves(accuracy, "ID validation accuracy", "percent"))
-    return _grid(charts) if charts else ""
+    return page.charts(charts) if charts else ""
 
 
 def _samples(inputs: ReportInputs) -> str:
@@ -233,8 +319,8 @@ def _sample_grid(images: np.ndarray, class_names: Sequence[str] | None) -> str:
         name = class_names[index] if class_names is not None else f"class {index}"
         uri = figures.strip(row)
         lines.append(
-            f'<figure class=strip><figcaption>{_text(name)}</figcaption><img src="{uri}" '
-            f'alt="{len(row)} samples of {_text(name)}"></figure>'
+            f'<figure class=strip><figcaption>{text(name)}</figcaption><img src="{uri}" '
+            f'alt="{len(row)} samples of {text(name)}"></figure>'
         )
     left = len(images) - len(lines)
     note = f"<p class=note>{left} more classes are not shown.</p>" if left > 0 else ""
@@ -245,12 +331,33 @@ def _validation(inputs: ReportInputs) -> str:
     if not inputs.validation_rows:
         return ""
     note = "<p class=note>For choosing hyper-parameters; in no mean above.</p>"
-    return note + _table(inputs.validation_rows, _SHORT)
+    return note + page.metric_table(inputs.validation_rows, page.SHORT)
+
+
+def _search(inputs: ReportInputs) -> str:
+    if not inputs.trials:
+        return ""
+    lines = "".join(
+        f"<tr><th>{text(t.score)}</th><td class=left>{text(describe(t.params))}</td>"
+        + (f"<td class=left>{text(t.refusal)}</td>" if t.auroc is None else "")
+        + ("" if t.auroc is None else f"<td{' class=best' * t.chosen}>{t.auroc:.2f}</td>")
+        + "</tr>\n"
+        for t in inputs.trials
+    )
+    head = "<th>score</th><th>parameters</th><th>AUROC</th>"
+    note = (
+        "<p class=note>Mean AUROC of the validation OOD sets against ID validation, percent. Each "
+        "line was fitted anew; the bold one of a score is used above.</p>"
+    )
+    return (
+        f"{note}<details><summary>{len(inputs.trials)} values</summary>"
+        f"{page.table(head, lines)}</details>"
+    )
 
 
 def _configuration(inputs: ReportInputs) -> str:
     lines = "".join(
-        f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>\n"
+        f"<tr><th>{text(name)}</th><td>{text(value)}</td></tr>\n"
         for name, value in _flat(inputs.config)
     )
     return (
@@ -267,60 +374,5 @@ def _flat(config: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str,
             yield f"{prefix}{name}", value
 
 
-def _grid(charts: Iterable[str]) -> str:
-    return "<div class=charts>" + "".join(f"<figure>{c}</figure>" for c in charts) + "</div>"
-
-
 def _slug(title: str) -> str:
     return title.lower().replace(" ", "-")
-
-
-def _text(value: object) -> str:
-    return escape(str(value), quote=True)
-
-
-_CSS = """
-:root { color-scheme: light dark; --ink: #1d2430; --soft: #667085; --line: #e3e7ee;
-  --page: #ffffff; --card: #f6f8fb; --accent: #2f6fc4; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #98a2b3; --line: #2b323d;
-  --page: #12161c; --card: #1a2029; --accent: #7fb2f5; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 4rem; background: var(--page);
-  color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere; }
-h2 { margin: 2.5rem 0 .5rem; font-size: 1.2rem; border-bottom: 1px solid var(--line);
-  padding-bottom: .3rem; }
-h3 { margin: 1.5rem 0 .5rem; font-size: 1rem; }
-.facts, .note { color: var(--soft); font-size: .9rem; margin: .4rem 0 1rem; }
-.facts b { color: var(--ink); font-weight: 600; }
-.facts span { white-space: nowrap; }
-.tiles { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
-.tile { background: var(--card); border-radius: .6rem; padding: .8rem 1rem; }
-.tile b { display: block; font-size: 1.6rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
-.tile small { font-size: .9rem; color: var(--soft); margin-left: .1rem; }
-.tile span { color: var(--soft); font-size: .85rem; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--line); }
-thead th { font-weight: 500; color: var(--soft); }
-th[colspan] { text-align: center; color: var(--ink); }
-tr > th:first-child:not([colspan]):not(.first) { text-align: left; font-weight: 600;
-  position: sticky; left: 0; background: var(--page); color: var(--ink); }
-.first { border-left: 1px solid var(--line); }
-.best { font-weight: 700; color: var(--accent); }
-.tag { font-size: .7rem; padding: .05rem .4rem; border-radius: 1rem; color: #fff; }
-.near { background: #b8600f; } .far { background: #b93d39; } .validation { background: #7a4cc4; }
-.config td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-figure { margin: 0; }
-.charts { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-.charts figure, .wide { background: var(--card); border-radius: .6rem; padding: .6rem; }
-.wide { max-width: 46rem; }
-svg { display: block; width: 100%; height: auto; }
-.strips { display: grid; gap: .6rem 1.2rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
-.strip figcaption { color: var(--soft); font-size: .8rem; }
-.strip img { width: 100%; display: block; image-rendering: pixelated; border-radius: .3rem; }
-summary { cursor: pointer; color: var(--soft); }
-"""

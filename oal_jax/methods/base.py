@@ -11,12 +11,18 @@ Metrics = dict[str, Float[Array, ""]]
 Groups = dict[str, Any]
 
 
+def unchanged(params: Groups) -> Groups:
+    """The parameters as they are trained, to be evaluated and saved so."""
+    return params
+
+
 class Method(NamedTuple):
     """`init(key) -> (params, model_state)`, both {group: tree}, and the loss of one batch.
 
     `loss(params, model_state, batch, step, key) -> (value, (model_state, metrics))`.
     A batch has `image` (float32 in [0, 1]) and `label`, and, where a method asks for them,
     `teacher_logits`, `teacher_features`, `latent`, `outlier`, `outlier_latent`, `outlier_image`.
+    `finish(params)` are those to evaluate and to save: its group "student" is a plain model's.
     """
 
     init: Callable[[Key[Array, ""]], tuple[Groups, Groups]]
@@ -24,6 +30,7 @@ class Method(NamedTuple):
         [Groups, Groups, Batch, Int[Array, ""], Key[Array, ""]],
         tuple[Float[Array, ""], tuple[Groups, Metrics]],
     ]
+    finish: Callable[[Groups], Groups] = unchanged
 
 
 def apply_group(

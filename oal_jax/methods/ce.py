@@ -4,24 +4,26 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from oal_jax import losses
-from oal_jax.methods.base import Method, accuracy, apply_group, split_variables
+from oal_jax.methods.base import Method, split_variables
+from oal_jax.methods.student import Transform, forward, id_loss
 
 
-def cross_entropy(model: Any, image_shape: tuple[int, int, int]) -> Method:
-    """Train `model` (group "student") by the mean cross-entropy on ID images."""
+def cross_entropy(
+    model: Any, image_shape: tuple[int, int, int], *, ce_transform: Transform | None = None
+) -> Method:
+    """Train `model` (group "student") by the mean cross-entropy on ID images.
+
+    `ce_transform` is of that mean, such as `unleashing_mask.transform`.
+    """
 
     def init(key):
         params, rest = split_variables(model.init(key, jnp.zeros((1, *image_shape))))
         return {"student": params}, {"student": rest}
 
     def loss(params, model_state, batch, step, key):
-        del step, key
-        (logits, _), rest = apply_group(
-            model, params, model_state, "student", batch["image"], train=True
-        )
-        value = jnp.mean(losses.cross_entropy(logits, batch["label"]))
-        metrics = {"ce": value, "accuracy": accuracy(logits, batch["label"])}
-        return value, ({"student": rest}, metrics)
+        del step
+        (logits, _), _, student = forward(model, params, model_state, key, batch["image"])
+        value, metrics = id_loss(logits, batch["label"], ce_transform)
+        return value, ({"student": student}, metrics)
 
     return Method(init, loss)

@@ -17,10 +17,10 @@ from oal_jax.methods.base import (
     Groups,
     Method,
     Metrics,
-    accuracy,
     apply_group,
     split_variables,
 )
+from oal_jax.methods.student import Transform, id_loss
 from oal_jax.models.projector import Projector
 from oal_jax.outliers.knn import unit
 
@@ -32,6 +32,7 @@ def distillation(
     *,
     logit_weight: float,
     feature_weight: float,
+    ce_transform: Transform | None = None,
 ) -> Method:
     """Groups "student" and "projector" (DT), trained by the cross-entropy and both KL terms.
 
@@ -39,14 +40,16 @@ def distillation(
     """
 
     def loss(params, model_state, batch, step, key):
-        del step, key
+        del step
         value, aux, _ = student_terms(
             params,
             model_state,
             batch,
             model,
+            key=key,
             logit_weight=logit_weight,
             feature_weight=feature_weight,
+            ce_transform=ce_transform,
         )
         return value, aux
 
@@ -74,8 +77,10 @@ def student_terms(
     batch: Batch,
     model: Any,
     *,
+    key: jax.Array,
     logit_weight: float,
     feature_weight: float,
+    ce_transform: Transform | None = None,
     unit_features: bool = True,
     outlier_images: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Groups, Metrics], tuple[jax.Array, jax.Array]]:
@@ -86,8 +91,11 @@ def student_terms(
 
     `unit_features` scales the teacher's features to unit norm before DT; the official code does
     not, but outliers are directions, and DT must see both alike where it maps outliers too.
+
+    `key` is of the step; `ce_transform` is of the mean cross-entropy alone.
     """
-    images, options, count = batch["image"], {}, batch["image"].shape[0]
+    images, count = batch["image"], batch["image"].shape[0]
+    options: dict[str, Any] = {"rngs": {"dropout": named(key, "dropout")}}
     if outlier_images is not None:
         images = jnp.concatenate([images, outlier_images])
         options["statistics"] = jnp.arange(images.shape[0]) < count
@@ -104,16 +112,11 @@ def student_terms(
         unit(teacher_features) if unit_features else teacher_features,
         train=True,
     )
-    ce = jnp.mean(losses.cross_entropy(logits, batch["label"]))
+    ce, metrics = id_loss(logits, batch["label"], ce_transform)
     teacher_logits = batch["teacher_logits"].astype(jnp.float32)
     kd_logits = jnp.mean(losses.kl_divergence(teacher_logits, logits))
     kd_features = jnp.mean(losses.kl_divergence(target, features))
-    metrics = {
-        "ce": ce,
-        "kd_logits": kd_logits,
-        "kd_features": kd_features,
-        "accuracy": accuracy(logits, batch["label"]),
-    }
+    metrics |= {"kd_logits": kd_logits, "kd_features": kd_features}
     value = ce + logit_weight * kd_logits + feature_weight * kd_features
     state = {**model_state, "student": student_state, "projector": dt_state}
     return value, (state, metrics), outputs

@@ -22,6 +22,7 @@ from oal_jax import losses
 from oal_jax.keys import named
 from oal_jax.methods import kd
 from oal_jax.methods.base import Method, apply_group, split_variables
+from oal_jax.methods.student import Transform
 from oal_jax.models.mutual_information import GaussianPredictor
 from oal_jax.models.projector import LatentAdapter, Projector
 from oal_jax.outliers.knn import unit
@@ -39,6 +40,7 @@ def energy(
     adapter_weight: float,
     ramp_steps: tuple[float, float],
     feature_outliers: bool,
+    ce_transform: Transform | None = None,
 ) -> Method:
     """The sound default: E = logsumexp of the student's logits tells ID from mapped outliers.
 
@@ -75,14 +77,15 @@ def energy(
         return jax.lax.stop_gradient(mapped)
 
     def loss(params, model_state, batch, step, key):
-        del key
         value, (new_state, metrics), (logits, features) = kd.student_terms(
             params,
             model_state,
             batch,
             model,
+            key=key,
             logit_weight=logit_weight,
             feature_weight=feature_weight,
+            ce_transform=ce_transform,
         )
         weight = energy_weight * losses.ramp(step, *ramp_steps)
         head = params["student"]["fc"]
@@ -125,6 +128,7 @@ def club(
     knn_weight: float,
     latent_weight: float,
     alternate: bool,
+    ce_transform: Transform | None = None,
 ) -> Method:
     """Both CLUB terms, as shipped or (`alternate`) with q fitted by likelihood.
 
@@ -147,14 +151,16 @@ def club(
         return params, model_state
 
     def loss(params, model_state, batch, step, key):
-        del step, key
+        del step
         value, (new_state, metrics), (_, features) = kd.student_terms(
             params,
             model_state,
             batch,
             model,
+            key=key,
             logit_weight=logit_weight,
             feature_weight=feature_weight,
+            ce_transform=ce_transform,
             unit_features=False,
         )
         for name, q in predictors.items():

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from oal_jax import losses
 from oal_jax.methods import kd
 from oal_jax.methods.base import Method
+from oal_jax.methods.student import Transform
 
 
 def outlier_exposure(
@@ -22,6 +23,7 @@ def outlier_exposure(
     logit_weight: float,
     feature_weight: float,
     pixel_weight: float,
+    ce_transform: Transform | None = None,
 ) -> Method:
     """Distillation plus `pixel_weight` times the uniform cross-entropy on `outlier_image`.
 
@@ -32,14 +34,16 @@ def outlier_exposure(
     """
 
     def loss(params, model_state, batch, step, key):
-        del step, key
+        del step
         value, (new_state, metrics), (logits, _) = kd.student_terms(
             params,
             model_state,
             batch,
             model,
+            key=key,
             logit_weight=logit_weight,
             feature_weight=feature_weight,
+            ce_transform=ce_transform,
             outlier_images=batch["outlier_image"],
         )
         outlier_logits = logits[batch["image"].shape[0] :]

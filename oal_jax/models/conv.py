@@ -1,4 +1,6 @@
-"""Convolution with PyTorch's padding, and a matrix-product form where XLA's own is slow."""
+"""What the classifiers share: convolution, batch normalisation with PyTorch's constants, maps."""
+
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -26,22 +28,37 @@ def patches_product(
     return jnp.concatenate(columns, axis=-1) @ kernel.reshape(kh * kw * c, d)
 
 
+def batch_norm(train: bool, affine: bool) -> partial[nn.BatchNorm]:
+    """`nn.BatchNorm` with PyTorch's constants, to be named; `affine`: with scale and offset."""
+    return partial(
+        nn.BatchNorm,
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        use_scale=affine,
+        use_bias=affine,
+    )
+
+
 class Conv(nn.Module):
     """Convolution without bias; odd square kernel, padding (kernel - 1) / 2 as in PyTorch.
 
     "SAME" would pad strided convolutions on the other side. Parameters are those of `nn.Conv`.
+    Where XLA's own convolution is slow it is computed as a matrix product.
+    It starts as N(0, 2 / fan); `fan` is "fan_out" (torchvision's ResNet) or "fan_in".
     """
 
     channels: int
     kernel: int
     stride: int = 1
+    fan: str = "fan_out"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         """Height and width shrink by `stride`, rounded up."""
         pad = (self.kernel - 1) // 2
         shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
-        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        init = nn.initializers.variance_scaling(2.0, self.fan, "normal")
         kernel = self.param("kernel", init, shape)
         if self.kernel == 1:
             return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
@@ -54,3 +71,9 @@ class Conv(nn.Module):
             ((pad, pad), (pad, pad)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+
+
+def sow_map(module: nn.Module, stage: int, x: Float[Array, "b h w c"]) -> None:
+    """Offer a feature map to who asks with `mutable=["maps"]`; it costs nothing otherwise."""
+    if not module.is_initializing():  # else it would become one of the module's variables
+        module.sow("maps", f"stage{stage}", x)

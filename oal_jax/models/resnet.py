@@ -1,13 +1,12 @@
 """ResNets (He et al., arXiv 1512.03385) laid out as torchvision's, for 224 px, 32 px and less."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from oal_jax.models.conv import Conv
+from oal_jax.models.conv import Conv, batch_norm, sow_map
 from oal_jax.models.normalise import normalise
 
 STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
@@ -21,13 +20,14 @@ class ResNetBlock(nn.Module):
     channels: int
     stride: int
     bottleneck: bool
+    affine: bool = True
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w c"], train: bool, mask: Bool[Array, "b 1 1 1"] | None = None
     ) -> Float[Array, "b h2 w2 c2"]:
         """`train`: normalise by the batch, or by its rows in `mask`."""
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5)
+        norm = batch_norm(train, self.affine)
         out = self.channels * (4 if self.bottleneck else 1)
         if self.bottleneck:
             h = Conv(self.channels, 1, name="conv1")(x)
@@ -48,13 +48,16 @@ class ResNetBlock(nn.Module):
 class ResNet(nn.Module):
     """Images in [0, 1] to (logits, features); features are the global average pool.
 
-    `width` is the number of channels of the first stage (64 in the paper).
+    `width` is the number of channels of the first stage (64 in the paper); `affine_bn=False` leaves
+    the batch normalisation without scale and offset. Maps are sown as `maps`: stage0 after the
+    stem, then a map a stage.
     """
 
     num_classes: int
     depth: int = 18
     width: int = 64
     stem: str = "cifar"
+    affine_bn: bool = True
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
 
@@ -80,8 +83,8 @@ class ResNet(nn.Module):
         kernel, stride, pool = STEMS[self.stem]
         x = normalise(images, self.mean, self.std)
         x = Conv(self.width, kernel, stride, name="conv1")(x)
-        norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name="bn1")
-        x = nn.relu(norm(x, mask=mask))
+        x = nn.relu(batch_norm(train, self.affine_bn)(name="bn1")(x, mask=mask))
+        sow_map(self, 0, x)
         if pool:
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for i, blocks in enumerate(sizes):
@@ -90,7 +93,9 @@ class ResNet(nn.Module):
                     channels=self.width * 2**i,
                     stride=2 if i > 0 and j == 0 else 1,
                     bottleneck=self.depth >= 50,
+                    affine=self.affine_bn,
                     name=f"layer{i + 1}_{j}",
                 )(x, train, mask)
+            sow_map(self, i + 1, x)
         features = jnp.mean(x, axis=(1, 2))
         return nn.Dense(self.num_classes, name="fc")(features), features

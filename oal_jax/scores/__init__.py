@@ -6,24 +6,55 @@ A new family is a file with its own `SCORES` dict and one more line in the regis
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from oal_jax.errors import UserError
-from oal_jax.scores import knn, logits, mahalanobis
+from oal_jax.scores import (
+    gradnorm,
+    gram,
+    kl_matching,
+    knn,
+    logits,
+    mahalanobis,
+    odin,
+    openmax,
+    prototypes,
+    shaping,
+    subspace,
+    temperature,
+)
 from oal_jax.scores.base import Head, Score, State, apply, apply_to_images, fit
 from oal_jax.scores.outputs import FIELDS, Forward, Outputs, compute, summarise
 
 SCORES: dict[str, Callable[..., Score]] = {
     **logits.SCORES,
+    **temperature.SCORES,
+    **shaping.SCORES,
+    **odin.SCORES,
+    **gradnorm.SCORES,
+    **openmax.SCORES,
+    **kl_matching.SCORES,
     **knn.SCORES,
     **mahalanobis.SCORES,
+    **subspace.SCORES,
+    **prototypes.SCORES,
+    **gram.SCORES,
 }
 
 # For each score that has any, the values of its parameters that a search tries.
 GRIDS: dict[str, dict[str, tuple]] = {
     **logits.GRIDS,
+    **temperature.GRIDS,
+    **shaping.GRIDS,
+    **odin.GRIDS,
+    **gradnorm.GRIDS,
+    **openmax.GRIDS,
+    **kl_matching.GRIDS,
     **knn.GRIDS,
     **mahalanobis.GRIDS,
+    **subspace.GRIDS,
+    **prototypes.GRIDS,
+    **gram.GRIDS,
 }
 
 __all__ = [
@@ -40,6 +71,7 @@ __all__ = [
     "compute",
     "fit",
     "make",
+    "needed",
     "summarise",
 ]
 
@@ -63,6 +95,11 @@ def make(name: str, **params) -> Score:
         if param not in known:
             raise UserError(f"score {name!r} has no parameter {param!r}; {_nearest(param, known)}")
     return SCORES[name](**params)._replace(name=name)
+
+
+def needed(names: Iterable[str]) -> set[str]:
+    """The fields of `Outputs`, besides the logits, that any of these scores reads."""
+    return {field for name in names for field in make(name).needs}
 
 
 def _nearest(name, known) -> str:

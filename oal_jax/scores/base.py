@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from oal_jax import distributed
 from oal_jax.errors import UserError
-from oal_jax.scores.outputs import Forward, Outputs, check, rows
+from oal_jax.scores.outputs import Forward, Outputs, as_pytree, check, rows
 
 State = Mapping[str, Array]
 
@@ -121,11 +121,12 @@ def apply_to_images(
       images: (n, h, w, c).
     """
     chunks = partial(rows, images, sharding=_sharding())
+    forward = distributed.replicate(as_pytree(forward), distributed.make_mesh())
     return _collect(partial(_score_images, score, forward), state, chunks, batch_size)
 
 
 def _collect(function, state, chunks, batch_size) -> Float[np.ndarray, " n"]:
-    state = jax.device_put(state, NamedSharding(distributed.make_mesh(), PartitionSpec()))
+    state = distributed.replicate(state, distributed.make_mesh())
     # Read only after every chunk was dispatched, so that the device never waits for the host.
     parts = [(function(state, chunk), kept) for chunk, kept in chunks(batch_size)]
     host = [distributed.to_host(part)[:kept] for part, kept in parts]
@@ -141,7 +142,7 @@ def _score_rows(score_fn, state, outputs):
     return score_fn(state, outputs)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=0)
 def _score_images(score: Score, forward: Forward, state, images):
     images = images.astype(np.float32)
     perturb = score.perturb or (lambda state, forward, images: forward(images))

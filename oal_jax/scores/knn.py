@@ -1,25 +1,28 @@
-"""Distance to the k-th nearest training feature."""
+"""Scores from the nearest training features: knn, mode, nnguide."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
+from scipy.special import logsumexp
 
 from oal_jax.errors import UserError
+from oal_jax.outliers.knn import unit
 from oal_jax.scores.base import Score
 
+_ROWS = 8192  # features that are brought to length 1 at a time
 
-def knn(k: int = 50, bank_chunk: int = 4096, query_chunk: int = 1024) -> Score:
+
+def knn(k: int = 50, bank_chunk: int = 65536) -> Score:
     """Euclidean distance to the k-th nearest ID training feature, all features of length 1.
 
-    Exact, and the (queries, bank) matrix is never whole: blocks of (query_chunk, bank_chunk) pass
-    by and a running list of the k best is kept, so memory does not grow with the bank. Distances
-    come from inner products, `d^2 = 2 - 2 q.b`, hence below about 3e-4 they are float32 noise.
+    Exact, and the (queries, bank) matrix is never whole: see `top_similarities`. Distances come
+    from inner products, `d^2 = 2 - 2 q.b`, hence below about 3e-4 they are float32 noise.
 
     Args:
       k: which neighbour, at least 1.
-      bank_chunk: training features a block.
-      query_chunk: inputs a block.
+      bank_chunk: at most so many training features are compared with at a time.
 
     Raises:
       UserError: at `fit`, where the training set has fewer than k inputs.
@@ -28,70 +31,166 @@ def knn(k: int = 50, bank_chunk: int = 4096, query_chunk: int = 1024) -> Score:
       Sun et al., Out-of-Distribution Detection with Deep Nearest Neighbors, 2022, arXiv 2204.06507,
       section 3. The official OAL code takes the *squared* distance, which ranks alike.
     """
-    if k < 1 or bank_chunk < 1 or query_chunk < 1:
-        raise UserError(
-            f"knn: k, bank_chunk, query_chunk must be 1 or more, got {k}, "
-            f"{bank_chunk}, {query_chunk}"
-        )
+    _check_positive("knn", k=k, bank_chunk=bank_chunk)
 
     def fit(outputs, labels, head):
-        count = len(outputs.features)
-        if count < k:
-            raise UserError(f"knn: k={k} needs at least {k} training features, got {count}")
-        features = np.asarray(outputs.features, np.float32)
-        norm = np.linalg.norm(features, axis=1, keepdims=True)
-        return {"bank": features / np.maximum(norm, 1e-12)}
+        _check_enough("knn", k, outputs.features)
+        return {"bank": _unit_rows(outputs.features)}
 
     def score(state, outputs):
-        features = outputs.features
-        norm = jnp.linalg.norm(features, axis=1, keepdims=True)
-        queries = features / jnp.maximum(norm, 1e-12)
-        similarity = kth_similarity(queries, state["bank"], k, bank_chunk, query_chunk)
-        return jnp.sqrt(jnp.maximum(2.0 - 2.0 * similarity, 0.0))
+        return jnp.sqrt(_squared(unit(outputs.features), state["bank"], k, bank_chunk))
 
     return Score(fit, score, needs=("features",))
 
 
-def kth_similarity(
-    queries: Float[Array, "n d"],
-    bank: Float[Array, "m d"],
-    k: int,
-    bank_chunk: int,
-    query_chunk: int,
-) -> Float[Array, " n"]:
-    """The k-th largest inner product of each query with the rows of `bank`; 1 <= k <= m.
+def mode(k: int = 10, bank_chunk: int = 65536) -> Score:
+    """The least, over six regions of the map, squared distance to the k-th nearest training region.
 
-    Needs memory for `query_chunk * (bank_chunk + k)` similarities.
+    Regions of an input and the bank are vectors of length 1; the bank holds all six of every
+    training input. One region that looks like the training set makes an input ID.
+
+    Args:
+      k: which neighbour, at least 1.
+      bank_chunk: at most so many training regions are compared with at a time.
+
+    Raises:
+      UserError: at `fit`, where the training set has fewer than k regions.
+
+    References:
+      Zhang et al., From Global to Local: Multi-scale Out-of-distribution Detection, 2023,
+      arXiv 2308.10239, the cross-scale decision; on any classifier, without its training loss.
     """
-    n, width = queries.shape
+    _check_positive("mode", k=k, bank_chunk=bank_chunk)
+
+    def fit(outputs, labels, head):
+        regions = np.asarray(outputs.regions)
+        regions = regions.reshape(-1, regions.shape[-1])
+        _check_enough("mode", k, regions, "regions")
+        return {"bank": _unit_rows(regions)}
+
+    def score(state, outputs):
+        regions = jnp.moveaxis(unit(outputs.regions), 1, 0)
+        # One region at a time holds a sixth of the similarities.
+        each = lax.map(lambda q: _squared(q, state["bank"], k, bank_chunk), regions)
+        return jnp.min(each, axis=0)
+
+    return Score(fit, score, needs=("regions",))
+
+
+def nnguide(k: int = 10, bank_chunk: int = 65536) -> Score:
+    """Minus the energy times the similarity to the training features, weighted by their energies.
+
+    `-E(x) G(x)`, where E is the logsumexp of the logits and G the mean of the k largest inner
+    products of the input's feature with `E(z) z` over the training features z, all of length 1.
+    The bank is the whole training set; the publication takes a random share of a large one.
+
+    Args:
+      k: how many neighbours, at least 1.
+      bank_chunk: at most so many training features are compared with at a time.
+
+    Raises:
+      UserError: at `fit`, where the training set has fewer than k inputs.
+
+    References:
+      Park et al., Nearest Neighbor Guidance for Out-of-Distribution Detection, 2023,
+      arXiv 2309.14888, section 3.
+    """
+    _check_positive("nnguide", k=k, bank_chunk=bank_chunk)
+
+    def fit(outputs, labels, head):
+        _check_enough("nnguide", k, outputs.features)
+        bank = _unit_rows(outputs.features)
+        bank *= logsumexp(np.asarray(outputs.logits), axis=1).astype(np.float32)[:, None]
+        return {"bank": bank}
+
+    def score(state, outputs):
+        top = top_similarities(unit(outputs.features), state["bank"], k, bank_chunk)
+        return -jnp.mean(top, axis=1) * jax.nn.logsumexp(outputs.logits, axis=1)
+
+    return Score(fit, score, needs=("features",))
+
+
+def top_similarities(
+    queries: Float[Array, "n d"], bank: Float[Array, "m d"], k: int, bank_chunk: int
+) -> Float[Array, "n k"]:
+    """The k largest inner products of each query with the rows of `bank`, falling; 1 <= k <= m.
+
+    Exact. Blocks of the bank pass by and a list of the k best is kept, so it needs memory for
+    `n * (bank_chunk + k)` similarities and not for all of them.
+    """
     m = bank.shape[0]
-    bank_chunk = min(bank_chunk, m)
-    query_chunk = min(query_chunk, n)
-    chunks = -(-m // bank_chunk)
+    blocks = -(-m // bank_chunk)
+    # Of `_grouped_candidates`; this many columns make m / group + k * group least.
+    group = max(int((m // blocks / k) ** 0.5), 1)
+    size = m // blocks // group * group
+    whole = bank[: blocks * size].reshape(blocks, size, -1)
 
-    def block(q: Float[Array, "b d"]) -> Float[Array, " b"]:
-        def step(best, i):
-            # The last chunk is moved back to end at m, without a padded copy of the bank; the
-            # columns that the chunk before it already counted are masked.
-            start = jnp.minimum(i * bank_chunk, m - bank_chunk)
-            rows = lax.dynamic_slice_in_dim(bank, start, bank_chunk)
-            # Full float32: TF32 or bfloat16 products would blur distances to about 0.04.
-            similarity = jnp.matmul(q, rows.T, precision=lax.Precision.HIGHEST)
-            fresh = start + jnp.arange(bank_chunk) >= i * bank_chunk
-            similarity = jnp.where(fresh[None, :], similarity, -jnp.inf)
-            best, _ = lax.top_k(jnp.concatenate([best, similarity], axis=1), k)
-            return best, None
+    def step(best, block):
+        return _largest(_grouped_candidates(_product(queries, block), k, group), k, best), None
 
-        best = jnp.full((q.shape[0], k), -jnp.inf, q.dtype)
-        best, _ = lax.scan(step, best, jnp.arange(chunks))
-        # Without the barrier XLA joins this slice with that of top_k, no longer sees a top-k, and
-        # sorts whole rows on CPU: 28 times slower where the bank is a single chunk.
-        return lax.optimization_barrier(best)[:, -1]
-
-    blocks = -(-n // query_chunk)
-    padded = jnp.pad(queries, ((0, blocks * query_chunk - n), (0, 0)))
-    return lax.map(block, padded.reshape(blocks, query_chunk, width)).reshape(-1)[:n]
+    # Less than a group a block is left over by whole groups.
+    best = jnp.full((queries.shape[0], k), -jnp.inf, queries.dtype)
+    best = _largest(_product(queries, bank[blocks * size :]), k, best)
+    return lax.scan(step, best, whole)[0]
 
 
-SCORES = {"knn": knn}
-GRIDS = {"knn": {"k": (1, 5, 10, 20, 50, 100, 200)}}
+def _grouped_candidates(values: Float[Array, "n m"], k: int, group: int) -> Float[Array, "n q"]:
+    """Fewer values a row, the k largest among them; m is a multiple of `group`.
+
+    In groups of columns, they all lie in the k groups with the largest maxima: a value outside is
+    below k others. Maxima are cheap and a selection, whose time grows with its width, is not.
+    """
+    if group == 1:
+        return values
+    n, m = values.shape
+    grouped = values.reshape(n, group, m // group)
+    _, which = lax.top_k(jnp.max(grouped, axis=1), k)
+    kept = jnp.take_along_axis(grouped, which[:, None, :], axis=2, mode="promise_in_bounds")
+    return kept.reshape(n, group * k)
+
+
+def _largest(values, k, best):
+    # Without the barrier XLA may join a later slice with that of top_k, no longer see a top-k, and
+    # sort whole rows on CPU: 28 times slower.
+    top = lax.top_k(jnp.concatenate([best, values], axis=1), k)[0]
+    return lax.optimization_barrier(top)
+
+
+def _product(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
+    # Full float32: TF32 or bfloat16 products would blur distances to about 0.04.
+    return jnp.matmul(x, y.T, precision=lax.Precision.HIGHEST)
+
+
+def _squared(queries, bank, k, bank_chunk) -> Float[Array, " n"]:
+    return jnp.maximum(2.0 - 2.0 * top_similarities(queries, bank, k, bank_chunk)[:, -1], 0.0)
+
+
+def _unit_rows(features) -> Float[np.ndarray, "n d"]:
+    features = np.asarray(features, np.float32)
+    bank = np.empty_like(features)
+    for start in range(0, len(features), _ROWS):
+        part = features[start : start + _ROWS]
+        norm = np.linalg.norm(part, axis=1, keepdims=True)
+        np.divide(part, np.maximum(norm, 1e-12), out=bank[start : start + _ROWS])
+    return bank
+
+
+def _check_positive(name: str, **params: int) -> None:
+    if min(params.values()) < 1:
+        raise UserError(
+            f"{name}: {', '.join(params)} must be 1 or more, got"
+            f" {', '.join(map(str, params.values()))}"
+        )
+
+
+def _check_enough(name: str, k: int, bank, what: str = "features") -> None:
+    if len(bank) < k:
+        raise UserError(f"{name}: k={k} needs at least {k} training {what}, got {len(bank)}")
+
+
+SCORES = {"knn": knn, "mode": mode, "nnguide": nnguide}
+GRIDS = {
+    "knn": {"k": (1, 5, 10, 20, 50, 100, 200, 500, 1000)},
+    "mode": {"k": (1, 5, 10, 20, 50)},
+    "nnguide": {"k": (1, 5, 10, 20, 50, 100)},
+}

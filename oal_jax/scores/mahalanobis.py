@@ -1,16 +1,18 @@
-"""Distance to the nearest class mean in units of the shared within-class covariance."""
+"""Scores from Gaussians: mahalanobis, relative_mahalanobis, mahalanobis_ensemble, mood."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float
 
 from oal_jax.errors import UserError
-from oal_jax.scores.base import Score
+from oal_jax.outliers.knn import unit
+from oal_jax.scores.base import Score, State
+from oal_jax.scores.statistics import moments, whitening
 
-_ROWS = 16384  # features that are centred at a time in float64
 
-
-def mahalanobis(floor: float = 1e-6) -> Score:
+def mahalanobis(floor: float = 1e-6, noise: float = 0.0) -> Score:
     """Squared Mahalanobis distance to the nearest class mean, one covariance for all classes.
 
     `min_c (f - mu_c)^T S^-1 (f - mu_c)`, where S is the covariance (divided by n) of the training
@@ -21,68 +23,189 @@ def mahalanobis(floor: float = 1e-6) -> Score:
 
     Args:
       floor: smallest eigenvalue as a share of the largest, above 0.
+      noise: length of a step against the sign of the distance's gradient that moves every image
+        first, in units of the image; 0 for none.
 
     Raises:
       UserError: at `fit`, where no class has two different features.
 
     References:
       Lee et al., A Simple Unified Framework for Detecting Out-of-Distribution Samples and
-      Adversarial Attacks, 2018, arXiv 1807.03888, eq. 1 and 2; without its input noise and layers.
+      Adversarial Attacks, 2018, arXiv 1807.03888, eq. 1 and 2; section 2.2 for the noise.
     """
-    if not 0 < floor <= 1:
-        raise UserError(f"mahalanobis: floor must be above 0 and at most 1, got {floor}")
+    _check("mahalanobis", floor, noise)
 
     def fit(outputs, labels, head):
-        means, covariance = class_statistics(outputs.features, labels)
-        values, vectors = np.linalg.eigh(covariance)
-        if not values[-1] > 0:
-            raise UserError("mahalanobis: the training features do not vary within any class")
-        whiten = vectors / np.sqrt(np.maximum(values, floor * values[-1]))[None, :]
-        # Centred first: a common offset would cost float32 digits in the products.
-        center = means.mean(axis=0)
-        return {
-            "center": center.astype(np.float32),
-            "whiten": whiten.astype(np.float32),
-            "means": ((means - center) @ whiten).astype(np.float32),
+        found = moments(outputs.features, labels)
+        return _gaussians(found.means, found.within, floor, "mahalanobis: the training features")
+
+    def score(state, outputs):
+        return _nearest(state, outputs.features)
+
+    def perturb(state, forward, images):
+        distance = lambda x: jnp.sum(score(state, forward(x)))
+        return forward(images - noise * jnp.sign(jax.grad(distance)(images)))
+
+    return Score(fit, score, needs=("features",), perturb=perturb if noise else None)
+
+
+def relative_mahalanobis(floor: float = 1e-6) -> Score:
+    """`mahalanobis` less the squared distance under one Gaussian of all training features.
+
+    `min_c d_c(f) - d_0(f)`: what every image has in common with the training set, or lacks, says
+    little about classes, and is taken away. May be negative.
+
+    Args:
+      floor: smallest eigenvalue of both covariances as a share of their largest, above 0.
+
+    Raises:
+      UserError: at `fit`, where no class has two different features.
+
+    References:
+      Ren et al., A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection, 2021,
+      arXiv 2106.09022, section 2.
+    """
+    _check("relative_mahalanobis", floor)
+
+    def fit(outputs, labels, head):
+        found = moments(outputs.features, labels)
+        what = "relative_mahalanobis: the training features"
+        background = _gaussians(found.mean[None, :], found.total, floor, what)
+        return _gaussians(found.means, found.within, floor, what) | {
+            f"background_{key}": value for key, value in background.items()
         }
 
     def score(state, outputs):
-        centred = outputs.features - state["center"][None, :]
-        white = jnp.matmul(centred, state["whiten"], precision=lax.Precision.HIGHEST)
-
-        # One class at a time: neither an (n, c, d) array nor the cancellation of a^2 - 2ab + b^2.
-        def step(nearest, mean):
-            distance = jnp.sum((white - mean[None, :]) ** 2, axis=1)
-            return jnp.minimum(nearest, distance), None
-
-        nearest = jnp.full(white.shape[:1], jnp.inf, white.dtype)
-        return lax.scan(step, nearest, state["means"])[0]
+        features = outputs.features
+        return _nearest(state, features) - _nearest(state, features, "background_")
 
     return Score(fit, score, needs=("features",))
 
 
-def class_statistics(features, labels) -> tuple[np.ndarray, np.ndarray]:
-    """Class means and the covariance within classes, in float64.
+def mahalanobis_ensemble(
+    weights: tuple[float, ...] | None = None, floor: float = 1e-6, noise: float = 0.0
+) -> Score:
+    """Weighted sum over the layers of `mahalanobis` on the channel means of their maps.
+
+    The weights of the publication are those of a logistic regression on OOD inputs; without any,
+    all layers weigh 1.
 
     Args:
-      features: (n, d).
-      labels: (n,) class indices; classes without an input are left out.
+      weights: one for each layer, from the input's side; None for 1 each.
+      floor: smallest eigenvalue of a covariance as a share of its largest, above 0.
+      noise: as of `mahalanobis`; each layer is read at a moved image of its own, so a model of l
+        layers runs 2 l + 1 times.
 
-    Returns:
-      Means (number of classes present, d), and the covariance (d, d) divided by n.
+    Raises:
+      UserError: at `fit`, where another number of layers has weights, or a layer does not vary
+        within any class.
+
+    References:
+      Lee et al., 2018, arXiv 1807.03888, section 2.2 and algorithm 1.
     """
-    features, labels = np.asarray(features), np.asarray(labels)
-    present, index = np.unique(labels, return_inverse=True)
-    sums = np.zeros((len(present), features.shape[1]))
-    np.add.at(sums, index, features)
-    means = sums / np.bincount(index)[:, None]
-    covariance = np.zeros((features.shape[1],) * 2)
-    for start in range(0, len(features), _ROWS):
-        rows = slice(start, start + _ROWS)
-        centred = features[rows] - means[index[rows]]
-        covariance += centred.T @ centred
-    return means, covariance / len(features)
+    _check("mahalanobis_ensemble", floor, noise)
+
+    def fit(outputs, labels, head):
+        layers = outputs.layers
+        if weights is not None and len(weights) != len(layers):
+            raise UserError(
+                f"mahalanobis_ensemble: {len(weights)} weights for {len(layers)} layers; give one"
+                " for each"
+            )
+        state = {"weights": np.float32(weights or np.ones(len(layers)))}
+        for i, layer in enumerate(layers):
+            found = moments(layer, labels)
+            what = f"mahalanobis_ensemble: the training outputs of layer {i}"
+            one = _gaussians(found.means, found.within, floor, what)
+            state |= {f"layer{i}_{key}": value for key, value in one.items()}
+        return state
+
+    def score(state, outputs):
+        each = [_nearest(state, x, f"layer{i}_") for i, x in enumerate(outputs.layers)]
+        return state["weights"] @ jnp.stack(each)
+
+    def perturb(state, forward, images):
+        plain = forward(images)
+
+        def moved(i):
+            distance = lambda x: jnp.sum(_nearest(state, forward(x).layers[i], f"layer{i}_"))
+            step = noise * jnp.sign(jax.grad(distance)(images))
+            return forward(images - step).layers[i]
+
+        return plain._replace(layers=tuple(moved(i) for i in range(len(plain.layers))))
+
+    return Score(fit, score, needs=("layers",), perturb=perturb if noise else None)
 
 
-SCORES = {"mahalanobis": mahalanobis}
-GRIDS: dict[str, dict[str, tuple]] = {}
+def mood(by_class: bool = False, floor: float = 1e-6) -> Score:
+    """Squared Mahalanobis distance of the feature at length 1 to all training features.
+
+    The publication has it for features of a masked-image-modelling transformer; the scale of a
+    feature says nothing here, only its direction does.
+
+    Args:
+      by_class: distance to the nearest class mean under the covariance within classes, and not to
+        the mean of all.
+      floor: smallest eigenvalue of the covariance as a share of its largest, above 0. (The official
+        code takes a pseudo-inverse.)
+
+    Raises:
+      UserError: at `fit`, where the directions of the features do not vary.
+
+    References:
+      Li et al., Rethinking Out-of-distribution (OOD) Detection: Masked Image Modeling is All You
+      Need, 2023, arXiv 2302.02615, section 3; the official code for the length.
+    """
+    _check("mood", floor)
+
+    def fit(outputs, labels, head):
+        found = moments(outputs.features, labels if by_class else None, prepare=unit)
+        return _gaussians(found.means, found.within, floor, "mood: directions of training features")
+
+    def score(state, outputs):
+        return _nearest(state, unit(outputs.features))
+
+    return Score(fit, score, needs=("features",))
+
+
+def _gaussians(means, covariance, floor, what) -> dict[str, np.ndarray]:
+    # What float32 features that are all the same can seem to vary by.
+    noise = (2e-7 * np.abs(means).max()) ** 2
+    whiten = whitening(covariance, floor, noise, what)
+    # Centred first: a common offset would cost float32 digits in the products.
+    center = means.mean(axis=0)
+    return {
+        "center": center.astype(np.float32),
+        "whiten": whiten.astype(np.float32),
+        "means": ((means - center[None, :]) @ whiten).astype(np.float32),
+    }
+
+
+def _nearest(state: State, x: Float[Array, "n d"], prefix: str = "") -> Float[Array, " n"]:
+    """Squared distance to the nearest mean."""
+    center, whiten, means = (state[prefix + key] for key in ("center", "whiten", "means"))
+    white = jnp.matmul(x - center[None, :], whiten, precision=lax.Precision.HIGHEST)
+
+    # One class at a time: neither an (n, c, d) array nor the cancellation of a^2 - 2ab + b^2.
+    def step(nearest, mean):
+        distance = jnp.sum((white - mean[None, :]) ** 2, axis=1)
+        return jnp.minimum(nearest, distance), None
+
+    nearest = jnp.full(white.shape[:1], jnp.inf, white.dtype)
+    return lax.scan(step, nearest, means)[0]
+
+
+def _check(name: str, floor: float, noise: float = 0.0) -> None:
+    if not 0 < floor <= 1:
+        raise UserError(f"{name}: floor must be above 0 and at most 1, got {floor}")
+    if not 0 <= noise < np.inf:
+        raise UserError(f"{name}: noise must be 0 or more, got {noise}")
+
+
+SCORES = {
+    "mahalanobis": mahalanobis,
+    "relative_mahalanobis": relative_mahalanobis,
+    "mahalanobis_ensemble": mahalanobis_ensemble,
+    "mood": mood,
+}
+GRIDS: dict[str, dict[str, tuple]] = {"mood": {"by_class": (False, True)}}

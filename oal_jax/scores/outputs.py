@@ -1,6 +1,6 @@
 """What a classifier says about inputs: all that a post-hoc score may read, computed once."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from oal_jax import distributed
@@ -26,12 +27,14 @@ class Outputs(NamedTuple):
     regions: Float[Array, "n 6 d_l"] | None = None  # the last map, averaged over six regions
 
 
+# Pure. A `jax.tree_util.Partial` carries its weights as arguments of the compiled program; those
+# that a plain function closes over become constants in it.
 Forward = Callable[[Float[Array, "n h w c"]], Outputs]
 Maps = Sequence[Float[Array, "n h w d_l"]]
 FIELDS = Outputs._fields[1:]
 
 
-def summarise(logits, features, maps: Maps | None, wanted: Sequence[str]) -> Outputs:
+def summarise(logits, features, maps: Maps | None, wanted: Collection[str]) -> Outputs:
     """The `wanted` fields of `Outputs`, from a model's logits, features and feature maps.
 
     Pure, so it belongs inside jit: the maps themselves, which are large, never leave the device.
@@ -99,7 +102,7 @@ def compute(
     forward: Forward,
     images: np.ndarray,
     batch_size: int = 512,
-    fields: Sequence[str] = FIELDS,
+    fields: Collection[str] = FIELDS,
 ) -> Outputs:
     """`forward` over a whole set, in batches of one size, split over the devices.
 
@@ -114,18 +117,25 @@ def compute(
     Returns:
       `Outputs` of numpy arrays of n rows.
     """
-    sharding = NamedSharding(distributed.make_mesh(), PartitionSpec("data"))
+    mesh = distributed.make_mesh()
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    forward = distributed.replicate(as_pytree(forward), mesh)
     parts: list[Outputs] = []
     for chunk, kept in rows(images, batch_size, sharding=sharding):
-        outputs = _forward(forward, tuple(fields), chunk)
+        outputs = _forward(forward, tuple(sorted(fields)), chunk)
         parts.append(jax.tree.map(lambda x, kept=kept: distributed.to_host(x)[:kept], outputs))
     if not parts:
         raise UserError("no images to compute outputs of")
     return jax.tree.map(lambda *columns: np.concatenate(columns), *parts)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _forward(forward: Forward, fields: tuple[str, ...], images) -> Outputs:
+def as_pytree(forward: Forward) -> Partial:
+    """`forward` as a pytree whose leaves are its weights, so that jit takes it as an argument."""
+    return forward if isinstance(forward, Partial) else Partial(forward)
+
+
+@partial(jax.jit, static_argnums=1)
+def _forward(forward: Partial, fields: tuple[str, ...], images) -> Outputs:
     outputs = forward(images.astype(jnp.float32))
     return outputs._replace(**{name: None for name in FIELDS if name not in fields})
 

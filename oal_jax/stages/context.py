@@ -12,9 +12,8 @@ from jaxtyping import Array, Float, Key
 from oal_jax import distributed
 from oal_jax.config import Config
 from oal_jax.data.augment import to_unit
-from oal_jax.data.benchmarks import BENCHMARKS, Benchmark
+from oal_jax.data.benchmarks import Benchmark, resolve
 from oal_jax.data.sources import ImageSet, load
-from oal_jax.errors import UserError
 
 
 class Context(NamedTuple):
@@ -31,39 +30,43 @@ class Context(NamedTuple):
 
     @property
     def benchmark(self) -> Benchmark:
-        """The ID set and the OOD sets that belong to it."""
-        name = self.config.data.id_set
-        if name not in BENCHMARKS:
-            raise UserError(
-                f"config data.id_set='{name}' has no benchmark; known: {', '.join(BENCHMARKS)}"
-            )
-        return BENCHMARKS[name]
+        """The ID set, and the OOD and covariate-shifted sets that belong to it."""
+        data = self.config.data
+        return resolve(data.id_set, data.near, data.far, data.validation, data.csid)
 
     def images(self, split: str, name: str = "", limit: int = 0) -> ImageSet:
-        """A split of the ID set, or of the OOD set `name`."""
-        data = self.config.data
+        """A split of the ID set, or of the OOD or covariate-shifted set `name`."""
+        data, benchmark = self.config.data, self.benchmark
+        name = name or benchmark.id_set
         if self.config.smoke and not limit:
             limit = 200
         return load(
             data.source,
-            name or self.benchmark.id_set,
+            name,
             split,
             root=data.root or None,
             limit=limit,
+            id_set=benchmark.id_set,
+            labelled=name in (benchmark.id_set, *benchmark.csid),
+            image_size=data.image_size,
+            on_corrupt=data.on_corrupt,
         )
 
     def train_images(self) -> ImageSet:
         """The ID images that the student trains on."""
         return self.images("train", limit=self.config.data.train_images)
 
-
-def together(*sets: ImageSet) -> ImageSet:
-    """Several sets of the same classes, one after the other."""
-    first = sets[0]
-    return first._replace(
-        images=np.concatenate([s.images for s in sets]),
-        labels=np.concatenate([s.labels for s in sets]),
-    )
+    def all_train_images(self) -> ImageSet:
+        """The ID images that the teacher and the generator train on."""
+        first = self.images("train")
+        if self.config.data.source != "bundled":
+            return first
+        # The embedded set keeps more images than its students use.
+        more = self.images("extra")
+        return first._replace(
+            images=np.concatenate([first.images, more.images]),
+            labels=np.concatenate([first.labels, more.labels]),
+        )
 
 
 def apply_in_batches(function, images: np.ndarray, batch_size: int, mesh: Mesh) -> list[np.ndarray]:

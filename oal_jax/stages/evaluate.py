@@ -1,81 +1,159 @@
-"""Stage `evaluate`: the student's outputs on every set; the tables of the near/far protocol."""
+"""Stage `evaluate`: the student's outputs on every set, once, for all scores."""
 
+from collections.abc import Collection, Mapping
+from functools import cache, partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
 
 from oal_jax import artifacts
-from oal_jax.evaluation import protocol
+from oal_jax import scores as post_hoc
+from oal_jax.data.sources import ImageSet
+from oal_jax.evaluation.protocol import Inputs
 from oal_jax.scores import Head, Outputs
 from oal_jax.stages import train
-from oal_jax.stages.context import Context, apply_in_batches, classifier
+from oal_jax.stages.context import Context
 
 _FILE = "outputs.safetensors"
-_ID_SETS = ("id_train", "id_val", "id_test")
+_ID_SPLITS = {"id_train": "train", "id_val": "validation", "id_test": "test"}
+
+
+class Sets(NamedTuple):
+    """All that the protocol reads; images are read only where a score or a picture asks."""
+
+    id_train: Inputs
+    id_val: Inputs
+    id_test: Inputs
+    ood: dict[str, Inputs]
+    groups: dict[str, str]
+    head: Head
+    forward: post_hoc.Forward
 
 
 def groups(context: Context) -> dict[str, str]:
-    """OOD set to its group: near, far or validation."""
+    """OOD set to its group: near, far, validation or csid."""
     benchmark = context.benchmark
     return (
         dict.fromkeys(benchmark.near, "near")
         | dict.fromkeys(benchmark.far, "far")
         | dict.fromkeys(benchmark.validation, "validation")
+        | dict.fromkeys(benchmark.csid, "csid")
     )
 
 
 def run(context: Context) -> list[Path]:
-    """Write `outputs.safetensors`: `SET.logits` and `SET.features`, and `SET.labels` of ID sets."""
-    params, model_state = train.load(context)
-    sets = {
-        "id_train": context.train_images(),
-        "id_val": context.images("validation"),
-        "id_test": context.images("test"),
-    }
-    for name, group in groups(context).items():
-        split = "validation" if group == "validation" else "test"
-        sets[name] = context.images(split, name)
-    net = train.student(context.config, len(sets["id_train"].class_names))
-    forward = classifier(net, context.mesh)(train.student_variables(params, model_state))
-    tensors = {}
-    for name, data in sets.items():
-        outputs = apply_in_batches(
-            forward, data.images, context.config.evaluation.batch_size, context.mesh
+    """Write `outputs.safetensors`: `SET.FIELD` of every set, and `SET.labels` of labelled ones."""
+    # The report shows the features, whatever the scores read.
+    wanted = post_hoc.needed(context.config.evaluation.scores) | {"features"}
+    forward = make_forward(*_student(context), wanted)
+    tensors: dict[str, np.ndarray] = {}
+    for name in (*_ID_SPLITS, *groups(context)):
+        data = _images(context, name)
+        outputs = post_hoc.compute(
+            _from_uint8(forward), data.images, context.config.evaluation.batch_size, wanted
         )
-        tensors[f"{name}.logits"], tensors[f"{name}.features"] = outputs
-        if name in _ID_SETS:
+        tensors |= _flat(name, outputs)
+        if _labelled(context, name):
             tensors[f"{name}.labels"] = data.labels
     path = context.directory("evaluate") / _FILE
     artifacts.write_tensors(path, tensors)
     return [path]
 
 
-def outputs(context: Context) -> tuple[dict[str, protocol.Labelled], dict[str, Outputs]]:
-    """ID sets (with labels) and OOD sets, as `run` wrote them."""
+def inputs(context: Context) -> Sets:
+    """Every set as `run` wrote it, with the student's head and forward function."""
     tensors = artifacts.read_tensors(context.directory("evaluate") / _FILE)
 
-    def of(name):
-        return Outputs(tensors[f"{name}.logits"], tensors[f"{name}.features"])
+    def of(name: str) -> Inputs:
+        return Inputs(
+            _unflat(name, tensors),
+            images=lambda: _images(context, name).images,
+            labels=tensors.get(f"{name}.labels"),
+        )
 
-    id_sets = {name: protocol.Labelled(of(name), tensors[f"{name}.labels"]) for name in _ID_SETS}
-    return id_sets, {name: of(name) for name in groups(context)}
-
-
-def head(context: Context) -> Head:
-    """The student's last linear layer."""
-    params, _ = train.load(context)
-    return Head(np.asarray(params["student"]["fc"]["kernel"]), params["student"]["fc"]["bias"])
-
-
-def protocol_result(context: Context) -> protocol.Evaluation:
-    """All scores of the config on all sets."""
-    id_sets, ood = outputs(context)
-    return protocol.evaluate(
-        context.config.evaluation.scores,
-        *(id_sets[name] for name in _ID_SETS),
-        ood,
-        groups(context),
-        head(context),
-        keep=context.config.evaluation.keep_id,
-        batch_size=context.config.evaluation.batch_size,
+    net, variables = _student(context)
+    return Sets(
+        **{name: of(name) for name in _ID_SPLITS},
+        ood={name: of(name) for name in groups(context)},
+        groups=groups(context),
+        head=Head(*(np.asarray(variables["params"]["fc"][k]) for k in ("kernel", "bias"))),
+        forward=make_forward(net, variables, post_hoc.FIELDS),
     )
+
+
+def make_forward(net: Any, variables: Mapping[str, Any], wanted: Collection[str]) -> Partial:
+    """A model of `oal_jax.models` as a function of float images in [0, 1] to `Outputs`.
+
+    Args:
+      net: a linen module that returns (logits, features) and sows its feature maps.
+      variables: its parameters and batch statistics.
+      wanted: the fields of `Outputs` besides the logits.
+    """
+    return Partial(_bound(net, tuple(sorted(wanted))), variables)
+
+
+# Cached, so that equal models are one function to jit.
+@cache
+def _bound(net, wanted):
+    return partial(_apply, net, wanted)
+
+
+def _apply(net, wanted, variables, images: Float[Array, "n h w c"]) -> Outputs:
+    (logits, features), sown = net.apply(variables, images, train=False, mutable=["maps"])
+    maps = [sown["maps"][name][0] for name in sorted(sown.get("maps", {}))]
+    return post_hoc.summarise(logits, features, maps, wanted)
+
+
+def _from_uint8(forward: Partial) -> Partial:
+    # Scaled on the device: a float copy of a whole set would be four times its size.
+    return Partial(_scaled, forward)
+
+
+def _scaled(forward, images) -> Outputs:
+    return forward(images / jnp.float32(255))
+
+
+def _student(context: Context) -> tuple[Any, dict[str, Any]]:
+    params, model_state = train.load(context)
+    classes = params["student"]["fc"]["bias"].shape[0]
+    return train.student(context.config, classes), train.student_variables(params, model_state)
+
+
+def _images(context: Context, name: str) -> ImageSet:
+    if name == "id_train":
+        return context.train_images()
+    if name in _ID_SPLITS:
+        return context.images(_ID_SPLITS[name])
+    split = "validation" if groups(context)[name] == "validation" else "test"
+    return context.images(split, name)
+
+
+def _labelled(context: Context, name: str) -> bool:
+    return name in _ID_SPLITS or groups(context)[name] == "csid"
+
+
+def _flat(name: str, outputs: Outputs) -> dict[str, np.ndarray]:
+    """{"SET.FIELD": array}; the arrays of a tuple are numbered."""
+    flat = {}
+    for field, value in outputs._asdict().items():
+        if isinstance(value, tuple):
+            flat |= {f"{name}.{field}.{i}": x for i, x in enumerate(value)}
+        elif value is not None:
+            flat[f"{name}.{field}"] = value
+    return flat
+
+
+def _unflat(name: str, tensors: Mapping[str, np.ndarray]) -> Outputs:
+    found: dict[str, Any] = {}
+    for field in Outputs._fields:
+        numbered = [key for key in tensors if key.startswith(f"{name}.{field}.")]
+        if numbered:
+            ordered = sorted(numbered, key=lambda key: int(key.rpartition(".")[2]))
+            found[field] = tuple(tensors[key] for key in ordered)
+        else:
+            found[field] = tensors.get(f"{name}.{field}")
+    return Outputs(**found)

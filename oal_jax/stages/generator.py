@@ -14,7 +14,7 @@ from oal_jax.generator import conditioning, create, stable_diffusion
 from oal_jax.generator.training import latent_scale, make_diffusion_trainer, make_vae_trainer
 from oal_jax.keys import named
 from oal_jax.pretrained import diffusers_directory
-from oal_jax.stages.context import Context, apply_in_batches, together
+from oal_jax.stages.context import Context, apply_in_batches
 from oal_jax.training import loop, session
 
 SHIPPED = files("oal_jax") / "pretrained" / "weights" / "fashion_sd"
@@ -90,7 +90,7 @@ def _train(context: Context) -> None:
     """The autoencoder, then the text encoder and UNet on its latents; a diffusers directory."""
     config, stage = context.config.generator, context.directory("generator")
     target = stage / _TRAINED
-    data = together(*(context.images(split) for split in ("train", "extra")))
+    data = context.all_train_images()
     create.create(target, data.class_names, width=context.config.teacher.width)
     sd = stable_diffusion.build(target)
     key = named(context.key, "generator")

@@ -1,20 +1,23 @@
-"""Stage `report`: `ood.csv`, `validation.csv` and a page with tables and pictures."""
+"""Stage `report`: tables, what a detector loads, and a page with tables and pictures."""
 
 import datetime
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from oal_jax import artifacts
-from oal_jax.config import flatten
-from oal_jax.evaluation import protocol
-from oal_jax.evaluation.metrics import id_accuracy
-from oal_jax.evaluation.report import ReportInputs, write_report
+from oal_jax.config import Evaluation, flatten
+from oal_jax.evaluation import bootstrap, protocol
+from oal_jax.evaluation.report import ReportInputs, extremes, write_report
+from oal_jax.evaluation.search import Trial, describe, search, write_search
 from oal_jax.keys import named
 from oal_jax.methods.base import apply_group
+from oal_jax.methods.build import SOURCES
 from oal_jax.models.projector import LatentAdapter, Projector
 from oal_jax.outliers.knn import sample_random, unit
+from oal_jax.scores import GRIDS
 from oal_jax.stages import evaluate, latents, outliers, train
 from oal_jax.stages.context import Context
 from oal_jax.training.log import read
@@ -23,24 +26,41 @@ _SHOWN_OUTLIERS = 400
 
 
 def run(context: Context) -> list[Path]:
-    """Write the three files; thresholds of all scores in `thresholds.json`."""
+    """Write the tables, the thresholds, parameters and states of all scores, and `index.html`."""
     config, stage = context.config, context.directory("report")
-    id_sets, ood = evaluate.outputs(context)
-    result = evaluate.protocol_result(context)
-    protocol.write_tables(stage, result)
-    thresholds = stage / "thresholds.json"
-    artifacts.write_json(thresholds, result.thresholds)
-    test = id_sets["id_test"]
+    settings = config.evaluation
+    sets = evaluate.inputs(context)
+    params, trials = _search(settings, sets)
+    result = protocol.evaluate(
+        settings.scores,
+        **sets._asdict(),
+        params=params,
+        keep=settings.keep_id,
+        batch_size=settings.batch_size,
+    )
+    written = protocol.write_tables(stage, result) + protocol.write_detectors(stage, result)
+    intervals = [
+        interval
+        for score in settings.scores
+        for interval in bootstrap.intervals(
+            score, result.id_scores[score], result.ood_scores[score], sets.groups, seed=config.seed
+        )
+    ]
+    written.append(stage / "intervals.csv")
+    bootstrap.write_intervals(written[-1], intervals)
+    if trials:
+        written.append(stage / "search.csv")
+        write_search(written[-1], trials)
     logged = read(context.workdir / "metrics.jsonl", "train")
     pictures = latents.pictures(context) if config.method.name in ("oal", "pixel") else {}
-    page = stage / "index.html"
+    written.append(stage / "index.html")
     write_report(
-        page,
+        written[-1],
         ReportInputs(
             run_name=context.workdir.name,
             method=_method_name(context),
             seed=config.seed,
-            id_accuracy=100 * id_accuracy(test.outputs.logits, test.labels),
+            id_accuracy=protocol.accuracy(sets.id_test),
             date=datetime.date.today().isoformat(),
             rows=result.rows,
             config=flatten(config),
@@ -48,25 +68,68 @@ def run(context: Context) -> list[Path]:
             validation_rows=result.validation_rows,
             id_scores=result.id_scores,
             ood_scores=result.ood_scores,
-            groups=evaluate.groups(context),
+            groups=sets.groups,
             thresholds=result.thresholds,
-            id_features=test.outputs.features,
-            id_labels=test.labels,
+            id_features=sets.id_test.outputs.features,
+            id_labels=sets.id_test.labels,
             class_names=context.images("validation", limit=1).class_names,
             ood_features={
-                name: outputs.features
-                for name, outputs in ood.items()
-                if evaluate.groups(context)[name] != "validation"
+                name: data.outputs.features
+                for name, data in sets.ood.items()
+                if sets.groups[name] in ("near", "far") and data.outputs.features is not None
             },
             outlier_features=_mapped_outliers(context),
             losses=_curves(logged),
             val_accuracy=_val_accuracy(logged),
             id_samples=pictures.get("samples"),
             outlier_samples=pictures.get("outliers"),
+            intervals=intervals,
+            rejected=protocol.rejected(result),
+            keep=settings.keep_id,
+            csid_rows=result.csid_rows,
+            full_spectrum_rows=result.full_spectrum_rows,
+            extremes=_extremes(settings.scores[0], sets, result),
+            trials=trials,
         ),
     )
-    written = [stage / "ood.csv", stage / "validation.csv", thresholds, page]
-    return [path for path in written if path.exists()]
+    return written
+
+
+def _search(settings: Evaluation, sets: evaluate.Sets) -> tuple[dict[str, Any], list[Trial]]:
+    """Parameters of the scores that have a grid, and all that was tried; empty where not asked."""
+    params: dict[str, Any] = {}
+    trials: list[Trial] = []
+    validation = {n: data for n, data in sets.ood.items() if sets.groups[n] == "validation"}
+    for score in settings.scores if settings.search else ():
+        if not GRIDS.get(score):
+            continue
+        params[score], tried = search(
+            score,
+            GRIDS[score],
+            sets.id_train,
+            sets.id_val,
+            validation,
+            sets.head,
+            sets.forward,
+            settings.batch_size,
+        )
+        trials += tried
+        for trial in tried:
+            if trial.refusal:
+                print(f"search: {describe(trial.params)} left out: {trial.refusal}", flush=True)
+    return params, trials
+
+
+def _extremes(score: str, sets: evaluate.Sets, result: protocol.Evaluation):
+    """The most and least OOD images of each set that has images, ID test first."""
+    named = {"ID test": (sets.id_test, result.id_scores[score])}
+    scored = {**result.csid_scores[score], **result.ood_scores[score]}
+    named |= {name: (sets.ood[name], values) for name, values in scored.items()}
+    return {
+        name: extremes(values, data.images())
+        for name, (data, values) in named.items()
+        if data.images is not None
+    }
 
 
 def _method_name(context: Context) -> str:
@@ -99,7 +162,7 @@ def _mapped_outliers(context: Context) -> np.ndarray | None:
         return None
     params, state = train.load(context)
     width = params["student"]["fc"]["kernel"].shape[0]
-    feature, latent = train.SOURCES[config.outliers.source]
+    feature, latent = SOURCES[config.outliers.source]
     count, key = _SHOWN_OUTLIERS, named(context.key, "report")
     mapped = []
     if feature:

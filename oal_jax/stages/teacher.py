@@ -10,13 +10,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from oal_jax import artifacts, distributed
-from oal_jax.config import Teacher
+from oal_jax.config import Config
 from oal_jax.data.augment import augment
 from oal_jax.errors import UserError
 from oal_jax.keys import named
 from oal_jax.methods.ce import cross_entropy
+from oal_jax.models.normalise import moments
 from oal_jax.models.vit import VisionTransformer
-from oal_jax.stages.context import Context, apply_in_batches, classifier, together
+from oal_jax.stages.context import Context, apply_in_batches, classifier
 from oal_jax.training import loop, session
 from oal_jax.training.optimizer import adamw
 from oal_jax.training.state import init_state, make_train_step
@@ -25,17 +26,18 @@ SHIPPED = files("oal_jax") / "pretrained" / "weights" / "fashion_teacher.safeten
 _FILE = "teacher.safetensors"
 
 
-def model(config: Teacher, num_classes: int) -> VisionTransformer:
-    """The teacher's architecture; gray images are normalised with the training set's moments."""
+def model(config: Config, num_classes: int) -> VisionTransformer:
+    """The teacher's architecture, for images of the ID set's mean and standard deviation."""
+    t, (mean, std) = config.teacher, moments(config.data.id_set)
     return VisionTransformer(
         num_classes=num_classes,
-        patch=config.patch,
-        width=config.width,
-        depth=config.depth,
-        heads=config.heads,
-        mlp_ratio=config.mlp_ratio,
-        mean=(0.33,),
-        std=(0.35,),
+        patch=t.patch,
+        width=t.width,
+        depth=t.depth,
+        heads=t.heads,
+        mlp_ratio=t.mlp_ratio,
+        mean=mean,
+        std=std,
     )
 
 
@@ -58,7 +60,7 @@ def variables(context: Context) -> dict[str, Any]:
       UserError: the weights are not those of the architecture in the config.
     """
     data = context.images("validation", limit=1)
-    net = model(context.config.teacher, len(data.class_names))
+    net = model(context.config, len(data.class_names))
     path = context.directory("teacher") / _FILE
     tensors = artifacts.read_tensors(path)
     image = jnp.zeros((1, *data.images.shape[1:]))
@@ -78,16 +80,15 @@ def variables(context: Context) -> dict[str, Any]:
 def load(context: Context):
     """The teacher as `uint8 images -> (logits, features)`."""
     data = context.images("validation", limit=1)
-    net = model(context.config.teacher, len(data.class_names))
+    net = model(context.config, len(data.class_names))
     return classifier(net, context.mesh)(variables(context))
 
 
 def _train(context: Context) -> dict[str, np.ndarray]:
     config, mesh = context.config.teacher, context.mesh
     distributed.check_batch("teacher.batch_size", config.batch_size, mesh)
-    sets = [context.images(split) for split in ("train", "extra")]
-    data, validation = together(*sets), context.images("validation")
-    net = model(config, len(data.class_names))
+    data, validation = context.all_train_images(), context.images("validation")
+    net = model(context.config, len(data.class_names))
     plan = loop.Plan(len(data.images), config.batch_size, config.epochs, log_every=50)
     optimizer = adamw(
         peak=config.learning_rate,

@@ -33,8 +33,13 @@ def grouped_sgd(
     weight_decay: float,
     clip: float,
     clip_apart: Collection[str] = ("club",),
+    nesterov: bool = True,
+    rate_every: int = 1,
 ) -> optax.GradientTransformation:
-    """Nesterov SGD for params of the form {group: tree}, `rates[group]` being its peak rate.
+    """SGD for params of the form {group: tree}, `rates[group]` being its peak rate; 0: held.
+
+    The rates change after every `rate_every` steps: with those of an epoch it is PyTorch's usual
+    schedule, whose rate stays the same all through an epoch.
 
     Weight decay falls on every tensor and is added to the gradient before the momentum, as in
     PyTorch (arXiv 2406.16525's code). Before that the gradients of all groups are scaled down to
@@ -43,9 +48,13 @@ def grouped_sgd(
     """
 
     def sgd(rate: float) -> optax.GradientTransformation:
+        if not rate:
+            return optax.set_to_zero()
+        by_step = one_cycle(rate, steps, warmup, floor)
+        schedule = lambda step: by_step(step // rate_every * rate_every)
         return optax.chain(
             optax.add_decayed_weights(weight_decay),
-            optax.sgd(one_cycle(rate, steps, warmup, floor), momentum=momentum, nesterov=True),
+            optax.sgd(schedule, momentum=momentum, nesterov=nesterov),
         )
 
     def by_group(transforms, label):

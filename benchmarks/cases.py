@@ -1,0 +1,154 @@
+"""What the suites share that train many cases on several seeds: running them, and their tables."""
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.run import row
+from oal_jax import artifacts, pipeline
+from oal_jax.config import Config, flatten, unflatten, unknown_key
+from oal_jax.errors import UserError
+from oal_jax.evaluation.tables import Row, read_csv
+
+Tables = dict[tuple[str, int], list[Row]]  # case and seed to near, far and validation rows
+
+
+class Case(NamedTuple):
+    """What a case changes in the config: {"a.b": value}."""
+
+    changes: Mapping[str, Any]
+    start: str = ""  # the case whose student of the same seed is the start
+
+
+class Plan(NamedTuple):
+    """What the flags of a suite say."""
+
+    base: Config
+    seeds: list[int]
+    cases: list[str]
+    workdir: Path
+
+
+def parse(suite: str, cases: Mapping[str, Case], argv: Sequence[str]) -> Plan:
+    """The flags `--config --seeds --cases --workdir --config.a.b=VALUE`.
+
+    Raises:
+      UserError: an unknown case or config key, or a value of the wrong type.
+    """
+    parser = argparse.ArgumentParser(prog=f"benchmarks.run --suite {suite}")
+    parser.add_argument("--config", type=Path, default=Path("configs/fashion.py"))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--cases", default=",".join(cases))
+    parser.add_argument("--workdir", type=Path, default=Path("runs") / suite)
+    args, overrides = parser.parse_known_args(argv)
+    chosen = args.cases.split(",")
+    for case in chosen:
+        if case not in cases:
+            raise UserError(f"case '{case}' is unknown; known: {', '.join(cases)}")
+    base = _with_overrides(_load(args.config), overrides)
+    return Plan(base, [int(s) for s in args.seeds.split(",")], chosen, args.workdir)
+
+
+def run(
+    suite: str, cases: Mapping[str, Case], plan: Plan, keep: Callable[[Row], bool]
+) -> tuple[list[dict[str, Any]], Tables]:
+    """Train and evaluate every case for every seed: a row each, and the tables' rows by `keep`.
+
+    Finished runs are skipped, so an interrupted suite goes on where it was. Stages that an earlier
+    case of the seed has done on the same inputs are taken from there.
+    """
+    rows, tables = [], {}
+    for seed in plan.seeds:
+        done: list[Path] = []
+        for name in plan.cases:
+            case, workdir = cases[name], plan.workdir / f"seed{seed}" / name
+            changes = dict(case.changes) | {"seed": seed}
+            if case.start:
+                changes["train.start"] = str(plan.workdir / f"seed{seed}" / case.start)
+            print(f"--- {name}, seed {seed}", flush=True)
+            start = time.monotonic()
+            config = unflatten(flatten(plan.base) | changes)
+            pipeline.run(config, workdir, reuse=_most_stages(done))
+            seconds = time.monotonic() - start
+            done.append(workdir)
+            report = workdir / "report"
+            table = read_csv(report / "ood.csv") + read_csv(report / "validation.csv")
+            tables[name, seed] = [r for r in table if keep(r)]
+            manifest = artifacts.read_json(workdir / "train" / "manifest.json")
+            rows.append(
+                row(
+                    suite,
+                    name,
+                    [manifest["seconds"]],
+                    seed=seed,
+                    seconds_of_this_call=round(seconds, 1),
+                    metrics=[r._asdict() for r in table],
+                )
+            )
+    return rows, tables
+
+
+def _most_stages(workdirs: list[Path]) -> Path | None:
+    """The run with most finished stages: what another could need is there."""
+    return max(workdirs, key=lambda d: len(list(d.glob("*/manifest.json"))), default=None)
+
+
+def columns(table: list[Row]) -> dict[str, list[str]]:
+    """Heading to the OOD sets whose mean stands under it."""
+    sets = {
+        group: list(dict.fromkeys(r.dataset for r in table if r.group == group))[:-1]
+        for group in ("near", "far", "validation")
+    }
+    each = {name: [name] for name in (*sets["near"], *sets["far"])}
+    return {
+        **each,
+        "near": sets["near"],
+        "far": sets["far"],
+        "all": sets["near"] + sets["far"],
+        "validation": sets["validation"],
+    }
+
+
+def mean_of(table: list[Row], sets: list[str], metric: str) -> float:
+    """The unweighted mean of a metric over these sets."""
+    return float(np.mean([getattr(r, metric) for r in table if r.dataset in sets]))
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean ± sample standard deviation, a decimal each."""
+    std = np.std(values, ddof=1) if len(values) > 1 else float("nan")
+    return f"{np.mean(values):{sign}.1f} ± {std:.1f}"
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    everything = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in everything)
+
+
+def _load(path: Path) -> Config:
+    from oal_jax.main import parse
+
+    return parse(["run", f"--config={path}"]).config
+
+
+def _with_overrides(config: Config, overrides: list[str]) -> Config:
+    flat = flatten(config)
+    for item in overrides:
+        key, _, value = item.removeprefix("--config.").partition("=")
+        if not item.startswith("--config.") or key not in flat:
+            raise UserError(unknown_key(key))
+        kind = type(flat[key])
+        try:
+            if kind is bool:
+                flat[key] = value == "True"
+            else:
+                flat[key] = [value] if kind is list else kind(value)
+        except ValueError:
+            wanted = f"wants a value of type {kind.__name__}, got '{value}'"
+            raise UserError(f"config key '{key}' {wanted}") from None
+    return unflatten(flat)

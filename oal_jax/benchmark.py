@@ -1,0 +1,153 @@
+"""The near/far protocol for any classifier: its function, the sets, the scores; a table."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from oal_jax import scores as post_hoc
+from oal_jax.data import sources
+from oal_jax.data.benchmarks import resolve
+from oal_jax.detector import check_images
+from oal_jax.errors import UserError
+from oal_jax.evaluation import protocol
+from oal_jax.evaluation.protocol import Evaluation, Inputs
+from oal_jax.evaluation.search import search as search_parameters
+from oal_jax.forward import as_forward, scaled
+
+Labelled = tuple[Any, Any]  # images, labels
+
+
+class Sets(NamedTuple):
+    """Image sets of a benchmark: uint8 or floats in [0, 1], (n, h, w, c); dicts by set name."""
+
+    train: Labelled  # ID: scores are fitted on it
+    validation: Labelled  # ID: thresholds are set on it
+    test: Labelled  # ID: what the others are compared with
+    near: Mapping[str, Any] = {}  # near-OOD
+    far: Mapping[str, Any] = {}  # far-OOD
+    validation_ood: Mapping[str, Any] = {}  # for choosing parameters of scores
+    csid: Mapping[str, Labelled] = {}  # covariate-shifted ID
+
+
+def load_sets(
+    id_set: str = "fashion",
+    source: str = "bundled",
+    root: str | None = None,
+    train_images: int = 0,
+    image_size: int = 0,
+) -> Sets:
+    """The sets of a benchmark in `oal_jax.data.benchmarks`, in memory.
+
+    Args:
+      id_set: "fashion" (inside the package), "cifar10", "cifar100", "imagenet200" or "imagenet".
+      source, root, image_size: as for `oal_jax.data.sources.load`; OpenOOD's own directory is
+        source "imglist".
+      train_images: how many ID training images are read; 0: all.
+
+    Raises:
+      UserError: no such benchmark, or a set that is not there.
+    """
+    benchmark = resolve(id_set)
+
+    def read(name, split, labelled=False, limit=0):
+        data = sources.load(
+            source,
+            name,
+            split,
+            root=root,
+            limit=limit,
+            id_set=id_set,
+            labelled=labelled,
+            image_size=image_size,
+        )
+        return (data.images, data.labels) if labelled else data.images
+
+    return Sets(
+        train=read(id_set, "train", labelled=True, limit=train_images),
+        validation=read(id_set, "validation", labelled=True),
+        test=read(id_set, "test", labelled=True),
+        near={name: read(name, "test") for name in benchmark.near},
+        far={name: read(name, "test") for name in benchmark.far},
+        validation_ood={name: read(name, "validation") for name in benchmark.validation},
+        csid={name: read(name, "test", labelled=True) for name in benchmark.csid},
+    )
+
+
+def benchmark(
+    forward: Callable,
+    sets: Sets,
+    scores: Sequence[str] = ("msp", "energy"),
+    head: post_hoc.Head | tuple | None = None,
+    params: Mapping[str, Mapping[str, Any]] | None = None,
+    search: bool = False,
+    keep_id: float = 0.95,
+    batch_size: int = 256,
+) -> Evaluation:
+    """How well the scores tell ID from OOD on a classifier of one's own.
+
+    The outputs of every set are computed once and shared by all scores.
+
+    Args:
+      forward: float images in [0, 1] to what `oal_jax.as_forward` takes: logits, and, for scores
+        that read them, features and feature maps. Pure, traceable, in evaluation mode.
+      sets: from `load_sets`, or of one's own images.
+      scores: keys of `scores.SCORES`.
+      head: (kernel (d, c), bias (c,)) of the last linear layer, for scores that ask for it.
+      params: parameters of scores, by score name.
+      search: choose the parameters of scores with a grid on `sets.validation_ood`.
+      keep_id: share of ID validation images that a threshold keeps.
+      batch_size: images that the model sees at once.
+
+    Returns:
+      The result; `print(oal_jax.evaluation.format_table(result.rows))` shows it.
+
+    Raises:
+      UserError: wrong images or labels, an unknown score, a model that does not give what a score
+        needs, a NaN.
+    """
+    forward = as_forward(forward)
+    head = None if head is None else post_hoc.Head(*head)
+    made = [post_hoc.make(name, **(params or {}).get(name, {})) for name in scores]
+    fields = sorted({field for score in made for field in score.needs})
+
+    def inputs(name: str, images, labels=None) -> Inputs:
+        try:
+            images = check_images(images)
+        except UserError as error:
+            raise UserError(f"set {name}: {error}") from None
+        if labels is not None and np.shape(labels) != (len(images),):
+            raise UserError(
+                f"set {name} has {len(images)} images but labels of shape {np.shape(labels)}"
+            )
+        outputs = post_hoc.compute(scaled(forward, images), images, batch_size, fields)
+        return Inputs(outputs, lambda: images, None if labels is None else np.asarray(labels))
+
+    id_sets = [
+        inputs(f"ID {name}", *getattr(sets, name)) for name in ("train", "validation", "test")
+    ]
+    groups, ood = {}, {}
+    for group, members in {
+        "near": sets.near,
+        "far": sets.far,
+        "validation": sets.validation_ood,
+        "csid": sets.csid,
+    }.items():
+        for name, value in members.items():
+            if name in groups:
+                raise UserError(f"set {name!r} is in two groups: {groups[name]} and {group}")
+            groups[name] = group
+            ood[name] = inputs(name, *(value if group == "csid" else (value,)))
+    if search:
+        validation = {name: ood[name] for name in sets.validation_ood}
+        grids = {name: post_hoc.GRIDS[name] for name in scores if name in post_hoc.GRIDS}
+        found = {
+            name: search_parameters(
+                name, grid, *id_sets[:2], validation, head, forward, batch_size
+            )[0]
+            for name, grid in grids.items()
+        }
+        params = {**found, **(params or {})}
+    return protocol.evaluate(
+        scores, *id_sets, ood, groups, head, forward, params, keep_id, batch_size
+    )

@@ -1,0 +1,227 @@
+"""What a config may hold: `validate` tells a mistake in one line before anything runs."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any
+
+from oal_jax.config import (
+    DECODED,
+    EXPOSED,
+    METHOD_STAGES,
+    SCORES,
+    Config,
+    Student,
+    flatten,
+    unknown_key,
+)
+from oal_jax.data.benchmarks import resolve
+from oal_jax.errors import UserError
+
+_FINE_TUNINGS = ("um", "umap", "woods")  # methods that are nothing without a start
+CHOICES: dict[str, tuple[str, ...]] = {
+    "data.source": ("bundled", "tfds", "imglist", "folder"),
+    "data.on_corrupt": ("error", "skip"),
+    "outliers.source": ("knn", "diffusion", "random", "mixed", "none"),
+    "outliers.knn.selection": ("top", "reference"),
+    "latents.sampler": ("pndm", "ddim", "dpm_solver_pp_2m"),
+    "latents.injection": ("first_piece", "all_pieces"),
+    "latents.reduction": ("channel_height_mean", "flatten"),
+    "method.name": tuple(METHOD_STAGES),
+    "method.micl": ("energy", "reference", "alternate"),
+    "student.architecture": ("resnet", "densenet", "wide_resnet"),
+    "student.stem": ("small", "cifar", "imagenet"),
+    "train.schedule": ("per_step", "per_epoch"),
+    "evaluation.scores": SCORES,
+}
+
+
+def validate(config: Config) -> None:
+    """Raise `UserError` for a key that no config has, and for a value that no stage could use."""
+    _check_fields(config, Config(), "")
+    flat = flatten(config)
+    for path, choices in CHOICES.items():
+        for value in flat[path] if isinstance(flat[path], list) else [flat[path]]:
+            if value not in choices:
+                near = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)
+                known = f"one of {', '.join(choices)}" if len(choices) < 20 else "known"
+                raise UserError(f"config {path}='{value}' is not {known}; nearest: '{near[0]}'")
+    data = config.data
+    resolve(data.id_set, data.near, data.far, data.validation, data.csid)
+    if data.source in ("imglist", "folder") and not data.root:
+        raise UserError(
+            f"config data.root is empty; data.source={data.source} wants the directory of the sets"
+        )
+    _check_student(config.student)
+    _check_unleashed(config)
+    _check_outliers(config)
+    if not config.evaluation.scores:
+        raise UserError("config evaluation.scores is empty; give at least one score")
+    knn = config.outliers.knn
+    if not 1 <= knn.neighbour <= knn.features_per_class:
+        raise UserError(
+            f"config outliers.knn.neighbour={knn.neighbour} must lie in"
+            f" 1..outliers.knn.features_per_class={knn.features_per_class}"
+        )
+    if not 1 <= knn.anchors <= knn.boundary <= knn.features_per_class:
+        raise UserError(
+            "config outliers.knn wants anchors <= boundary <= features_per_class, has"
+            f" {knn.anchors}, {knn.boundary}, {knn.features_per_class}"
+        )
+    if not 1 <= knn.keep <= knn.noise_rows:
+        raise UserError(
+            f"config outliers.knn.keep={knn.keep} must lie in 1..noise_rows={knn.noise_rows}"
+        )
+    for paths, wanted, right in _RANGES:
+        for path in paths:
+            if not right(flat[path]):
+                raise UserError(f"config {path}={flat[path]} must {wanted}")
+    if config.teacher.width % config.teacher.heads:
+        raise UserError(
+            f"config teacher.width={config.teacher.width} is not divisible by"
+            f" teacher.heads={config.teacher.heads}"
+        )
+
+
+def _check_student(student: Student) -> None:
+    if student.architecture == "resnet":
+        if student.depth not in (18, 34, 50):
+            raise UserError(f"config student.depth={student.depth} is not one of 18, 34, 50")
+        if student.dropout:
+            raise UserError(
+                f"config student.dropout={student.dropout} has no place in a resnet; set it to 0,"
+                " or student.architecture to densenet or wide_resnet"
+            )
+    elif student.depth < 10 or student.depth % 6 != 4:
+        raise UserError(
+            f"config student.depth={student.depth} of a {student.architecture} must be 6 n + 4,"
+            " such as 10, 16, 40 or 100"
+        )
+
+
+def _check_unleashed(config: Config) -> None:
+    m = config.method
+    if m.constraint < 0 and m.constraint != -1:
+        raise UserError(
+            f"config method.constraint={m.constraint} must be 0 or greater, or -1 to be estimated"
+        )
+    tuned = m.name in _FINE_TUNINGS
+    if not config.train.start and (tuned or (m.um and m.constraint < 0)):
+        what = f"method.name='{m.name}'" if tuned else "method.um=True"
+        raise UserError(
+            f"config {what} goes on from a trained model: give train.start, the directory of a"
+            " finished run, for example one of method.name='ce'"
+        )
+
+
+def _check_outliers(config: Config) -> None:
+    m, images = config.method, config.outliers.images
+    if m.name in EXPOSED and images != DECODED:
+        data = config.data
+        benchmark = resolve(data.id_set, data.near, data.far, data.validation, data.csid)
+        for group, names in benchmark._asdict().items():
+            if images == names or (group != "id_set" and images in names):
+                raise UserError(
+                    f"config outliers.images='{images}' is the {group} set of the benchmark; train"
+                    " on other images, such as 'procedural'"
+                )
+    v = m.virtual
+    for small, large in (
+        ("neighbour", "queue"),
+        ("boundary", "queue"),
+        ("anchors", "boundary"),
+        ("npos_keep", "candidates"),
+        ("keep", "samples"),
+    ):
+        if getattr(v, small) > getattr(v, large):
+            raise UserError(
+                f"config method.virtual.{small}={getattr(v, small)} must be at most"
+                f" method.virtual.{large}={getattr(v, large)}"
+            )
+
+
+def _check_fields(node: Any, default: Any, prefix: str) -> None:
+    """A config file is code: it can set fields that don't exist, and values of any type."""
+    if type(node) is not type(default):
+        have, wanted = type(node).__name__, type(default).__name__
+        raise UserError(f"config {prefix.rstrip('.')} must be a {wanted}, is a {have}")
+    fields = [f.name for f in dataclasses.fields(default)]
+    for name in vars(node):
+        if name not in fields:
+            raise UserError(unknown_key(prefix + name))
+    for name in fields:
+        value, usual = getattr(node, name), getattr(default, name)
+        if dataclasses.is_dataclass(usual):
+            _check_fields(value, usual, f"{prefix}{name}.")
+        elif not _fits(value, usual):
+            raise UserError(
+                f"config key '{prefix}{name}' wants a value of type {type(usual).__name__},"
+                f" got {value!r}"
+            )
+
+
+def _fits(value: Any, usual: Any) -> bool:
+    if isinstance(usual, float):
+        return type(value) in (int, float) and math.isfinite(value)
+    if isinstance(usual, tuple):
+        return isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
+    return type(value) is type(usual)
+
+
+# Keys, what they must be, and the test of it.
+_RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (
+        (
+            *("train.epochs", "train.batch_size", "train.learning_rate"),
+            *("train.log_every", "train.checkpoint_every"),
+            *("teacher.epochs", "teacher.batch_size", "teacher.learning_rate"),
+            *("teacher.patch", "teacher.width", "teacher.depth", "teacher.heads"),
+            *(
+                "generator.vae_epochs",
+                "generator.diffusion_epochs",
+                "generator.batch_size",
+                "generator.vae_batch_size",
+            ),
+            *("latents.per_class", "latents.steps", "latents.chunk"),
+            *("evaluation.batch_size", "outliers.knn.repeats", "student.width"),
+            *("method.beta", "method.n_masks", "method.logit_temperature"),
+            *("method.exposure.poem_ratio", "method.exposure.poem_buffer"),
+            *("method.exposure.poem_refresh", "method.virtual.refresh", "method.virtual.queue"),
+            *("method.virtual.samples", "method.virtual.keep", "method.virtual.neighbour"),
+            *("method.virtual.anchors", "method.virtual.npos_keep", "method.wild.ce_tolerance"),
+            *("method.wild.penalty_growth",),
+        ),
+        "be greater than 0",
+        lambda value: value > 0,
+    ),
+    (
+        (
+            *("data.train_images", "data.shift", "data.image_size"),
+            *("teacher.views", "outliers.knn.sigma"),
+            *("latents.pictures", "method.outlier_batch", "train.clip", "train.weight_decay"),
+        ),
+        "be 0 or greater",
+        lambda value: value >= 0,
+    ),
+    (("evaluation.keep_id",), "lie between 0 and 1", lambda value: 0 < value < 1),
+    (
+        ("method.estimate_keep", "method.mask_keep"),
+        "be greater than 0 and at most 1",
+        lambda value: 0 < value <= 1,
+    ),
+    (
+        (
+            *("method.exposure.doe_start", "method.virtual.start"),
+            *("method.wild.share", "method.wild.id_limit"),
+        ),
+        "lie in 0..1",
+        lambda value: 0 <= value <= 1,
+    ),
+    (("student.dropout",), "be 0 or greater, and less than 1", lambda value: 0 <= value < 1),
+    (
+        ("train.warmup", "train.floor", "train.momentum", "method.ramp_start", "method.ramp_end"),
+        "lie in 0..1",
+        lambda value: 0 <= value <= 1,
+    ),
+)

@@ -1,0 +1,397 @@
+"""A classifier and a calibrated score: images to labels, confidences, ood_scores and verdicts.
+
+`load` takes a finished run, `calibrate` any function of one's own that gives logits.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import Partial
+from jaxtyping import Bool, Float, Int32
+
+from oal_jax import artifacts, distributed, pipeline
+from oal_jax import scores as post_hoc
+from oal_jax.errors import UserError
+from oal_jax.evaluation.protocol import threshold
+from oal_jax.forward import as_forward, scaled
+from oal_jax.scores import Head, Outputs, Score, State
+from oal_jax.scores.outputs import rows
+from oal_jax.stages import evaluate, train
+from oal_jax.stages.context import Context
+
+Labelled = tuple[Any, Any]  # images, labels
+
+
+class Result(NamedTuple):
+    """What a detector says; scalars where it was given one image."""
+
+    label: Int32[np.ndarray, " n"]
+    confidence: Float[np.ndarray, " n"]  # the largest softmax probability
+    ood_score: Float[np.ndarray, " n"]  # higher = more OOD
+    is_ood: Bool[np.ndarray, " n"]  # ood_score above the threshold
+    class_names: np.ndarray | None  # (n,) the names of the labels, where they are known
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Detector:
+    """A callable: images to a `Result`. Make one with `load` or `calibrate`.
+
+    Attributes:
+      forward: float images in [0, 1] to `scores.Outputs`; its leaves are the weights.
+      score: a post-hoc score.
+      state: what the score was fitted to.
+      id_val_scores: ood_scores of ID validation images, sorted: what thresholds are made of.
+      image_shape: (height, width, channels) of an image.
+      keep_id: share of the ID validation images that the threshold keeps.
+      class_names: what each label means, or None.
+      batch_size: images that the model sees at once.
+      params: the score's parameters; those left out have their defaults.
+    """
+
+    forward: Partial
+    score: Score
+    state: State
+    id_val_scores: Float[np.ndarray, " m"]
+    image_shape: tuple[int, int, int]
+    keep_id: float = 0.95
+    class_names: tuple[str, ...] | None = None
+    batch_size: int = 256
+    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        _check_share(self.keep_id)
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be 1 or more, got {self.batch_size}")
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.image_shape))
+        return f"Detector({self.score.name} > {self.threshold:.6g} is OOD, {shape} images)"
+
+    @property
+    def threshold(self) -> float:
+        """An image is called OOD where its ood_score is above."""
+        return threshold(self.id_val_scores, self.keep_id)
+
+    def with_keep_id(self, keep_id: float) -> "Detector":
+        """The same detector with the threshold that keeps another share of ID images."""
+        return dataclasses.replace(self, keep_id=keep_id)
+
+    def __call__(self, images) -> Result:
+        """Labels, confidences, ood_scores and verdicts.
+
+        Args:
+          images: (n, h, w, c), or one image (h, w, c): uint8, or floats in [0, 1].
+
+        Raises:
+          UserError: another shape or type, or floats out of range.
+        """
+        images = np.asarray(images)
+        single = images.ndim == 3 and images.shape == self.image_shape
+        images = check_images(images[None] if single else images, self.image_shape)
+        label, confidence, ood_score = _run(
+            self.score, self.forward, self.state, images, self.batch_size
+        )
+        names = None if self.class_names is None else np.array(self.class_names)[label]
+        # Written so that a NaN is OOD, not in-distribution.
+        result = Result(label, confidence, ood_score, ~(ood_score <= self.threshold), names)
+        return Result(*(x if x is None else x[0] for x in result)) if single else result
+
+
+def predict(
+    score: Score, forward: Callable, state: State, images
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(label, confidence, ood_score) of a batch, uint8 or float32 in [0, 1]. Traceable."""
+    images = images / jnp.float32(255) if images.dtype == jnp.uint8 else images
+    outputs = forward(images)
+    label = jnp.argmax(outputs.logits, axis=-1).astype(jnp.int32)
+    confidence = jnp.max(jax.nn.softmax(outputs.logits, axis=-1), axis=-1)
+    if score.perturb:
+        outputs = score.perturb(state, forward, images)
+    return label, confidence, score.score(state, outputs)
+
+
+_predict = jax.jit(predict, static_argnums=0)
+
+
+def _run(score, forward, state, images, batch_size) -> list[np.ndarray]:
+    """`predict` over a set, split over the devices; the host's arrays."""
+    mesh = distributed.make_mesh()
+    forward, state = distributed.replicate((forward, state), mesh)
+    # A short last batch is filled up to a power of two: few programs, and one image stays cheap.
+    size = min(batch_size, 1 << max(len(images) - 1, 0).bit_length())
+    parts: list[tuple] = []
+    waiting: tuple = ()
+    for chunk, kept in rows(images, size, NamedSharding(mesh, PartitionSpec("data"))):
+        dispatched = _predict(score, forward, state, chunk), kept
+        # Read one batch behind, so that the device never waits for the host.
+        parts += _read(*waiting) if waiting else []
+        waiting = dispatched
+    parts += _read(*waiting) if waiting else []
+    if not parts:
+        return [np.zeros(0, dtype) for dtype in (np.int32, np.float32, np.float32)]
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+
+def _read(outputs, kept) -> list[tuple]:
+    return [tuple(distributed.to_host(x)[:kept] for x in outputs)]
+
+
+def check_images(images, image_shape: Sequence[int] | None = None) -> np.ndarray:
+    """Images as uint8 or float32 in [0, 1], of shape (n, *image_shape).
+
+    Raises:
+      UserError: anything else, in words.
+    """
+    images = np.asarray(images)
+    shape = tuple(image_shape) if image_shape else ("height", "width", "channels")
+    wanted = ", ".join(map(str, ("n", *shape)))
+    if images.ndim != 4 or (image_shape and images.shape[1:] != shape):
+        near = image_shape and images.shape[1:] == shape[:2] and shape[2] == 1
+        hint = "; add the channels' axis: images[..., None]" if near else ""
+        raise UserError(f"images have shape {images.shape}, not ({wanted}){hint}")
+    if images.dtype == np.uint8:
+        return images
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise UserError(f"images are {images.dtype}; give uint8, or floats in [0, 1]")
+    images = images.astype(np.float32)
+    if images.size and not (images.min() >= 0 and images.max() <= 1):  # false for a NaN, too
+        raise UserError(
+            f"float images must lie in [0, 1], have {images.min():.4g} to {images.max():.4g};"
+            " divide by 255, or normalise inside of the model's function"
+        )
+    return images
+
+
+def _check_share(keep_id: float) -> None:
+    if not 0 < keep_id < 1:
+        raise UserError(f"keep_id must lie between 0 and 1, got {keep_id}; for example 0.95")
+
+
+def calibrate(
+    forward: Callable,
+    train: Labelled,
+    validation: Labelled,
+    score: str = "energy",
+    head: Head | tuple | None = None,
+    keep_id: float = 0.95,
+    params: Mapping[str, Any] | None = None,
+    class_names: Sequence[str] | None = None,
+    batch_size: int = 256,
+) -> Detector:
+    """A detector of any classifier: fits a score, sets the threshold.
+
+    Args:
+      forward: float images in [0, 1], (n, h, w, c), to what `as_forward` takes. Pure, traceable and
+        in evaluation mode: the outputs of an image may not depend on the rest of the batch.
+      train: ID images and labels, for scores that are fitted.
+      validation: other ID images and labels, for the threshold (and for scores that the
+        publication fits on validation images).
+      score: a key of `scores.SCORES`.
+      head: (kernel (d, c), bias (c,)) of the last linear layer, for scores that ask for it.
+      keep_id: share of the validation images that the threshold keeps.
+      params: parameters of the score.
+      class_names: what each label means.
+      batch_size: images that the model sees at once.
+
+    Raises:
+      UserError: unknown score, wrong images or labels, a model that does not give what the score
+        needs, a model in training mode, a NaN.
+    """
+    made, forward = post_hoc.make(score, **(params or {})), as_forward(forward)
+    images, labels = _check_labelled(train, "train")
+    val_images, val_labels = _check_labelled(validation, "validation", images.shape[1:])
+    if made.fit_on == "validation":
+        images, labels = val_images, val_labels
+    _check_rows_are_independent(forward, val_images[:batch_size])
+    outputs = post_hoc.compute(scaled(forward, images), images, batch_size, made.needs)
+    _check_classes(outputs, labels, class_names)
+    head = None if head is None else Head(*head)
+    detector = Detector(
+        forward=distributed.replicate(forward, distributed.make_mesh()),
+        score=made,
+        state=post_hoc.fit(made, outputs, labels, head, f"ID {made.fit_on}"),
+        id_val_scores=np.zeros(0, np.float32),
+        image_shape=images.shape[1:],
+        keep_id=keep_id,
+        class_names=None if class_names is None else tuple(class_names),
+        batch_size=batch_size,
+        params=dict(params or {}),
+    )
+    *_, values = _run(made, forward, detector.state, val_images, batch_size)
+    return dataclasses.replace(detector, id_val_scores=_sorted(values, score))
+
+
+def _sorted(values, name) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise UserError(f"{name}: {int((~np.isfinite(values)).sum())} ood_scores are not finite")
+    return np.sort(values)
+
+
+def _check_labelled(given: Labelled, name: str, shape=None) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        images, labels = given
+    except (TypeError, ValueError):
+        raise UserError(f"{name} must be (images, labels)") from None
+    images, labels = check_images(images, shape), np.asarray(labels)
+    if not len(images):
+        raise UserError(f"{name} has no images")
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f"labels of {name} are {labels.dtype} of shape {labels.shape}: give one integer for"
+            f" each of the {len(images)} images"
+        )
+    return images, labels
+
+
+def _check_classes(outputs: Outputs, labels: np.ndarray, class_names) -> None:
+    count = outputs.logits.shape[1]
+    if labels.min() < 0 or labels.max() >= count:
+        raise UserError(
+            f"labels are {labels.min()} to {labels.max()}, but the model gives {count} logits"
+        )
+    if class_names is not None and len(class_names) != count:
+        raise UserError(f"{len(class_names)} class_names for a model of {count} logits")
+
+
+def _check_rows_are_independent(forward: Partial, images: np.ndarray) -> None:
+    """The same images, in another order and among others, must give the same logits."""
+    half = len(images) // 2
+    if not half:
+        return
+    first, others = images[:half], images[half : 2 * half]
+
+    def logits(batch):
+        function = scaled(forward, images)
+        return np.asarray(post_hoc.compute(function, batch, len(batch), ()).logits)[:half]
+
+    here = logits(np.concatenate([first, others]))
+    there = logits(np.concatenate([first[::-1], np.zeros_like(others)]))[::-1]
+    allowed = 0.01 * np.abs(np.nan_to_num(here)).max()
+    if not np.allclose(here, there, rtol=0.01, atol=allowed, equal_nan=True):
+        raise UserError(
+            "the model's logits of an image change with the rest of the batch; call it in"
+            " evaluation mode (running statistics in batch norm, no dropout)"
+        )
+
+
+def load(
+    directory: str | os.PathLike,
+    score: str | None = None,
+    keep_id: float | None = None,
+    batch_size: int = 256,
+) -> Detector:
+    """The detector of a finished run. Needs no image on disk; every file read is verified.
+
+    Args:
+      directory: the run's working directory.
+      score: a key of `scores.SCORES`; None for the first of the config. One that the run did not
+        list is fitted now, on the run's saved outputs (or, where those don't suffice, its images).
+      keep_id: share of ID validation images to keep; None for the config's.
+      batch_size: images that the model sees at once.
+
+    Raises:
+      UserError: no run, not finished, damaged; an unknown score.
+    """
+    context = pipeline.resolve(Path(directory).expanduser())
+    config = context.config.evaluation
+    name = score or config.scores[0]
+    post_hoc.make(name)  # an unknown name is told before any file is read
+    keep_id = config.keep_id if keep_id is None else keep_id
+    _check_share(keep_id)
+    _check_finished(context, "train")
+    card, forward, head = _classifier(context, name)
+    if _is_current(context, "report") and _fitted_file(name) in artifacts.output_hashes(
+        context.directory("report")
+    ):
+        params, state, values = _fitted(context, name)
+    else:
+        print(f"oal_jax: {directory} lists no score {name}; fitting it now", file=sys.stderr)
+        params, (state, values) = {}, _fit(context, post_hoc.make(name), head, forward)
+    made = post_hoc.make(name, **params)
+    mesh = distributed.make_mesh()
+    return Detector(
+        forward=distributed.replicate(forward, mesh),
+        score=made,
+        state=distributed.replicate(state, mesh),
+        id_val_scores=_sorted(values, name),
+        image_shape=tuple(card["image_shape"]),
+        keep_id=keep_id,
+        class_names=tuple(card["class_names"]),
+        batch_size=batch_size,
+        params=params,
+    )
+
+
+def _check_finished(context: Context, stage: str) -> None:
+    if not _is_current(context, stage):
+        raise UserError(
+            f"stage {stage} of {context.workdir} is not finished; run python -m oal_jax.main"
+            f" --config FILE --workdir {context.workdir}"
+        )
+
+
+def _is_current(context: Context, stage: str) -> bool:
+    """Whether a stage was done, and on the student that is there now."""
+    directory, trained = context.directory(stage), context.directory("train")
+    if not (directory / artifacts.MANIFEST).exists():
+        return False
+    if stage == "train":
+        return True
+    return artifacts.made_from(directory, "train") == artifacts.output_hashes(trained)
+
+
+def _classifier(context: Context, name: str) -> tuple[dict[str, Any], Partial, Head]:
+    """What `classifier.json` says, the student's forward function, and its last layer."""
+    directory = context.directory("train")
+    for file in (train.CLASSIFIER, train.STUDENT):
+        artifacts.verified(directory, file)
+    card = artifacts.read_json(directory / train.CLASSIFIER)
+    net = train.student(context.config, len(card["class_names"]))
+    variables = train.student_variables(*train.load(context))
+    fc = variables["params"]["fc"]
+    forward = evaluate.make_forward(net, variables, post_hoc.make(name).needs)
+    return card, forward, Head(np.asarray(fc["kernel"]), np.asarray(fc["bias"]))
+
+
+def _fitted_file(name: str) -> str:
+    return f"detectors/{name}.safetensors"
+
+
+def _fitted(context: Context, name: str) -> tuple[dict[str, Any], State, np.ndarray]:
+    """Parameters, state and ID validation ood_scores as the report saved them."""
+    directory = context.directory("report")
+    tensors = artifacts.read_tensors(artifacts.verified(directory, _fitted_file(name)))
+    params = artifacts.read_json(artifacts.verified(directory, "parameters.json")).get(name, {})
+    params = {k: tuple(v) if isinstance(v, list) else v for k, v in params.items()}
+    values = tensors.pop("id_val_scores")
+    return params, {k.removeprefix("state."): v for k, v in tensors.items()}, values
+
+
+def _fit(
+    context: Context, score: Score, head: Head, forward: Partial
+) -> tuple[State, Float[np.ndarray, " m"]]:
+    """State and ID validation ood_scores of a score that the run did not list."""
+    _check_finished(context, "evaluate")
+    for file in artifacts.output_hashes(context.directory("evaluate")):
+        artifacts.verified(context.directory("evaluate"), file)
+    sets, size = evaluate.inputs(context), context.config.evaluation.batch_size
+
+    def outputs(inputs) -> Outputs:
+        if all(getattr(inputs.outputs, field) is not None for field in score.needs):
+            return inputs.outputs
+        images = inputs.images()
+        return post_hoc.compute(scaled(forward, images), images, size, score.needs)
+
+    fitted_on = sets.id_train if score.fit_on == "train" else sets.id_val
+    state = post_hoc.fit(score, outputs(fitted_on), fitted_on.labels, head, f"ID {score.fit_on}")
+    if score.perturb:
+        return state, _run(score, forward, state, sets.id_val.images(), size)[-1]
+    return state, post_hoc.apply(score, state, outputs(sets.id_val), size, "ID val")

@@ -1,0 +1,75 @@
+"""What the methods that train the student alone share: its group, one forward pass, the ID loss."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from oal_jax import losses
+from oal_jax.keys import named
+from oal_jax.methods.base import Groups, Metrics, accuracy, apply_group, split_variables
+
+Transform = Callable[[Float[Array, ""]], Float[Array, ""]]
+Outputs = tuple[Float[Array, "b k"], Float[Array, "b d"]]
+
+
+def init_student(
+    key: Key[Array, ""], model: Any, image_shape: tuple[int, int, int]
+) -> tuple[Groups, Groups]:
+    """Fresh parameters and batch statistics of the group "student"."""
+    variables = model.init(named(key, "student"), jnp.zeros((1, *image_shape)))
+    params, rest = split_variables(variables)
+    return {"student": params}, {"student": rest}
+
+
+def output_sizes(model: Any, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Number of classes and of features of a model of images to (logits, features)."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    (logits, features), _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+    return logits.shape[1], features.shape[1]
+
+
+def forward(
+    model: Any,
+    params: Groups,
+    model_state: Groups,
+    key: Key[Array, ""],
+    images: Float[Array, "b h w c"],
+    others: Float[Array, "m h w c"] | None = None,
+    *,
+    shared_statistics: bool = False,
+) -> tuple[Outputs, Outputs, Any]:
+    """One pass in training mode: outputs of `images`, of `others`, and the student's new state.
+
+    ID images and outliers are one batch. By default its statistics are those of the ID images
+    alone, and so are the running ones: outliers are normalised as they will be in evaluation,
+    a start's running statistics stay valid, and no result depends on how many outliers a batch
+    has. `shared_statistics` takes both kinds, as the published codes do (one concatenated batch
+    in PyTorch's training mode); the running statistics are then those of the mixture.
+    """
+    count, options = images.shape[0], {}
+    if others is not None:
+        images = jnp.concatenate([images, others])
+        if not shared_statistics:
+            options["statistics"] = jnp.arange(images.shape[0]) < count
+    rngs = {"dropout": named(key, "dropout")}
+    (logits, features), state = apply_group(
+        model, params, model_state, "student", images, train=True, rngs=rngs, **options
+    )
+    return (logits[:count], features[:count]), (logits[count:], features[count:]), state
+
+
+def id_loss(
+    logits: Float[Array, "b k"], labels: Int[Array, " b"], ce_transform: Transform | None
+) -> tuple[Float[Array, ""], Metrics]:
+    """The mean cross-entropy on ID images, through `ce_transform` if there is one; metrics.
+
+    `ce_transform` sees the batch mean of the cross-entropy and nothing else of a method's loss:
+    how a constraint on the ID loss, such as Unleashing Mask's (arXiv 2306.03715), joins any of
+    these methods. The metric `ce` is the cross-entropy before it.
+    """
+    ce = jnp.mean(losses.cross_entropy(logits, labels))
+    value = ce if ce_transform is None else ce_transform(ce)
+    return value, {"ce": ce, "accuracy": accuracy(logits, labels)}

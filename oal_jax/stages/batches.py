@@ -1,0 +1,168 @@
+"""What the student's batches are drawn from, and how one is drawn: pure, inside jit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from oal_jax import artifacts
+from oal_jax.data.augment import augment, to_unit
+from oal_jax.data.sources import ImageSet
+from oal_jax.errors import UserError
+from oal_jax.keys import at_step, named
+from oal_jax.methods import build
+from oal_jax.methods.build import SOURCES
+from oal_jax.outliers.knn import sample_random, unit
+from oal_jax.stages import features, latents, outliers, teacher
+from oal_jax.stages.context import Context
+from oal_jax.training import loop
+
+
+def labelled_images(context: Context) -> ImageSet:
+    """The ID images whose labels the student sees: all, or, for `woods`, every second one."""
+    data = context.train_images()
+    if context.config.method.name != "woods":
+        return data
+    return data._replace(images=data.images[::2], labels=data.labels[::2])
+
+
+def unlabelled_images(context: Context) -> np.ndarray:
+    """The ID images of the wild mixture."""
+    return context.train_images().images[1::2]
+
+
+def outlier_images(context: Context) -> np.ndarray:
+    """The images of the set `outliers.images`.
+
+    Raises:
+      UserError: they have another shape than the ID images, or are some of them.
+    """
+    name = context.config.outliers.images
+    found, data = context.images("train", name), context.train_images()
+    if found.images.shape[1:] != data.images.shape[1:]:
+        raise UserError(
+            f"config outliers.images='{name}': its images have shape {found.images.shape[1:]},"
+            f" those of {data.name} {data.images.shape[1:]}; give images of the same shape"
+        )
+    known = {image.tobytes() for image in data.images}
+    shared = sum(image.tobytes() in known for image in found.images)
+    if shared > len(found.images) / 100:
+        raise UserError(
+            f"config outliers.images='{name}': {shared} of its {len(found.images)} images are ID"
+            f" training images of {data.name}; give another set"
+        )
+    return found.images
+
+
+# What the arrays of a method's recipe may hold beside images and labels.
+READERS: dict[str, Callable[[Context], np.ndarray]] = {
+    "outlier images": outlier_images,
+    "unlabelled images": unlabelled_images,
+    "knn": outliers.flat,
+    "latents": latents.channels_last,
+    "reduced latents": latents.reduced,
+    "decoded latents": latents.decoded,
+    "latents of ID images": latents.of_training_images,
+}
+_AUGMENTED = ("outlier images", "unlabelled images")
+
+
+def make_arrays(context: Context, data: ImageSet) -> dict[str, Any]:
+    """All that the batches are drawn from, on the host; the loop puts it on the devices."""
+    config = context.config
+    arrays: dict[str, Any] = {"images": data.images, "labels": data.labels}
+    recipe = build.METHODS[config.method.name]
+    if recipe.teacher and config.teacher.views:
+        views = artifacts.read_tensors(context.directory("features") / "views.safetensors")
+        arrays |= {f"teacher_{name}": value for name, value in views.items()}
+    elif recipe.teacher:
+        arrays["teacher"] = teacher.variables(context)
+    for name, content in recipe.arrays(config).items():
+        arrays[name] = READERS[content](context)
+    return arrays
+
+
+def make_batches(context: Context, arrays: dict[str, Any], net: Any) -> loop.MakeBatch:
+    """`make_batch(arrays, indices, epoch, step)` for the loop: pure, runs inside jit.
+
+    Images are augmented by view (see `augment`), with the teacher's cached outputs of that very
+    view; `teacher.views=0` draws a new view an epoch and runs the teacher `net` in the step.
+    Outliers are drawn anew every step, without replacement where the pool is large enough.
+    Outlier images of a set are augmented as ID images are, or augmentation would tell them apart.
+    """
+    config, key, image_key = context.config, named(context.key, "train"), features.view_key(context)
+    views_cached, data = config.teacher.views, config.data
+    feature, latent = SOURCES[config.outliers.source]
+    energy = config.method.name == "oal" and config.method.micl == "energy"
+    width = config.teacher.width
+    latent_shape = arrays["latents"].shape[1:] if "latents" in arrays else ()
+    recipe = build.METHODS[config.method.name]
+    contents, per_image = recipe.arrays(config), recipe.outliers_per_image(config)
+
+    def pool(step, arrays, name, count):
+        size = arrays[name].shape[0]
+        # The same rows for `outlier` and `outlier_latent` would be a pairing; draw them apart.
+        rows = jax.random.choice(at_step(key, name, step), size, (count,), replace=size < count)
+        drawn = arrays[name][rows]
+        if contents[name] not in _AUGMENTED:
+            return drawn
+        views = jnp.broadcast_to(step, rows.shape)
+        return augment(named(key, name), drawn, rows, views, shift=data.shift, flip=data.flip)
+
+    def outliers_of(kind, step, arrays, name, count, draw):
+        if kind == "random":
+            return draw(at_step(key, f"random {name}", step), count)
+        if kind == "pool":
+            return pool(step, arrays, name, count)
+        half = count // 2
+        mixed = (
+            pool(step, arrays, name, half),
+            draw(at_step(key, f"random {name}", step), count - half),
+        )
+        return jnp.concatenate([unit(m) if name == "outlier" else m for m in mixed])
+
+    def make_batch(arrays, indices, epoch, step):
+        count = config.method.outlier_batch or indices.shape[0]
+        if views_cached:
+            views = (epoch + indices) % views_cached
+        else:
+            views = jnp.broadcast_to(epoch, indices.shape)
+        images = augment(
+            image_key, arrays["images"][indices], indices, views, shift=data.shift, flip=data.flip
+        )
+        batch = {"image": images, "label": arrays["labels"][indices]}
+        if "teacher" in arrays:
+            outputs = net.apply(arrays["teacher"], images)
+            batch["teacher_logits"], batch["teacher_features"] = outputs
+        elif views_cached and "teacher_logits" in arrays:
+            batch["teacher_logits"] = arrays["teacher_logits"][views, indices]
+            batch["teacher_features"] = arrays["teacher_features"][views, indices]
+        if "latents" in arrays:
+            batch["latent"] = arrays["latents"][indices].astype(jnp.float32)
+        if energy and feature:
+            batch["outlier"] = outliers_of(
+                feature, step, arrays, "outlier", count, lambda k, n: sample_random(k, n, width)
+            )
+        if energy and latent:
+            batch["outlier_latent"] = outliers_of(
+                latent,
+                step,
+                arrays,
+                "outlier_latent",
+                count,
+                lambda k, n: jax.random.normal(k, (n, *latent_shape)),
+            )
+        if not energy:
+            for name in contents:
+                batch[name] = to_unit(pool(step, arrays, name, count * per_image))
+        if "wild_image" in batch:
+            is_outlier = jax.random.bernoulli(
+                at_step(key, "wild", step), config.method.wild.share, (count, 1, 1, 1)
+            )
+            outliers = batch.pop("outlier_image")
+            batch["wild_image"] = jnp.where(is_outlier, outliers, batch["wild_image"])
+        return batch
+
+    return make_batch

@@ -1,0 +1,105 @@
+"""Stage `estimate_loss`: the constraint of Unleashing Mask, from the model that training starts at.
+
+The mean cross-entropy of that model on the augmented training images, in evaluation mode, with a
+random few per cent of the weights of every tensor removed; the mean over several such masks,
+since it varies with the draw (arXiv 2306.03715 and its code take one).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from oal_jax import artifacts, distributed, losses
+from oal_jax.data.augment import augment
+from oal_jax.data.sources import ImageSet
+from oal_jax.keys import at_step, named
+from oal_jax.methods import masking
+from oal_jax.stages import train
+from oal_jax.stages.context import Context
+
+
+def run(context: Context) -> list[Path]:
+    """Write `constraint.json`.
+
+    `constraint` (nats, the mean of `per_mask`), `std` (of a single mask's, 0 for one), `unmasked`
+    (the loss without a mask), `keep_rate`, and how many of how many `weights` are `removed`.
+    """
+    m, key = context.config.method, named(context.key, "estimate_loss")
+    data = context.train_images()
+    net = train.student(context.config, len(data.class_names))
+    params, model_state = train.start(context, net, data)
+    mean_loss = make_mean_loss(context, net, data)
+
+    @jax.jit
+    def masked(key, params):
+        # The size of uniform scores is uniform: every set of weights is as likely to be removed.
+        return masking.apply_masks(params, masking.init_scores(key, params), m.estimate_keep)
+
+    unmasked = mean_loss({"params": params, **model_state})
+    per_mask = [
+        mean_loss({"params": masked(at_step(key, "mask", i), params), **model_state})
+        for i in tqdm(range(m.n_masks), desc="estimate_loss", unit="mask")
+    ]
+    sizes = [weight.size for weight in masking.masked_tensors(params).values()]
+    path = context.directory("estimate_loss") / train.CONSTRAINT
+    found = {
+        "constraint": float(np.mean(per_mask)),
+        "per_mask": per_mask,
+        "std": float(np.std(per_mask, ddof=1)) if m.n_masks > 1 else 0.0,
+        "unmasked": unmasked,
+        "keep_rate": m.estimate_keep,
+        "removed": sum(masking.zero_count(m.estimate_keep, size) for size in sizes),
+        "weights": sum(sizes),
+    }
+    artifacts.write_json(path, found)
+    print(
+        "estimate_loss: constraint {constraint:.4f} +- {std:.4f}, unmasked {unmasked:.4f}".format(
+            **found
+        ),
+        flush=True,
+    )
+    return [path]
+
+
+def make_mean_loss(context: Context, net: Any, data: ImageSet):
+    """`variables -> mean cross-entropy`, in nats, over one augmented view of every image."""
+    config, mesh = context.config, context.mesh
+    view_key = named(context.key, "estimate_loss views")
+
+    @jax.jit
+    def batch_losses(variables, images, labels, indices):
+        drawn = augment(
+            view_key,
+            images,
+            indices,
+            jnp.zeros_like(indices),
+            shift=config.data.shift,
+            flip=config.data.flip,
+        )
+        logits, _ = net.apply(variables, distributed.shard_batch(drawn, mesh), train=False)
+        return losses.cross_entropy(logits.astype(jnp.float32), labels)
+
+    def mean_loss(variables) -> float:
+        variables = distributed.replicate(variables, mesh)
+        total = 0.0
+        for count, batch in _batches(data, config.evaluation.batch_size, mesh.shape["data"]):
+            values = distributed.to_host(batch_losses(variables, *batch))
+            total += float(np.sum(values[:count], dtype=np.float64))
+        return total / len(data.images)
+
+    return mean_loss
+
+
+def _batches(data: ImageSet, batch_size: int, devices: int) -> Iterator[tuple[int, tuple]]:
+    """(number of examples, (images, labels, indices)); the last batch is filled with its first."""
+    size = max(1, batch_size // devices) * devices
+    for start in range(0, len(data.images), size):
+        indices = np.arange(start, start + size)
+        count = min(size, len(data.images) - start)
+        indices[count:] = start
+        yield count, (data.images[indices], data.labels[indices], indices.astype(np.int32))

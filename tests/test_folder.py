@@ -1,0 +1,237 @@
+"""Image files of every kind as a model takes them; damaged ones; how far decoding runs ahead."""
+
+import io
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from oal_jax.data import folder
+from oal_jax.data.folder import Unreadable, decode, find, stream
+from oal_jax.errors import UserError
+
+RNG = np.random.default_rng(0)
+GRAY = RNG.integers(0, 256, (28, 28)).astype(np.uint8)
+# Smooth, so that lossy formats come close.
+SMOOTH = np.stack(np.broadcast_arrays(*np.ogrid[0:250:28j, 0:250:28j], 90), -1).astype(np.uint8)
+
+
+def saved(path, pixels, **options):
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["png", "bmp", "gif", "tif", "tiff", "pgm", "webp", "tga"])
+def test_lossless_formats_of_the_right_size_stay_as_they_are(tmp_path, ending):
+    options = {"lossless": True, "exact": True} if ending == "webp" else {}
+    path = saved(tmp_path / f"a.{ending}", GRAY, **options)
+    pixels, _ = decode(path, (28, 28, 1))
+    np.testing.assert_array_equal(pixels[..., 0], GRAY)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "jpeg", "webp", "jp2", "png"])
+def test_colour_formats(tmp_path, ending):
+    pixels, converted = decode(saved(tmp_path / f"a.{ending}", SMOOTH), (28, 28, 3))
+    assert pixels.shape == (28, 28, 3) and not converted
+    assert np.abs(pixels.astype(int) - SMOOTH).mean() < 6
+
+
+def test_gray_to_colour_and_back(tmp_path):
+    pixels, converted = decode(saved(tmp_path / "g.png", GRAY), (28, 28, 3))
+    np.testing.assert_array_equal(pixels, np.repeat(GRAY[..., None], 3, -1))
+    assert converted
+    pixels, converted = decode(saved(tmp_path / "c.png", SMOOTH), (28, 28, 1))
+    luma = SMOOTH @ [0.299, 0.587, 0.114]  # ITU-R 601
+    assert converted and np.abs(pixels[..., 0] - luma).max() <= 1
+
+
+def test_transparency_is_blended_with_black(tmp_path):
+    alpha = RNG.integers(0, 256, (28, 28)).astype(np.uint8)
+    path = saved(tmp_path / "a.png", np.dstack([SMOOTH, alpha]))
+    pixels, converted = decode(path, (28, 28, 3))
+    expected = SMOOTH * (alpha[..., None] / 255)
+    assert converted and np.abs(pixels - expected).max() <= 1
+    whole, converted = decode(path, (28, 28, 4))
+    np.testing.assert_array_equal(whole[..., 3], alpha)
+    assert not converted
+    palette = Image.fromarray(GRAY // 128).convert("P")
+    palette.putpalette([200, 200, 200, 90, 90, 90])
+    palette.save(tmp_path / "p.png", transparency=1)
+    pixels, _ = decode(tmp_path / "p.png", (28, 28, 1))
+    np.testing.assert_array_equal(pixels[..., 0], np.where(GRAY < 128, 200, 0))
+
+
+def test_palettes_16_bits_one_bit_and_cmyk(tmp_path):
+    palette = Image.fromarray(GRAY // 64).convert("P")
+    palette.putpalette([0, 0, 0, 80, 80, 80, 160, 160, 160, 240, 240, 240])
+    palette.save(tmp_path / "p.png")
+    pixels, _ = decode(tmp_path / "p.png", (28, 28, 1))
+    np.testing.assert_array_equal(pixels[..., 0], GRAY // 64 * 80)
+    deep = GRAY.astype(np.uint16) * 257
+    for ending in ("png", "tif", "pgm"):
+        pixels, converted = decode(saved(tmp_path / f"d.{ending}", deep), (28, 28, 1))
+        np.testing.assert_array_equal(pixels[..., 0], GRAY)
+        assert converted
+    Image.fromarray(GRAY > 99).save(tmp_path / "b.png")
+    pixels, _ = decode(tmp_path / "b.png", (28, 28, 1))
+    np.testing.assert_array_equal(pixels[..., 0], 255 * (GRAY > 99))
+    Image.fromarray(SMOOTH).convert("CMYK").save(tmp_path / "c.tif")
+    pixels, _ = decode(tmp_path / "c.tif", (28, 28, 3))
+    assert np.abs(pixels.astype(int) - SMOOTH).max() <= 2
+
+
+def test_shorter_side_and_centre(tmp_path):
+    wide = np.zeros((56, 140, 3), np.uint8)
+    wide[:, 42:98] = np.kron(SMOOTH, np.ones((2, 2, 1))).astype(np.uint8)
+    wide[:, :42], wide[:, 98:] = 255, 255
+    for name, pixels in {"wide": wide, "tall": wide.swapaxes(0, 1)}.items():
+        found, _ = decode(saved(tmp_path / f"{name}.png", pixels), (28, 28, 3))
+        expected = SMOOTH if name == "wide" else SMOOTH.swapaxes(0, 1)
+        inside = np.abs(found.astype(int) - expected)[2:-2, 2:-2]
+        assert inside.max() <= 6  # the filter reaches over edges
+    assert decode(tmp_path / "wide.png", (20, 40, 3))[0].shape == (20, 40, 3)
+    assert decode(saved(tmp_path / "s.png", GRAY[:3, :5]), (28, 28, 1))[0].shape == (28, 28, 1)
+    big = Image.fromarray(SMOOTH).resize((900, 900), Image.Resampling.NEAREST)
+    big.save(tmp_path / "big.jpg", quality=95)  # decoded at a fraction of its size
+    pixels, _ = decode(tmp_path / "big.jpg", (28, 28, 3))
+    assert np.abs(pixels.astype(int) - SMOOTH).mean() < 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_respected(tmp_path, orientation):
+    """As the EXIF standard words it: where row 0 and column 0 of the stored image are."""
+    upright = GRAY.reshape(28, 28)
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].T,
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / "a.png", np.ascontiguousarray(stored), exif=exif)
+    np.testing.assert_array_equal(decode(path, (28, 28, 1))[0][..., 0], upright)
+
+
+def test_broken_exif_does_not_cost_the_image(tmp_path):
+    path = saved(tmp_path / "a.png", GRAY, exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    np.testing.assert_array_equal(decode(path, (28, 28, 1))[0][..., 0], GRAY)
+
+
+def test_the_first_of_several_frames(tmp_path):
+    frames = [Image.fromarray(np.full((28, 28), v, np.uint8)) for v in (10, 200)]
+    for ending in ("gif", "tif"):
+        frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:])
+        assert np.unique(decode(tmp_path / f"a.{ending}", (28, 28, 1))[0]).tolist() == [10]
+
+
+def _encoded(ending, pixels=SMOOTH):
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, ending)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "not an image"),
+        (b"hello", "not an image"),
+        (_encoded("png", np.dstack([GRAY] * 3))[:-60], "truncated"),
+        (_encoded("jpeg")[:-60], "truncated"),
+        (_encoded("jpeg")[:400], "Truncated"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    ],
+)
+def test_damaged_files_are_unreadable(tmp_path, data, said):
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    with pytest.raises(Unreadable, match=said):
+        decode(path, (28, 28, 3))
+
+
+def test_files_that_can_not_be_used(tmp_path, monkeypatch):
+    with pytest.raises(Unreadable, match="not a file"):
+        decode(tmp_path / "missing.png", (28, 28, 1))
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(Unreadable, match="not a file"):
+        decode(tmp_path / "pipe.png", (28, 28, 1))
+    Image.fromarray(GRAY.astype(np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(Unreadable, match="floats, whose range is not known"):
+        decode(tmp_path / "f.tif", (28, 28, 1))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 28 * 28 - 1)
+    saved(tmp_path / "bomb.png", GRAY)
+    with pytest.raises(UserError, match="channels; image files have 1, 3 or 4"):
+        list(stream(tmp_path, ["bomb.png"], (28, 28, 2)))
+    (chunk,) = stream(tmp_path, ["bomb.png"], (28, 28, 1))
+    assert chunk.unreadable == [("bomb.png", "more than 783 pixels")]
+    assert chunk.images.shape == (0, 28, 28, 1)
+
+
+def test_random_damage_never_ends_the_stream(tmp_path):
+    names = []
+    for i in range(90):
+        ending = ("png", "jpeg", "gif", "tiff", "bmp", "webp")[i % 6]
+        data = bytearray(_encoded(ending))
+        for at in RNG.integers(0, len(data), 1 + i % 9):
+            data[at] = RNG.integers(256)
+        names.append(f"{i:02d}.{ending}")
+        (tmp_path / names[-1]).write_bytes(data)
+    chunks = list(stream(tmp_path, names, (28, 28, 3)))
+    told = [name for chunk in chunks for name in chunk.names]
+    told += [name for chunk in chunks for name, reason in chunk.unreadable if reason]
+    assert sorted(told) == names
+
+
+def test_which_files_are_images(tmp_path):
+    for name in ("b.png", "a.JPG", "sub/deep/c.jpeg", "sub.png/d.gif", "é ü,\n.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    for name in (".hidden.png", "notes.txt", "scores.csv", "LICENSE", "x.eps", ".git/e.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = find(tmp_path)
+    assert found.names == ["a.JPG", "b.png", "sub.png/d.gif", "sub/deep/c.jpeg", "é ü,\n.png"]
+    assert found.others == 5  # what is in hidden folders is not looked at
+    with pytest.raises(UserError, match="nothing does not exist; give one with images"):
+        find(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"b\.png is not a folder"):
+        find(tmp_path / "b.png")
+
+
+def test_the_order_is_kept_and_decoding_stays_a_little_ahead(tmp_path, monkeypatch):
+    names = [f"{i:04d}.png" for i in range(2000)]
+    started, lock = [], threading.Lock()
+
+    def stand_in(path, image_shape):
+        number = int(path.stem)
+        with lock:
+            started.append(number)
+        if number % 64 == 0:
+            time.sleep(0.002)  # the next chunks overtake this one
+        return np.full(image_shape, number % 256, np.uint8), False
+
+    monkeypatch.setattr(folder, "decode", stand_in)
+    monkeypatch.setattr(folder, "_SMALL", 0)
+    seen, ahead = [], 0
+    for chunk in stream(tmp_path, names, (2, 2, 1), workers=3):
+        seen += chunk.names
+        np.testing.assert_array_equal(
+            chunk.images[:, 0, 0, 0], [int(n[:4]) % 256 for n in chunk.names]
+        )
+        with lock:
+            ahead = max(ahead, len(started) - len(seen))
+    assert seen == names
+    assert 0 < ahead <= 4 * 3 * 32
+    partial = stream(tmp_path, names, (2, 2, 1), workers=3)
+    next(partial)
+    partial.close()
+    time.sleep(0.05)
+    with lock:
+        assert len(started) < 2000 + 20 * 32  # closing the stream stops the decoding
