@@ -49,7 +49,7 @@ def parse(suite: str, cases: Mapping[str, Case], argv: Sequence[str]) -> Plan:
     for case in chosen:
         if case not in cases:
             raise UserError(f"case '{case}' is unknown; known: {', '.join(cases)}")
-    base = _with_overrides(_load(args.config), overrides)
+    base = _with_overrides(load_config(args.config), overrides)
     return Plan(base, [int(s) for s in args.seeds.split(",")], chosen, args.workdir)
 
 
@@ -130,7 +130,8 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in everything)
 
 
-def _load(path: Path) -> Config:
+def load_config(path: Path) -> Config:
+    """The config of a file, validated."""
     from oal_jax.main import parse
 
     return parse(["run", f"--config={path}"]).config

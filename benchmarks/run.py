@@ -20,7 +20,7 @@ from oal_jax import artifacts
 from oal_jax.errors import UserError
 from oal_jax.main import guard
 
-SUITES = ("ablation", "methods", "scores")
+SUITES = ("ablation", "folder", "methods", "middle_stage", "scores", "step")
 
 
 def row(
@@ -65,9 +65,12 @@ def main(argv: Sequence[str]) -> None:
     if args.suite not in SUITES:
         near = difflib.get_close_matches(args.suite, SUITES, n=1, cutoff=0.0)
         raise UserError(f"suite '{args.suite}' is unknown; nearest: '{near[0]}'")
-    rows = import_module(f"benchmarks.{args.suite}").run(rest)
+    suite = import_module(f"benchmarks.{args.suite}")
+    rows = suite.run(rest)
     artifacts.write_bytes(args.output, (json.dumps(rows, indent=1) + "\n").encode())
     print(f"{len(rows)} rows: {args.output}")
+    if hasattr(suite, "draw"):
+        print("pictures:", *suite.draw(rows, args.output))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,43 @@
 """Out-of-distribution detection in JAX.
 
-`load(DIR)` gives the detector of a finished run, `calibrate` makes one of any classifier.
+`load(DIR)` gives the detector of a finished run, `calibrate` makes one of any classifier, and
+`benchmark` says how well post-hoc scores work on any classifier.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from oal_jax.detector import Detector, Result, as_forward, calibrate, load
+    from oal_jax.detector import Detector, Result, calibrate, load
+    from oal_jax.forward import as_forward
+    from oal_jax.own_model import Sets, benchmark, load_sets
 
 __version__ = "0.1.0"
-__all__ = ["Detector", "Result", "as_forward", "calibrate", "load"]
+# Imported on first use, so that `import oal_jax` does not start JAX. No module of the package has
+# one of these names: importing it would put the module in the name's place.
+_HOME = {
+    "Detector": "detector",
+    "Result": "detector",
+    "Sets": "own_model",
+    "as_forward": "forward",
+    "benchmark": "own_model",
+    "calibrate": "detector",
+    "load": "detector",
+    "load_sets": "own_model",
+}
+__all__ = [
+    "Detector",
+    "Result",
+    "Sets",
+    "as_forward",
+    "benchmark",
+    "calibrate",
+    "load",
+    "load_sets",
+]
 
 
 def __getattr__(name: str) -> Any:
-    # Looked up when asked for, so that `import oal_jax` does not start JAX.
-    if name in __all__:
-        from oal_jax import detector
-
-        return getattr(detector, name)
-    raise AttributeError(f"module 'oal_jax' has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'oal_jax' has no attribute {name!r}")
+    return getattr(import_module(f"oal_jax.{_HOME[name]}"), name)

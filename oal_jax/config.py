@@ -219,6 +219,7 @@ class Train:
     clip: float = 1.0  # global norm of the gradient; 0: none
     log_every: int = 20  # steps
     checkpoint_every: int = 1  # epochs
+    keep_checkpoints: int = 2  # newest ones on disk; 0: all
 
 
 @dataclass
@@ -252,7 +253,7 @@ class Config:
 
 # The keys of `oal_jax.scores.SCORES`, here so that a config is checked before JAX starts.
 SCORES = (
-    *("msp", "max_logit", "energy", "temperature_scaling", "odin", "gen", "kl_matching"),
+    *("energy", "msp", "max_logit", "temperature_scaling", "odin", "gen", "kl_matching"),
     *("openmax", "gradnorm", "react", "ash_p", "ash_b", "ash_s", "scale", "dice", "she"),
     *("knn", "nnguide", "fdbd", "vim", "residual", "neco", "mahalanobis", "relative_mahalanobis"),
     *("mahalanobis_ensemble", "mood", "mode", "gram"),

@@ -200,6 +200,7 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
             *("data.train_images", "data.shift", "data.image_size"),
             *("teacher.views", "outliers.knn.sigma"),
             *("latents.pictures", "method.outlier_batch", "train.clip", "train.weight_decay"),
+            "train.keep_checkpoints",
         ),
         "be 0 or greater",
         lambda value: value >= 0,

@@ -67,7 +67,7 @@ class Detector:
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        _check_share(self.keep_id)
+        check_share(self.keep_id)
         if self.batch_size < 1:
             raise UserError(f"batch_size must be 1 or more, got {self.batch_size}")
 
@@ -170,7 +170,8 @@ def check_images(images, image_shape: Sequence[int] | None = None) -> np.ndarray
     return images
 
 
-def _check_share(keep_id: float) -> None:
+def check_share(keep_id: float) -> None:
+    """Raises a UserError where no threshold can keep this share."""
     if not 0 < keep_id < 1:
         raise UserError(f"keep_id must lie between 0 and 1, got {keep_id}; for example 0.95")
 
@@ -206,13 +207,13 @@ def calibrate(
         needs, a model in training mode, a NaN.
     """
     made, forward = post_hoc.make(score, **(params or {})), as_forward(forward)
-    images, labels = _check_labelled(train, "train")
-    val_images, val_labels = _check_labelled(validation, "validation", images.shape[1:])
+    images, labels = check_labelled(train, "train")
+    val_images, val_labels = check_labelled(validation, "validation", images.shape[1:])
     if made.fit_on == "validation":
         images, labels = val_images, val_labels
-    _check_rows_are_independent(forward, val_images[:batch_size])
+    check_rows_are_independent(forward, val_images[:batch_size])
     outputs = post_hoc.compute(scaled(forward, images), images, batch_size, made.needs)
-    _check_classes(outputs, labels, class_names)
+    check_classes(outputs, labels, class_names)
     head = None if head is None else Head(*head)
     detector = Detector(
         forward=distributed.replicate(forward, distributed.make_mesh()),
@@ -235,7 +236,8 @@ def _sorted(values, name) -> np.ndarray:
     return np.sort(values)
 
 
-def _check_labelled(given: Labelled, name: str, shape=None) -> tuple[np.ndarray, np.ndarray]:
+def check_labelled(given: Labelled, name: str, shape=None) -> tuple[np.ndarray, np.ndarray]:
+    """Images as `check_images` gives them, and one integer for each; else a UserError."""
     try:
         images, labels = given
     except (TypeError, ValueError):
@@ -251,7 +253,8 @@ def _check_labelled(given: Labelled, name: str, shape=None) -> tuple[np.ndarray,
     return images, labels
 
 
-def _check_classes(outputs: Outputs, labels: np.ndarray, class_names) -> None:
+def check_classes(outputs: Outputs, labels: np.ndarray, class_names=None) -> None:
+    """Raises a UserError where labels or names are not those of the logits."""
     count = outputs.logits.shape[1]
     if labels.min() < 0 or labels.max() >= count:
         raise UserError(
@@ -261,8 +264,8 @@ def _check_classes(outputs: Outputs, labels: np.ndarray, class_names) -> None:
         raise UserError(f"{len(class_names)} class_names for a model of {count} logits")
 
 
-def _check_rows_are_independent(forward: Partial, images: np.ndarray) -> None:
-    """The same images, in another order and among others, must give the same logits."""
+def check_rows_are_independent(forward: Partial, images: np.ndarray) -> None:
+    """Raises a UserError where an image's logits change with its place and its neighbours."""
     half = len(images) // 2
     if not half:
         return
@@ -305,7 +308,7 @@ def load(
     name = score or config.scores[0]
     post_hoc.make(name)  # an unknown name is told before any file is read
     keep_id = config.keep_id if keep_id is None else keep_id
-    _check_share(keep_id)
+    check_share(keep_id)
     _check_finished(context, "train")
     card, forward, head = _classifier(context, name)
     if _is_current(context, "report") and _fitted_file(name) in artifacts.output_hashes(

@@ -1,16 +1,43 @@
 """A classifier of any kind as the function of images that scores work with."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jaxtyping import Array, Float
 
 from oal_jax.errors import UserError
 from oal_jax.scores import FIELDS, Outputs, summarise
+
+
+def make_forward(net: Any, variables: Mapping[str, Any], wanted: Collection[str]) -> Partial:
+    """A model of `oal_jax.models` as a function of float images in [0, 1] to `Outputs`.
+
+    Args:
+      net: a linen module that returns (logits, features) and sows its feature maps.
+      variables: its parameters and batch statistics.
+      wanted: the fields of `Outputs` besides the logits.
+    """
+    return Partial(_bound(net, tuple(sorted(wanted))), variables)
+
+
+# Cached, so that equal models are one function to jit.
+@cache
+def _bound(net, wanted):
+    return partial(_apply, net, wanted)
+
+
+def _apply(net, wanted, variables, images: Float[Array, "n h w c"]) -> Outputs:
+    (logits, features), sown = net.apply(variables, images, train=False, mutable=["maps"])
+    maps = sown.get("maps", {})
+    # stage2 before stage10.
+    ordered = [maps[name][0] for name in sorted(maps, key=lambda name: (len(name), name))]
+    return summarise(logits, features, ordered, wanted)
 
 
 def as_forward(function: Callable) -> Partial:

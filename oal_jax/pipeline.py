@@ -85,17 +85,19 @@ def _hashes(path: Path, wanted: bool) -> dict[str, str]:
     return {str(p.relative_to(path.parent)): artifacts.sha256(p) for p in found}
 
 
+# The ID images: which sets the detector is tested on changes nothing before the evaluation.
+_IMAGES = ("data", "-data.near", "-data.far", "-data.validation", "-data.csid")
 STAGES = (
     Stage(
         "teacher",
-        ("teacher", "-teacher.views", "data", "seed", "smoke"),
+        ("teacher", "-teacher.views", *_IMAGES, "seed", "smoke"),
         (),
         _read_by_method("teacher"),
         _teacher_files,
     ),
     Stage(
         "generator",
-        ("generator", "data", "seed", "smoke", "teacher.width"),
+        ("generator", *_IMAGES, "seed", "smoke", "teacher.width"),
         (),
         _read_by_method("generator"),
         _generator_files,
@@ -103,7 +105,7 @@ STAGES = (
     Stage(
         "features",
         # All of the teacher's: with other heads the same weights are another function.
-        ("data", "teacher", "seed", "smoke"),
+        (*_IMAGES, "teacher", "seed", "smoke"),
         ("teacher",),
         _read_by_method("features"),
         _data_files,
@@ -116,7 +118,7 @@ STAGES = (
     ),
     Stage(
         "latents",
-        ("latents", "-latents.reduction", "data", "seed", "smoke"),
+        ("latents", "-latents.reduction", *_IMAGES, "seed", "smoke"),
         ("outliers", "generator"),
         _read_by_method("latents"),
         _data_files,
@@ -125,7 +127,7 @@ STAGES = (
         "estimate_loss",
         (
             *("method.n_masks", "method.estimate_keep", "train.start"),
-            *("student", "-student.dropout", "data", "seed", "smoke"),
+            *("student", "-student.dropout", *_IMAGES, "seed", "smoke"),
         ),
         (),
         _read_by_method("estimate_loss"),
@@ -134,7 +136,7 @@ STAGES = (
     Stage(
         "train",
         (
-            *("method", "student", "train", "data", "seed", "smoke"),
+            *("method", "student", "train", *_IMAGES, "seed", "smoke"),
             *("outliers", "-outliers.knn", "latents.reduction"),
         ),
         ("teacher", "features", "outliers", "latents", "estimate_loss"),

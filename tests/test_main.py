@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from oal_jax import main
+from oal_jax import config, main
 from oal_jax.config import Config, flatten
 from oal_jax.config_checks import CHOICES, validate
 from oal_jax.errors import UserError
@@ -59,7 +59,17 @@ def refusal(capsys, *arguments, config=FASHION):
         (["--config.evaluation.scores=()"], "evaluation.scores is empty"),
         (
             ["--config.method.name=oak"],
-            "method.name='oak' is not one of ce, kd, oal, pixel, um, umap; nearest",
+            "method.name='oak' is not one of ce, um, umap, logitnorm, vos, npos, oe, energy, poem,"
+            " doe, woods, kd, oal, pixel; nearest: 'oal'",
+        ),
+        (["--config.evaluation.scores=energy,knm"], "scores='knm' is not known; nearest: 'knn'"),
+        (
+            ["--config.method.virtual.neighbour=1001"],
+            "method.virtual.neighbour=1001 must be at most method.virtual.queue=1000",
+        ),
+        (
+            ["--config.method.name=oe", "--config.outliers.images=letters"],
+            "outliers.images='letters' is the far set of the benchmark; train on other images",
         ),
         (["--config.student.depth=19"], "student.depth=19 is not one of 18, 34, 50"),
         (["--config.train.epochs=0"], "train.epochs=0 must be greater than 0"),
@@ -180,6 +190,99 @@ def test_other_forms_of_flags():
     assert values.config.evaluation.scores == ("energy", "knn")
     assert (values.config.train.clip, values.config.seed) == (2.0, -1)
     assert values.workdir == "a-b/c-d"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("energy", "knn"), ("energy", "knn")),
+        (("energy,knn",), ("energy", "knn")),
+        ([" energy , knn", "msp"], ("energy", "knn", "msp")),
+        (("knn,energy,knn", "energy"), ("knn", "energy")),  # the first of each, in order
+        (("all",), config.SCORES),
+        (("vim,all",), ("vim", *(name for name in config.SCORES if name != "vim"))),
+        (("energy,",), ("energy", "")),  # for `validate` to complain of
+        ((), ()),
+    ],
+)
+def test_scores_may_come_in_one_word(given, expected):
+    settings = Config(evaluation=config.Evaluation(scores=given))
+    expanded = config.expand(settings)
+    assert expanded.evaluation.scores == tuple(expected)
+    assert config.expand(expanded) == expanded
+    assert settings.evaluation.scores == given  # what was given stays
+
+
+@pytest.mark.parametrize("scores", ["energy", None, (1,), 3])
+def test_scores_of_another_type_are_left_to_the_checks(scores):
+    settings = Config(evaluation=config.Evaluation(scores=scores))
+    assert config.expand(settings) is settings
+    with pytest.raises(UserError, match="'evaluation.scores' wants a value of type tuple"):
+        validate(config.expand(settings))
+
+
+def test_scores_by_flags_reach_the_run():
+    for text, expected in [
+        ("energy,knn", ("energy", "knn")),
+        ("all", config.SCORES),
+        ("('vim',)", ("vim",)),
+    ]:
+        values = main.parse(["main", f"--config={FASHION}", f"--config.evaluation.scores={text}"])
+        assert config.expand(values.config).evaluation.scores == expected
+
+
+TAUGHT = ("teacher", "features")
+SAMPLED = (*TAUGHT, "generator", "outliers", "latents")
+# Method: the stages before its training; with outliers.images=decoded, where that matters.
+BEFORE = {
+    **{name: ((), ()) for name in ("ce", "logitnorm", "vos", "npos")},
+    **{name: ((), SAMPLED) for name in ("oe", "energy", "poem", "doe")},
+    "woods": (("estimate_loss",), (*SAMPLED, "estimate_loss")),
+    "um": (("estimate_loss",), ("estimate_loss",)),
+    "umap": (("estimate_loss",), ("estimate_loss",)),
+    "kd": (TAUGHT, TAUGHT),
+    "oal": (SAMPLED, SAMPLED),
+    "pixel": (SAMPLED, SAMPLED),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES["method.name"])
+@pytest.mark.parametrize("um", [False, True])
+@pytest.mark.parametrize("constraint", [-1.0, 0.3])
+@pytest.mark.parametrize("decoded", [False, True])
+def test_the_stages_before_the_training(name, um, constraint, decoded):
+    settings = Config(method=config.Method(name=name, um=um, constraint=constraint))
+    settings.outliers.images = "decoded" if decoded else "procedural"
+    expected = [stage for stage in BEFORE[name][decoded] if stage != "estimate_loss"]
+    # woods reads the loss of its start whatever the constraint.
+    if name == "woods" or ((um or name in ("um", "umap")) and constraint < 0):
+        expected.append("estimate_loss")
+    assert list(config.stages_before(settings)) == expected
+    if constraint < 0 and not um:
+        assert tuple(expected) == BEFORE[name][decoded]
+
+
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [
+        ("neighbour", "queue"),
+        ("boundary", "queue"),
+        ("anchors", "boundary"),
+        ("npos_keep", "candidates"),
+        ("keep", "samples"),
+    ],
+)
+def test_sizes_of_virtual_outliers_fit_one_another(small, large):
+    roomy = {"queue": 90, "boundary": 90, "candidates": 90, "samples": 90}
+    tight = {"neighbour": 5, "anchors": 5, "npos_keep": 5, "keep": 5}
+    sizes = roomy | tight | {large: 50, small: 50}
+    if large == "queue":  # it bounds two
+        sizes |= {"boundary": 50}
+    validate(Config(method=config.Method(virtual=config.Virtual(**sizes))))
+    sizes[small] = 51
+    said = f"method.virtual.{small}=51 must be at most method.virtual.{large}=50"
+    with pytest.raises(UserError, match=said):
+        validate(Config(method=config.Method(virtual=config.Virtual(**sizes))))
 
 
 def test_help(capsys):

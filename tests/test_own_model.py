@@ -1,7 +1,12 @@
-"""Detectors of models that this package knows nothing of, on the bundled images."""
+"""Detectors and benchmarks of models, and of images, that this package knows nothing of."""
 
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,7 +20,9 @@ from scipy.special import logsumexp
 import oal_jax
 from oal_jax.data import sources
 from oal_jax.errors import UserError
+from oal_jax.evaluation import format_table
 from oal_jax.evaluation.metrics import auroc
+from oal_jax.scores import GRIDS
 
 WIDTH, CLASSES = 48, 8
 
@@ -47,6 +54,37 @@ class Nnx(nnx.Module):
         features = features_of(images, self.matrix[...])
         logits = features @ self.kernel[...] + self.bias[...][None, :]
         return {"logits": logits, "features": features, "maps": [images]}
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["matrix", "kernel", "bias", "activation"],
+    meta_fields=[],
+)
+@dataclass
+class Module:
+    """A pytree that is called, a function among its leaves: as Equinox's modules are."""
+
+    matrix: Any
+    kernel: Any
+    bias: Any
+    activation: Callable = jax.nn.relu
+
+    def __call__(self, images):
+        x = images.reshape(images.shape[0], -1) - 0.3
+        features = self.activation(x @ self.matrix)
+        return features @ self.kernel + self.bias[None, :], features
+
+
+class Weights(NamedTuple):
+    """The same of arrays alone."""
+
+    matrix: Any
+    kernel: Any
+    bias: Any
+
+    def __call__(self, images):
+        return Module(*self)(images)
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +123,20 @@ def linen_of(own):
     return Partial(Linen().apply, variables)
 
 
-MODELS = {"function": function_of, "linen": linen_of, "nnx": Nnx}
+MODELS = {
+    "function": function_of,
+    "linen": linen_of,
+    "nnx": Nnx,
+    "module": lambda own: Module(own.matrix, *own.head),
+    "named tuple": lambda own: Weights(own.matrix, *own.head),
+}
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("score", ["mahalanobis", "odin"])
+@pytest.mark.parametrize(
+    ("kind", "score"),
+    # Gradients by the image go through a model that is closed over, and through one that is not.
+    [*((kind, "mahalanobis") for kind in MODELS), ("function", "odin"), ("named tuple", "odin")],
+)
 def test_every_kind_of_model(own, kind, score):
     detector = oal_jax.calibrate(
         MODELS[kind](own),
@@ -192,3 +239,199 @@ def test_wrong_arguments_are_told(own, changes, said):
     usual = {"forward": function_of(own), "train": own.train, "validation": own.validation}
     with pytest.raises(UserError, match=said):
         oal_jax.calibrate(**(usual | changes))
+
+
+def test_a_pytree_carries_its_weights_as_arguments(own):
+    held = jax.tree.leaves(oal_jax.as_forward(Weights(own.matrix, *own.head)))
+    assert [leaf.shape for leaf in held] == [(784, WIDTH), (WIDTH, CLASSES), (CLASSES,)]
+    # A function among the leaves cannot be an argument: such a model is closed over, whole.
+    assert not jax.tree.leaves(oal_jax.as_forward(Module(own.matrix, *own.head)))
+
+
+# The benchmark
+
+
+def small(given, count):
+    """The first images of a set, and their labels where it has some."""
+    return tuple(x[:count] for x in given) if isinstance(given, tuple) else given[:count]
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    """A little of every set of the bundled benchmark."""
+    sets = oal_jax.load_sets("fashion", train_images=500)
+    assert len(sets.train[0]) == len(sets.train[1]) == 500
+    assert list(sets.near) == ["sandal", "bag"] and next(iter(sets.far)) == "mnist"
+    assert len(sets.validation_ood) == len(sets.csid) == 5
+    return oal_jax.Sets(
+        *(small(given, 300) for given in sets[:3]),
+        *({name: small(x, 100) for name, x in list(group.items())[:2]} for group in sets[3:]),
+    )
+
+
+def test_the_benchmark_of_the_bundled_sets(own, bundled):
+    result = oal_jax.benchmark(
+        Weights(own.matrix, *own.head),
+        bundled,
+        scores=("energy", "react"),
+        head=own.head,
+        search=True,
+        keep_id=0.9,
+    )
+    rows = {(row.score, row.dataset): row for row in result.rows}
+    names = [*bundled.near, "nearood", *bundled.far, "farood"]
+    assert sorted(rows) == sorted((score, name) for score in ("energy", "react") for name in names)
+    logits, _ = Weights(own.matrix, *own.head)(bundled.test[0] / np.float32(255))
+    energy = -logsumexp(np.float64(logits), axis=1)
+    np.testing.assert_allclose(result.id_scores["energy"], energy, rtol=1e-5)
+    right = 100 * np.mean(np.argmax(logits, axis=1) == bundled.test[1])
+    mnist = result.ood_scores["energy"]["mnist"]
+    assert rows["energy", "mnist"].auroc == pytest.approx(100 * auroc(energy, mnist), abs=1e-3)
+    assert all(row.id_accuracy == pytest.approx(right) for row in result.rows)
+    assert result.params["energy"] == {}  # it has no grid
+    tried = GRIDS["react"]["percentile"]
+    # Chosen on the validation sets: no other value does better there.
+    means = {}
+    for value in tried:
+        again = oal_jax.benchmark(
+            Weights(own.matrix, *own.head),
+            bundled._replace(near={}, far={}, csid={}),
+            scores=("react",),
+            head=own.head,
+            params={"react": {"percentile": value}},
+        )
+        on_validation = np.sort(again.id_val_scores["react"])
+        unknown = again.ood_scores["react"].values()
+        means[value] = np.mean([auroc(on_validation, values) for values in unknown])
+    assert result.params["react"] == {"percentile": max(tried, key=means.get)}
+    assert [row.dataset for row in result.csid_rows[:2]] == list(bundled.csid)
+    full = {(row.score, row.dataset) for row in result.full_spectrum_rows}
+    assert full == set(rows)
+    assert {row.group for row in result.validation_rows} == {"validation"}
+    rejected = np.mean(result.id_val_scores["energy"] > result.thresholds["energy"])
+    assert rejected == pytest.approx(0.1, abs=1 / 300)
+    assert "farood" in format_table(result.rows)
+
+
+@pytest.fixture(scope="module")
+def colours():
+    """Images of 12 x 12 pixels in colour, three classes; and a classifier in closed form."""
+    rng = np.random.default_rng(0)
+    means = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]])
+
+    def images(colour, count=60):
+        drawn = colour + rng.normal(scale=30, size=(count, 12, 12, 3))
+        return np.clip(np.rint(drawn), 0, 255).astype(np.uint8)
+
+    def labelled(brighter=0):
+        labels = np.tile(np.arange(3), 20)
+        return np.concatenate([images(means[c] + brighter, 1) for c in labels]), labels
+
+    train = labelled()
+    pixels = train[0].reshape(60, -1) / 255
+    centres = np.stack([pixels[train[1] == c].mean(0) for c in range(3)])
+    # Linear discriminants of Gaussians of one variance.
+    head = jnp.float32(centres.T), jnp.float32(-0.5 * (centres**2).sum(1))
+    sets = oal_jax.Sets(
+        train=train,
+        validation=labelled(),
+        test=labelled(),
+        near={"yellow": images([150, 150, 40])},
+        far={"black": images([10, 10, 10]), "gray": images([128, 128, 128])},
+        validation_ood={"cyan": images([40, 150, 150])},
+        csid={"brighter": labelled(20)},
+    )
+
+    def forward(images):
+        x = images.reshape(images.shape[0], -1)
+        return {"logits": x @ head[0] + head[1][None, :], "features": x}
+
+    return SimpleNamespace(sets=sets, head=head, forward=forward)
+
+
+def as_floats(given):
+    if isinstance(given, tuple):
+        return given[0] / np.float32(255), given[1]
+    return given / np.float32(255)
+
+
+def test_the_benchmark_of_images_of_ones_own(colours):
+    scores = ("msp", "odin", "react", "mahalanobis", "knn")
+    params = {"knn": {"k": 3}, "mahalanobis": {}}
+    run = partial(oal_jax.benchmark, colours.forward, scores=scores, params=params, batch_size=32)
+    bytes_, floats = (
+        run(sets, head=colours.head)
+        for sets in (
+            colours.sets,
+            oal_jax.Sets(
+                *map(as_floats, colours.sets[:3]),
+                *({name: as_floats(x) for name, x in group.items()} for group in colours.sets[3:]),
+            ),
+        )
+    )
+    for score in scores:
+        np.testing.assert_allclose(bytes_.id_scores[score], floats.id_scores[score], rtol=1e-4)
+        for name, values in bytes_.ood_scores[score].items():
+            again = floats.ood_scores[score][name]
+            np.testing.assert_allclose(values, again, rtol=1e-4, err_msg=f"{score} {name}")
+    assert [row[:3] for row in bytes_.rows] == [row[:3] for row in floats.rows]
+    assert {row.id_accuracy for row in bytes_.rows} == {100.0}
+    assert bytes_.params["knn"] == {"k": 3}
+    # Means of classes that are far apart in 432 dimensions: nothing else lies near any.
+    assert all(row.auroc == 100 for row in bytes_.rows if row.score == "mahalanobis")
+    # The classes, brighter, keep their labels.
+    assert [row.id_accuracy for row in bytes_.csid_rows] == [100.0] * len(scores)
+    assert {row.dataset for row in bytes_.validation_rows} == {"cyan", "valood"}
+
+
+def without_features(images):
+    return images.reshape(images.shape[0], -1)[:, :3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "said"),
+    [
+        ({"far": {"yellow": None}}, {}, "set 'yellow' is in two groups: near and far"),
+        ({"train": (np.zeros((4, 12, 12, 3), np.uint8), [0] * 3)}, {}, "labels of set ID train"),
+        ({"test": (np.zeros((4, 12, 12, 3), np.uint8), [9] * 4)}, {}, "labels are 9 to 9, but the"),
+        ({"validation": np.zeros((4, 12, 12, 3))}, {}, r"validation must be \(images, labels\)"),
+        ({"csid": {"fog": np.zeros((4, 12, 12, 3))}}, {}, r"fog must be \(images, labels\)"),
+        ({"near": {"small": np.zeros((4, 9, 9, 3))}}, {}, r"set small: .* not \(n, 12, 12, 3\)"),
+        ({"near": {"bright": np.full((4, 12, 12, 3), 9.0)}}, {}, r"set bright: .* lie in \[0, 1\]"),
+        ({"near": {"none": np.zeros((0, 12, 12, 3))}}, {}, "set none: no images"),
+        ({"near": {"nearood": np.zeros((4, 12, 12, 3))}}, {}, "'nearood' has the name of a mean"),
+        ({}, {"scores": ("enrgy",)}, "no score called 'enrgy'; did you mean 'energy'"),
+        ({}, {"scores": ("energy", "energy")}, "a score is listed twice"),
+        ({}, {"scores": ("react",)}, "react needs the last linear layer; give head=Head"),
+        ({}, {"params": {"knn": {"k": 3}}}, "parameters for score 'knn', which is not evaluated"),
+        ({}, {"forward": without_features, "scores": ("knn",)}, "the features of ID train are not"),
+        ({}, {"forward": lambda x: x[:, 0, :3, 0] - x.mean()}, "change with the rest of the batch"),
+        ({}, {"forward": lambda x: x[:, 0, :3, 0] / 0}, "set ID train: the logits have NaN"),
+        ({"validation_ood": {}}, {"search": True}, "search=True needs OOD sets to choose on"),
+        ({}, {"keep_id": 1.0}, "keep_id must lie between 0 and 1"),
+        ({}, {"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_is_told_in_one_line(colours, changes, arguments, said):
+    usual = {"forward": colours.forward, "scores": ("energy",)}
+    with pytest.raises(UserError, match=said) as caught:
+        oal_jax.benchmark(sets=colours.sets._replace(**changes), **(usual | arguments))
+    assert "\n" not in str(caught.value)
+
+
+def test_sets_that_are_not_there_are_told():
+    with pytest.raises(UserError, match="has no benchmark"):
+        oal_jax.load_sets("fashon")
+    with pytest.raises(UserError, match="root=/none does not exist"):
+        oal_jax.load_sets("cifar10", source="imglist", root="/none")
+
+
+def test_benchmark_is_the_function_whatever_was_imported_before():
+    code = "import sys, oal_jax; assert 'jax' not in sys.modules; import oal_jax.own_model;"
+    code += "from oal_jax import benchmark, Sets; print(callable(benchmark), Sets._fields[0]);"
+    code += "import pkgutil;"
+    code += "print({m.name for m in pkgutil.iter_modules(oal_jax.__path__)} & set(oal_jax.__all__))"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout.split() == ["True", "train", "set()"]
+    assert set(oal_jax.__all__) == set(oal_jax._HOME)
+    assert all(getattr(oal_jax, name) is not None for name in oal_jax.__all__)

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from oal_jax import main
+from oal_jax.config import METHOD_STAGES, SCORES
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CASES = {
@@ -19,7 +20,16 @@ CASES = {
     "pixel": ["--config.method.name=pixel"],
     "kd": ["--config.method.name=kd"],
     "fresh-teacher-per-step": ["--config.method.name=kd", "--config.teacher.views=0"],
-    "ce": ["--config.method.name=ce"],
+}
+OF_ONE_SCORE = ["--config.evaluation.scores=energy"]
+WITHOUT_TEACHER = {
+    **{name: [f"--config.method.name={name}"] for name in ("logitnorm", "vos", "npos")},
+    **{name: [f"--config.method.name={name}"] for name in ("oe", "energy", "poem", "doe")},
+    "oe-decoded": ["--config.method.name=oe", "--config.outliers.images=decoded"],
+}
+FINE_TUNED = {
+    **{name: [f"--config.method.name={name}"] for name in ("um", "umap", "woods")},
+    "oe-um": ["--config.method.name=oe", "--config.method.um"],
 }
 
 pytestmark = pytest.mark.slow
@@ -41,6 +51,33 @@ def start(workdir: Path, *flags: str, name: str = "fashion.py") -> int:
     return main.guard(main.run, argv)
 
 
+@pytest.fixture(scope="module")
+def trained(runs) -> Path:
+    """A classifier that others start from, evaluated with every score."""
+    assert start(runs / "ce", "--config.method.name=ce", "--config.evaluation.scores=all") == 0
+    return runs / "ce"
+
+
+def read_finished(workdir: Path) -> tuple[list[dict], list[dict]]:
+    """The rows of the table and of the log, both as they must be."""
+    with (workdir / "report" / "ood.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["dataset"] for row in rows} >= {"sandal", "bag", "mnist", "nearood", "farood"}
+    assert all(0 <= float(row["auroc"]) <= 100 for row in rows)
+    assert "http" not in (workdir / "report" / "index.html").read_text()
+    logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(v) for row in logged for k, v in row.items() if k != "stage")
+    return rows, logged
+
+
+def test_the_cases_are_all_methods():
+    flags = [flag for case in (CASES, WITHOUT_TEACHER, FINE_TUNED) for flag in case.values()]
+    named = {
+        f.partition("=")[2] for case in flags for f in case if f.startswith("--config.method.name")
+    }
+    assert named | {"ce", "oal"} == set(METHOD_STAGES)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_method_runs_from_start_to_report(runs, case, capsys):
     first = runs / "mixed"
@@ -48,19 +85,50 @@ def test_a_method_runs_from_start_to_report(runs, case, capsys):
     assert start(runs / case, *CASES[case], *reuse) == 0
     out = capsys.readouterr().out
     assert "nearood" in out and "index.html" in out
-    with (runs / case / "report" / "ood.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert {row["dataset"] for row in rows} >= {"sandal", "bag", "mnist", "nearood", "farood"}
-    assert all(0 <= float(row["auroc"]) <= 100 for row in rows)
-    page = (runs / case / "report" / "index.html").read_text()
-    assert "http" not in page
-    lines = (runs / case / "metrics.jsonl").read_text().splitlines()
-    logged = [json.loads(line) for line in lines]
-    assert all(np.isfinite(v) for row in logged for k, v in row.items() if k != "stage")
+    _, logged = read_finished(runs / case)
     if case == "reference":
         last = logged[-1]
         # The estimate pulls, its mean over all pairings does not.
         assert last["club_gradient_outlier"] > 100 * last["club_expected_gradient_outlier"]
+
+
+def test_every_score_is_computed(trained):
+    rows, _ = read_finished(trained)
+    assert {row["score"] for row in rows} == set(SCORES)
+    detectors = {path.stem for path in (trained / "report" / "detectors").iterdir()}
+    assert detectors == set(SCORES)
+
+
+@pytest.mark.parametrize("case", WITHOUT_TEACHER)
+def test_a_method_without_a_teacher_runs(runs, case):
+    first = runs / "mixed"
+    reuse = [f"--reuse={first}"] if case == "oe-decoded" and first.exists() else []
+    assert start(runs / case, *WITHOUT_TEACHER[case], *OF_ONE_SCORE, *reuse) == 0
+    _, logged = read_finished(runs / case)
+    assert logged[-1]["step"] == 4 and logged[0]["loss"] > 0
+    assert (runs / case / "latents").exists() == (case == "oe-decoded")
+
+
+@pytest.mark.parametrize("case", FINE_TUNED)
+def test_a_method_goes_on_from_a_trained_model(runs, trained, case):
+    flags = [*FINE_TUNED[case], *OF_ONE_SCORE, f"--config.train.start={trained}"]
+    assert start(runs / case, *flags) == 0
+    _, logged = read_finished(runs / case)
+    assert (runs / case / "estimate_loss" / "constraint.json").exists()
+    assert ("constraint" in logged[-1]) == (case != "woods")
+    before, after = (load_file(d / "train" / "student.safetensors") for d in (trained, runs / case))
+    kernel = "params.student.conv1.kernel"
+    if case == "umap":  # the weights stay or go
+        kept = after[kernel] != 0
+        assert 0.75 < kept.mean() < 0.85
+        np.testing.assert_array_equal(after[kernel][kept], before[kernel][kept])
+    else:
+        assert (after[kernel] != before[kernel]).any()
+
+
+def test_a_fine_tuning_without_a_start_is_told(runs, capsys):
+    assert start(runs / "no-start", "--config.method.name=um") == 2
+    assert "goes on from a trained model: give train.start" in capsys.readouterr().err
 
 
 def test_outliers_and_latents_are_as_documented(runs):
@@ -85,13 +153,13 @@ def test_teacher_and_generator_train_in_their_stages(runs):
     assert (runs / "trained/generator/stable_diffusion/unet/config.json").exists()
 
 
-def test_the_reference_starts_from_another_runs_student(runs):
-    flags = [f"--config.train.start={runs / 'ce'}", "--config.latents.steps=4"]
+def test_the_reference_starts_from_another_runs_student(runs, trained):
+    flags = [f"--config.train.start={trained}", "--config.latents.steps=4"]
     assert start(runs / "official", *flags, name="fashion_reference.py") == 0
     assert load_file(runs / "official" / "train" / "student.safetensors")
 
 
-def test_a_start_of_another_size_is_told(runs, capsys):
-    flags = [f"--config.train.start={runs / 'ce'}", "--config.method.name=ce"]
+def test_a_start_of_another_size_is_told(runs, trained, capsys):
+    flags = [f"--config.train.start={trained}", "--config.method.name=ce"]
     assert start(runs / "deep", *flags, "--config.student.depth=34") == 2
     assert "another size" in capsys.readouterr().err

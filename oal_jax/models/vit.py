@@ -5,19 +5,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from oal_jax.models.conv import sow_map
 from oal_jax.models.normalise import normalise
+
+# What the head reads: the class token after the last norm, the mean of the other tokens after it,
+# or the norm of their mean (timm's `fc_norm`).
+POOLS = ("token", "norm_mean", "mean_norm")
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values."""
 
     heads: int
+    qkv_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """Every token attends to all tokens of its image."""
         b, n, d = x.shape
-        qkv = nn.Dense(3 * d, name="qkv")(x).reshape(b, n, 3, self.heads, d // self.heads)
+        qkv = nn.Dense(3 * d, use_bias=self.qkv_bias, name="qkv")(x)
+        qkv = qkv.reshape(b, n, 3, self.heads, d // self.heads)
         # Heads beside the batch: a batched matrix product, several times faster on CPU than the
         # contraction with the heads in the middle.
         q, k, v = jnp.transpose(qkv, (2, 0, 3, 1, 4))
@@ -27,26 +34,40 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then a GELU MLP, each with a residual."""
+    """Pre-norm transformer block: attention, then a GELU MLP, each with a residual.
+
+    `layer_scale` multiplies what is added, channel by channel (arXiv 2103.17239).
+    """
 
     heads: int
     mlp_ratio: float
+    qkv_bias: bool = True
+    layer_scale: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """Tokens to tokens of the same shape."""
         d = x.shape[-1]
-        x = x + Attention(self.heads, name="attn")(nn.LayerNorm(epsilon=1e-6, name="norm1")(x))
+        h = nn.LayerNorm(epsilon=1e-6, name="norm1")(x)
+        x = x + self._scaled("ls1", Attention(self.heads, self.qkv_bias, name="attn")(h))
         h = nn.LayerNorm(epsilon=1e-6, name="norm2")(x)
         h = nn.Dense(int(d * self.mlp_ratio), name="mlp_fc1")(h)
         h = nn.Dense(d, name="mlp_fc2")(nn.gelu(h, approximate=False))
-        return x + h
+        return x + self._scaled("ls2", h)
+
+    def _scaled(self, name: str, h: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        if not self.layer_scale:
+            return h
+        gamma = self.param(f"{name}_gamma", nn.initializers.constant(1e-5), h.shape[-1:])
+        return h * gamma[None, None]
 
 
 class VisionTransformer(nn.Module):
     """Images in [0, 1] to (logits, features); features are the CLS token after the last norm.
 
     `mean` and `std` (a value a channel) normalise the input, so that callers never have to.
+    `pool`, one of `POOLS`, gives other features; only "token" needs a `class_token`. Maps are sown
+    as `maps`: stage0 is the grid of embedded patches, then a map a block; no class token in them.
     """
 
     num_classes: int
@@ -57,6 +78,10 @@ class VisionTransformer(nn.Module):
     mlp_ratio: float = 4.0
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
+    qkv_bias: bool = True
+    layer_scale: bool = False
+    class_token: bool = True
+    pool: str = "token"
 
     @nn.compact
     def __call__(
@@ -65,17 +90,28 @@ class VisionTransformer(nn.Module):
         """`train` is there for the classifiers' common form: no dropout, no batch statistics."""
         del train
         b, h, w, c = images.shape
-        p = self.patch
+        p, first = self.patch, int(self.class_token)
         x = normalise(images, self.mean, self.std)
         # A convolution with stride = kernel is a matrix product of flattened patches; the
         # product is several times faster in XLA's CPU backend, gradients above all.
         x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
         x = nn.Dense(self.width, name="patch_embed")(x.reshape(b, -1, p * p * c))
-        cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        x = jnp.concatenate([jnp.broadcast_to(cls, (b, 1, self.width)), x], axis=1)
+        if self.class_token:
+            cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
+            x = jnp.concatenate([jnp.broadcast_to(cls, (b, 1, self.width)), x], axis=1)
         x = x + self.param("pos_embed", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
+        grid = (b, h // p, w // p, self.width)
+        sow_map(self, 0, x[:, first:].reshape(grid))
         for i in range(self.depth):
-            x = Block(self.heads, self.mlp_ratio, name=f"blocks_{i}")(x)
-        # Only the CLS row is read after this point, so only it is normalised.
-        features = nn.LayerNorm(epsilon=1e-6, name="norm")(x[:, 0])
+            x = Block(
+                self.heads, self.mlp_ratio, self.qkv_bias, self.layer_scale, name=f"blocks_{i}"
+            )(x)
+            sow_map(self, i + 1, x[:, first:].reshape(grid))
+        norm = nn.LayerNorm(epsilon=1e-6, name="norm")
+        if self.pool == "token":
+            features = norm(x[:, 0])  # nothing else is read, so nothing else is normalised
+        elif self.pool == "norm_mean":
+            features = jnp.mean(norm(x)[:, first:], axis=1)
+        else:
+            features = norm(jnp.mean(x[:, first:], axis=1))
         return nn.Dense(self.num_classes, name="head")(features), features

@@ -37,10 +37,15 @@ def outlier_images(context: Context) -> np.ndarray:
     """The images of the set `outliers.images`.
 
     Raises:
-      UserError: they have another shape than the ID images, or are some of them.
+      UserError: there is no such set, or its images have another shape than the ID images, or are
+        some of them.
     """
     name = context.config.outliers.images
-    found, data = context.images("train", name), context.train_images()
+    data = context.train_images()
+    try:
+        found = context.images("train", name)
+    except UserError as error:
+        raise UserError(f"config outliers.images='{name}': {error}") from None
     if found.images.shape[1:] != data.images.shape[1:]:
         raise UserError(
             f"config outliers.images='{name}': its images have shape {found.images.shape[1:]},"
@@ -106,10 +111,11 @@ def make_batches(context: Context, arrays: dict[str, Any], net: Any) -> loop.Mak
         # The same rows for `outlier` and `outlier_latent` would be a pairing; draw them apart.
         rows = jax.random.choice(at_step(key, name, step), size, (count,), replace=size < count)
         drawn = arrays[name][rows]
-        if contents[name] not in _AUGMENTED:
-            return drawn
-        views = jnp.broadcast_to(step, rows.shape)
-        return augment(named(key, name), drawn, rows, views, shift=data.shift, flip=data.flip)
+        if contents[name] in _AUGMENTED:
+            views = jnp.broadcast_to(step, rows.shape)
+            return augment(named(key, name), drawn, rows, views, shift=data.shift, flip=data.flip)
+        # Features and latents stay as they are; decoded latents are images.
+        return to_unit(drawn) if drawn.dtype == jnp.uint8 else drawn
 
     def outliers_of(kind, step, arrays, name, count, draw):
         if kind == "random":
@@ -156,7 +162,7 @@ def make_batches(context: Context, arrays: dict[str, Any], net: Any) -> loop.Mak
             )
         if not energy:
             for name in contents:
-                batch[name] = to_unit(pool(step, arrays, name, count * per_image))
+                batch[name] = pool(step, arrays, name, count * per_image)
         if "wild_image" in batch:
             is_outlier = jax.random.bernoulli(
                 at_step(key, "wild", step), config.method.wild.share, (count, 1, 1, 1)

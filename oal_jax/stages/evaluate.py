@@ -1,19 +1,18 @@
 """Stage `evaluate`: the student's outputs on every set, once, for all scores."""
 
-from collections.abc import Collection, Mapping
-from functools import cache, partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Float
 
 from oal_jax import artifacts
 from oal_jax import scores as post_hoc
 from oal_jax.data.sources import ImageSet
 from oal_jax.evaluation.protocol import Inputs
+from oal_jax.forward import make_forward
 from oal_jax.scores import Head, Outputs
 from oal_jax.stages import train
 from oal_jax.stages.context import Context
@@ -83,29 +82,6 @@ def inputs(context: Context) -> Sets:
         head=Head(*(np.asarray(variables["params"]["fc"][k]) for k in ("kernel", "bias"))),
         forward=make_forward(net, variables, post_hoc.FIELDS),
     )
-
-
-def make_forward(net: Any, variables: Mapping[str, Any], wanted: Collection[str]) -> Partial:
-    """A model of `oal_jax.models` as a function of float images in [0, 1] to `Outputs`.
-
-    Args:
-      net: a linen module that returns (logits, features) and sows its feature maps.
-      variables: its parameters and batch statistics.
-      wanted: the fields of `Outputs` besides the logits.
-    """
-    return Partial(_bound(net, tuple(sorted(wanted))), variables)
-
-
-# Cached, so that equal models are one function to jit.
-@cache
-def _bound(net, wanted):
-    return partial(_apply, net, wanted)
-
-
-def _apply(net, wanted, variables, images: Float[Array, "n h w c"]) -> Outputs:
-    (logits, features), sown = net.apply(variables, images, train=False, mutable=["maps"])
-    maps = [sown["maps"][name][0] for name in sorted(sown.get("maps", {}))]
-    return post_hoc.summarise(logits, features, maps, wanted)
 
 
 def _from_uint8(forward: Partial) -> Partial:

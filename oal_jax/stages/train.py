@@ -27,6 +27,7 @@ from oal_jax.training.optimizer import grouped_sgd
 from oal_jax.training.state import TrainState, init_state, make_train_step
 
 STUDENT = "student.safetensors"
+CHECKPOINTS = "checkpoints"
 CLASSIFIER = "classifier.json"
 CONSTRAINT = "constraint.json"  # of stage `estimate_loss`
 
@@ -129,7 +130,8 @@ def run(context: Context) -> list[Path]:
         batches.make_batches(context, arrays, teacher.model(config, len(data.class_names))),
         plan,
         workdir=context.workdir,
-        directory=directory / "checkpoints",
+        directory=directory / CHECKPOINTS,
+        keep=config.train.keep_checkpoints,
         name="train",
         evaluate=evaluate,
         key=key,

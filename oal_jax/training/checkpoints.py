@@ -18,14 +18,21 @@ from oal_jax.errors import UserError
 _LOGGER = logging.getLogger("absl")
 
 
+class _Damaged(Exception):
+    """A checkpoint cannot be read; the message is the reason, one line."""
+
+
 class Checkpoints:
-    """The last few states of one run in a directory of their own."""
+    """The last few states of one run, or all, in a directory of their own."""
 
     def __init__(self, directory: Path, keep: int = 2):
-        """Open (and create) `directory`; leftovers of an interrupted save are deleted."""
+        """Open (and create) `directory`; leftovers of an interrupted save are deleted.
+
+        Of the checkpoints the newest `keep` stay, 0 for all.
+        """
         self.directory = directory.absolute()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, cleanup_tmp_directories=True
+            max_to_keep=keep or None, create=True, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._until_closed = ExitStack()
@@ -39,6 +46,10 @@ class Checkpoints:
         """Step of the newest checkpoint, if there is one."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, the oldest first."""
+        return sorted(self._manager.all_steps())
+
     def restore(self, like: Any) -> Any | None:
         """The newest state that can be read whole, placed and sharded as `like`; None if none is.
 
@@ -47,14 +58,12 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and none of them can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        steps = self.steps()
         damaged = []
-        for step in steps:
+        for step in reversed(steps):
             try:
-                state = self._manager.restore(step, args=ocp.args.StandardRestore(target))
-            except Exception as error:  # Orbax and TensorStore raise many kinds
-                reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+                state = self._read(step, like)
+            except _Damaged as reason:
                 _LOGGER.warning("checkpoint %d is damaged, trying the one before: %s", step, reason)
                 damaged.append(step)
                 continue
@@ -67,6 +76,32 @@ class Checkpoints:
                 " train this stage from its start"
             )
         return None
+
+    def restore_step(self, step: int, like: Any) -> Any:
+        """The state of one step, placed and sharded as `like`.
+
+        Raises:
+          UserError: there is no checkpoint of that step, or it cannot be read.
+        """
+        steps = self.steps()
+        if step not in steps:
+            there = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"{self.directory} has no checkpoint of step {step}; it has: {there}")
+        try:
+            return self._read(step, like)
+        except _Damaged as reason:
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} is damaged ({reason}); delete the"
+                " directory of its stage to train it from its start"
+            ) from None
+
+    def _read(self, step: int, like: Any) -> Any:
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+            raise _Damaged(reason) from None
 
     def close(self) -> None:
         """Wait for writes that are under way, then let go of the directory."""

@@ -20,15 +20,16 @@ def train(
     workdir: Path,
     directory: Path,
     name: str,
+    keep: int = 2,
     evaluate: Callable[[Any], Mapping[str, float]] | None = None,
     **options: Any,
 ) -> Any:
     """`loop.fit` with checkpoints below `directory` and the log of `workdir`; the last state.
 
     Order of resumption: this run's own newest checkpoint that can be read, else `fresh`.
-    `options` go to `loop.fit`.
+    The newest `keep` checkpoints stay, 0 for all. `options` go to `loop.fit`.
     """
-    with closing(Checkpoints(directory)) as checkpoints:
+    with closing(Checkpoints(directory, keep)) as checkpoints:
         state = checkpoints.restore(fresh)
         state = fresh if state is None else state
         with closing(MetricsLog(workdir, name, int(state.step))) as log:

@@ -3,19 +3,23 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from oal_jax import scores as post_hoc
 from oal_jax.data import sources
 from oal_jax.data.benchmarks import resolve
-from oal_jax.detector import check_images
+from oal_jax.detector import (
+    Labelled,
+    check_classes,
+    check_images,
+    check_labelled,
+    check_rows_are_independent,
+    check_share,
+)
 from oal_jax.errors import UserError
 from oal_jax.evaluation import protocol
 from oal_jax.evaluation.protocol import Evaluation, Inputs
 from oal_jax.evaluation.search import search as search_parameters
 from oal_jax.forward import as_forward, scaled
-
-Labelled = tuple[Any, Any]  # images, labels
+from oal_jax.scores.outputs import check as check_outputs
 
 
 class Sets(NamedTuple):
@@ -95,7 +99,8 @@ def benchmark(
       scores: keys of `scores.SCORES`.
       head: (kernel (d, c), bias (c,)) of the last linear layer, for scores that ask for it.
       params: parameters of scores, by score name.
-      search: choose the parameters of scores with a grid on `sets.validation_ood`.
+      search: choose the parameters of scores that have a grid, and none in `params`, on
+        `sets.validation_ood`.
       keep_id: share of ID validation images that a threshold keeps.
       batch_size: images that the model sees at once.
 
@@ -104,50 +109,74 @@ def benchmark(
 
     Raises:
       UserError: wrong images or labels, an unknown score, a model that does not give what a score
-        needs, a NaN.
+        needs, a model in training mode, a NaN.
     """
-    forward = as_forward(forward)
+    check_share(keep_id)
+    if batch_size < 1:
+        raise UserError(f"batch_size must be 1 or more, got {batch_size}")
+    forward, params = as_forward(forward), dict(params or {})
     head = None if head is None else post_hoc.Head(*head)
-    made = [post_hoc.make(name, **(params or {}).get(name, {})) for name in scores]
+    made = [post_hoc.make(name, **params.get(name, {})) for name in scores]
     fields = sorted({field for score in made for field in score.needs})
+    groups = _groups(sets)
+    if search and not sets.validation_ood:
+        raise UserError("search=True needs OOD sets to choose on: give Sets(validation_ood={...})")
 
-    def inputs(name: str, images, labels=None) -> Inputs:
+    train_images, _ = check_labelled(sets.train, "set ID train")
+    shape = train_images.shape[1:]
+    check_rows_are_independent(forward, train_images[:batch_size])
+
+    def labelled(given: Labelled, name: str) -> Inputs:
+        images, labels = check_labelled(given, f"set {name}", shape)
+        found = unlabelled(images, name)
+        check_classes(found.outputs, labels)
+        return found._replace(labels=labels)
+
+    def unlabelled(images, name: str) -> Inputs:
         try:
-            images = check_images(images)
+            images = check_images(images, shape)
+            outputs = post_hoc.compute(scaled(forward, images), images, batch_size, fields)
+            check_outputs(outputs, (), "the {}")
         except UserError as error:
             raise UserError(f"set {name}: {error}") from None
-        if labels is not None and np.shape(labels) != (len(images),):
-            raise UserError(
-                f"set {name} has {len(images)} images but labels of shape {np.shape(labels)}"
-            )
-        outputs = post_hoc.compute(scaled(forward, images), images, batch_size, fields)
-        return Inputs(outputs, lambda: images, None if labels is None else np.asarray(labels))
+        return Inputs(outputs, lambda: images)
 
     id_sets = [
-        inputs(f"ID {name}", *getattr(sets, name)) for name in ("train", "validation", "test")
+        labelled(getattr(sets, name), f"ID {name}") for name in ("train", "validation", "test")
     ]
-    groups, ood = {}, {}
-    for group, members in {
-        "near": sets.near,
-        "far": sets.far,
-        "validation": sets.validation_ood,
-        "csid": sets.csid,
-    }.items():
-        for name, value in members.items():
-            if name in groups:
-                raise UserError(f"set {name!r} is in two groups: {groups[name]} and {group}")
-            groups[name] = group
-            ood[name] = inputs(name, *(value if group == "csid" else (value,)))
+    ood = {
+        name: (labelled if group == protocol.CSID else unlabelled)(given[name], name)
+        for group, given in _members(sets).items()
+        for name in given
+    }
     if search:
         validation = {name: ood[name] for name in sets.validation_ood}
-        grids = {name: post_hoc.GRIDS[name] for name in scores if name in post_hoc.GRIDS}
-        found = {
-            name: search_parameters(
-                name, grid, *id_sets[:2], validation, head, forward, batch_size
-            )[0]
-            for name, grid in grids.items()
-        }
-        params = {**found, **(params or {})}
+        for name in scores:
+            if name in post_hoc.GRIDS and name not in params:
+                params[name], _ = search_parameters(
+                    *(name, post_hoc.GRIDS[name], *id_sets[:2], validation),
+                    *(head, forward, batch_size),
+                )
     return protocol.evaluate(
         scores, *id_sets, ood, groups, head, forward, params, keep_id, batch_size
     )
+
+
+def _members(sets: Sets) -> dict[str, Mapping[str, Any]]:
+    return {
+        "near": sets.near,
+        "far": sets.far,
+        "validation": sets.validation_ood,
+        protocol.CSID: sets.csid,
+    }
+
+
+def _groups(sets: Sets) -> dict[str, str]:
+    """The group of every set that is not ID."""
+    groups: dict[str, str] = {}
+    for group, members in _members(sets).items():
+        for name in members:
+            if name in groups:
+                raise UserError(f"set {name!r} is in two groups: {groups[name]} and {group}")
+            groups[name] = group
+    return groups

@@ -1,0 +1,15 @@
+"""VOS on the embedded data: virtual outliers from class Gaussians in feature space.
+
+python -m oal_jax.main --config configs/fashion_vos.py --workdir runs/fashion_vos
+
+From scratch, as `fashion_ce.py`; what to expect stands in the README, "Training methods".
+"""
+
+from oal_jax.config import Config, Method
+
+
+def get_config() -> Config:
+    """The method's defaults, with the student of `fashion.py`."""
+    config = Config()
+    config.method = Method(name="vos")
+    return config

@@ -1,0 +1,344 @@
+"""Classifiers from other people's weight files, and ours as files that timm and torchvision load.
+
+Known are Vision Transformers (timm's and torchvision's names in safetensors; Google's npz) and
+ResNet-18/34/50 for 224 px and for 32 px (torchvision's, timm's and OpenOOD's names in safetensors).
+What they are is read off names and shapes. Nothing is unpickled and torch isn't needed:
+`python -m oal_jax.pretrained.convert` makes safetensors of a `.ckpt` or `.pth` file.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.tree_util import Partial
+
+from oal_jax import artifacts
+from oal_jax.errors import UserError
+from oal_jax.forward import make_forward
+from oal_jax.models.normalise import Moments, moments
+from oal_jax.models.resnet import ResNet
+from oal_jax.models.vit import VisionTransformer
+from oal_jax.pretrained import resnet, vit
+from oal_jax.pretrained.tensor_files import TensorFile, fit, read
+from oal_jax.scores import FIELDS, Head
+
+_METADATA = "oal_jax"  # key of what a file of ours says of itself
+# OpenOOD's constants for CIFAR-10 and CIFAR-100, by the number of classes.
+_CIFAR: dict[int, Moments] = {
+    10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    100: ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+_HALF: Moments = ((0.5,) * 3, (0.5,) * 3)
+_UNIT: Moments = ((0.0,) * 3, (1.0,) * 3)
+
+
+class Config(NamedTuple):
+    """What a file was found to be."""
+
+    architecture: str  # "resnet18_32x32", "vit_base_patch16_224", ...
+    num_classes: int
+    image_shape: tuple[int, int, int]  # height, width, channels; ResNets take other sizes, too
+    mean: tuple[float, ...]  # of pixels in [0, 1]: the network subtracts it itself
+    std: tuple[float, ...]
+
+
+class Classifier(NamedTuple):
+    """A network with its weights; `forward` and `head` are what `calibrate` asks for."""
+
+    net: nn.Module
+    variables: dict[str, Any]
+    head: Head
+    forward: Partial  # float images (n, h, w, c) in [0, 1] to `scores.Outputs`
+    config: Config
+
+
+def load_classifier(
+    path: str | Path,
+    architecture: str | None = None,
+    num_classes: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    image_size: int | None = None,
+    *,
+    heads: int | None = None,
+    new_head: jax.Array | None = None,
+) -> Classifier:
+    """A classifier from a `.safetensors` file or from one of Google's `.npz` files.
+
+    Normalisation, where it is not given, is what the file says of itself (as `save_timm` writes
+    it), or `config.json` beside a `model.safetensors`, as timm's repositories have it. Else it goes
+    by the kind: 0.5 for ViTs of timm and Google (0 and 1 for those without a bias in `qkv`, timm's
+    "miil"), ImageNet's for ViTs with layer scale (DINOv2), torchvision's ViTs and ResNets for 224
+    px, OpenOOD's CIFAR constants for ResNets for 32 px of 10 or 100 classes. A file that fits
+    none of these needs `mean` and `std`.
+
+    Args:
+      path: the file.
+      architecture: what it must hold: "resnet18", "resnet18_32x32", "vit_base_patch16_224"; timm's
+        tags (".augreg_in21k") are ignored. None: whatever it holds.
+      num_classes: classes that it must have, or that a new head gets.
+      mean, std: of pixels in [0, 1], a value a channel, or one for all.
+      image_size: height and width of the images. A ViT's position embeddings are resized to it.
+      heads: attention heads of a ViT of unusual width (see `vit.infer`).
+      new_head: a key: the file's head, if it has one, is replaced by a random one.
+
+    Raises:
+      UserError: not such a file; another architecture or number of classes; tensors that are
+        missing, left over or of the wrong shape, listed.
+    """
+    for argument, value in (("num_classes", num_classes), ("image_size", image_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{argument} must be 1 or more, got {value}")
+    file = vit.without_root(read(path))
+    said = _said(file)
+    family, inferred = _infer(file, heads or said.get("heads"))
+    name = family.architecture(inferred)
+    _check_architecture(file, architecture, name)
+    classes, drop = _classes(file, inferred["num_classes"], num_classes, new_head)
+    given = _moments(file, family, inferred, said, mean, std)
+    net = _net(family, inferred | {"num_classes": classes}, given)
+    size = image_size or said.get("image_size") or _file_size(family, inferred)
+    flat = _variables(file, family, inferred, net, drop, name)
+    if new_head is not None:
+        flat |= _new_head(new_head, family.HEAD, net, classes)
+    if family is vit:
+        flat = _resized(file, flat, inferred, size)
+        name = vit.architecture(inferred | {"image_size": size})
+    variables = jax.tree.map(jnp.asarray, unflatten_dict(flat))
+    last = variables["params"][family.HEAD]
+    shape = (size, size, inferred["channels"])
+    return Classifier(
+        net,
+        variables,
+        Head(np.asarray(last["kernel"]), np.asarray(last["bias"])),
+        Partial(_checked(shape, family is vit), make_forward(net, variables, FIELDS)),
+        Config(name, classes, shape, *given),
+    )
+
+
+def _infer(file: TensorFile, heads: int | None) -> tuple[Any, dict[str, Any]]:
+    """The reader of the file's family, and what it reads off the shapes."""
+    if resnet.recognises(file.tensors):
+        return resnet, resnet.infer(file)
+    if vit.kind(file.tensors):
+        return vit, vit.infer(file, heads)
+    raise UserError(
+        f"{file.path}: no ViT and no ResNet by its tensors' names"
+        f" ({', '.join(sorted(file.tensors)[:3])}, ...)"
+    )
+
+
+def _check_architecture(file: TensorFile, wanted: str | None, found: str) -> None:
+    asked = (wanted or found).partition(".")[0]
+    if found != asked and not found.startswith(f"{asked}_"):
+        raise UserError(f"{file.path} holds {found}, not {wanted}")
+
+
+def _classes(file, found: int, wanted: int | None, new_head) -> tuple[int, bool]:
+    """The number of classes, and whether the file's head is left aside."""
+    if new_head is not None:
+        if not (wanted or found):
+            raise UserError(f"{file.path} has no head; give num_classes with new_head")
+        return wanted or found, True
+    if not found:
+        raise UserError(
+            f"{file.path} has no head; give num_classes and new_head=KEY for a random one"
+        )
+    if wanted not in (None, found):
+        raise UserError(
+            f"{file.path} has a head of {found} classes, not {wanted}; give new_head=KEY for a"
+            " random one"
+        )
+    return found, False
+
+
+def _said(file: TensorFile) -> dict[str, Any]:
+    """mean, std, heads and image_size as the file, or timm's `config.json` beside it, has them."""
+    try:
+        if _METADATA in file.metadata:
+            return _typed(json.loads(file.metadata[_METADATA]))
+        card = file.path.with_name("config.json")
+        if file.path.name == "model.safetensors" and card.is_file():
+            found = json.loads(card.read_text("utf-8")).get("pretrained_cfg", {})
+            return _typed({name: found[name] for name in ("mean", "std") if name in found})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file.path}: what is said of it can't be read ({error})") from None
+    return {}
+
+
+def _typed(said: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = {"mean": _floats, "std": _floats, "heads": int, "image_size": int}
+    return {name: kinds[name](said[name]) for name in kinds if said.get(name) is not None}
+
+
+def _floats(values) -> tuple[float, ...]:
+    return tuple(map(float, values))
+
+
+def _moments(file, family, inferred, said, mean, std) -> Moments:
+    if (mean is None) != (std is None):
+        raise UserError("give both of mean and std, or neither")
+    if mean is not None:
+        found = _floats(mean), _floats(std)
+    elif "mean" in said and "std" in said:
+        found = said["mean"], said["std"]
+    else:
+        found = _default_moments(file, family, inferred)
+    channels = inferred["channels"]
+    if found is None or any(len(values) not in (1, channels) for values in found):
+        raise UserError(
+            f"{file.path}: the normalisation of its {channels}-channel images is not known; give"
+            " mean and std"
+        )
+    if not np.isfinite(found).all() or min(found[1]) <= 0:
+        raise UserError(f"{file.path}: mean {found[0]} and std {found[1]} are no normalisation")
+    return found
+
+
+def _default_moments(file: TensorFile, family, inferred: Mapping[str, Any]) -> Moments | None:
+    if family is resnet:
+        cifar = inferred["stem"] == "cifar"
+        return _CIFAR.get(inferred["num_classes"]) if cifar else moments("imagenet")
+    if vit.kind(file.tensors) == "torchvision" or inferred["layer_scale"]:
+        return moments("imagenet")
+    if not inferred["qkv_bias"]:
+        return _UNIT
+    # timm's backbones without a head are normalised in several ways.
+    return _HALF if inferred["num_classes"] else None
+
+
+def _net(family, inferred: Mapping[str, Any], given: Moments) -> nn.Module:
+    module = ResNet if family is resnet else VisionTransformer
+    fields = {name: value for name, value in inferred.items() if name in _FILE_FIELDS[module]}
+    return module(**fields, mean=given[0], std=given[1])
+
+
+_FILE_FIELDS = {
+    ResNet: ("num_classes", "depth", "width", "stem"),
+    VisionTransformer: (
+        "num_classes",
+        "patch",
+        "width",
+        "depth",
+        "heads",
+        "mlp_ratio",
+        "qkv_bias",
+        "layer_scale",
+        "class_token",
+        "pool",
+    ),
+}
+
+
+def _file_size(family, inferred) -> int:
+    return inferred["image_size"] if family is vit else resnet.default_size(inferred)
+
+
+def _variables(file, family, inferred, net, drop_head, name) -> dict[tuple, np.ndarray]:
+    size = _file_size(family, inferred)
+    image = jnp.zeros((1, size, size, inferred["channels"]))
+    expected = jax.eval_shape(partial(net.init, jax.random.key(0)), image)
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(expected).items()}
+    if family is vit:
+        places, of_head = vit.places(shapes, file, inferred)
+        unused = of_head if drop_head else []
+    else:
+        places, unused = resnet.places(shapes, file)
+    if drop_head:
+        head = [path for path in places if path[1] == family.HEAD]
+        unused = [*unused, *(name for path in head for name in places.pop(path).names)]
+    return fit(file, places, unused, name)
+
+
+def _new_head(key, head: str, net, classes: int) -> dict[tuple, np.ndarray]:
+    width = net.feature_width if isinstance(net, ResNet) else net.width
+    kernel = nn.initializers.lecun_normal()(key, (width, classes))
+    bias = np.zeros(classes, np.float32)
+    return {("params", head, "kernel"): kernel, ("params", head, "bias"): bias}
+
+
+def _resized(file, flat, inferred, size: int) -> dict[tuple, np.ndarray]:
+    patch, path = inferred["patch"], ("params", "pos_embed")
+    if size % patch:
+        raise UserError(f"{file.path}: image_size {size} is not a multiple of its {patch} px patch")
+    if size == inferred["image_size"]:
+        return flat
+    resized = vit.resize_positions(flat[path], inferred["class_token"], size // patch)
+    return flat | {path: resized}
+
+
+# Cached, so that equal checks are one function to jit.
+@cache
+def _checked(shape: tuple[int, int, int], fixed_size: bool):
+    return partial(_check_and_run, shape, fixed_size)
+
+
+def _check_and_run(shape, fixed_size, forward, images):
+    wanted = ", ".join(map(str, ("n", *(shape if fixed_size else ("h", "w", shape[2])))))
+    given = images.shape[1:] if fixed_size else images.shape[3:]
+    if images.ndim != 4 or given != (shape if fixed_size else shape[2:]):
+        hint = "; image_size resizes the position embeddings" if fixed_size else ""
+        raise UserError(f"images have shape {images.shape}, the network takes ({wanted}){hint}")
+    return forward(images)
+
+
+def export_timm(
+    params: Mapping[str, Any], batch_stats: Mapping[str, Any] | None, net: nn.Module
+) -> dict[str, np.ndarray]:
+    """A trained ResNet or ViT of `oal_jax.models` as PyTorch tensors by timm's names.
+
+    timm's and torchvision's ResNets and timm's `VisionTransformer` of the same sizes take them with
+    `strict=True`; for the 32 px stem their `conv1` and `maxpool` must be replaced first. Images
+    must be normalised by `net.mean` and `net.std` there, which is no part of the weights.
+
+    Args:
+      params, batch_stats: the variables, as `net.apply` takes them; no batch_stats for a ViT.
+      net: the module.
+
+    Raises:
+      UserError: a stem, or a module, that timm does not have.
+    """
+    variables = {"params": params, "batch_stats": batch_stats or {}}
+    flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(variables).items()}
+    if isinstance(net, ResNet):
+        return resnet.export(flat, net.stem)
+    if isinstance(net, VisionTransformer):
+        return vit.export(flat, net.patch, net.pool)
+    raise UserError(f"a {type(net).__name__} is no ResNet and no VisionTransformer: not for timm")
+
+
+def save_timm(
+    path: str | Path,
+    params: Mapping[str, Any],
+    batch_stats: Mapping[str, Any] | None,
+    net: nn.Module,
+    image_size: int | None = None,
+) -> Path:
+    """`export_timm` as a safetensors file, written whole or not at all.
+
+    The normalisation, the heads and `image_size` go into its metadata, where `load_classifier`
+    finds them.
+
+    Returns:
+      The file.
+
+    Raises:
+      UserError: as `export_timm`; a name that does not end in `.safetensors`.
+    """
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: give a name that ends in .safetensors")
+    tensors = export_timm(params, batch_stats, net)
+    said = {"mean": net.mean, "std": net.std, "image_size": image_size}
+    said |= {"heads": net.heads} if isinstance(net, VisionTransformer) else {}
+    metadata = {"format": "pt", _METADATA: json.dumps(said)}
+    artifacts.write_bytes(path, safetensors.numpy.save(tensors, metadata))
+    return path

@@ -1,0 +1,132 @@
+"""`python -m oal_jax.pretrained.convert --input model.ckpt --output model.safetensors`.
+
+The tensors of a PyTorch checkpoint (`torch.save`: .ckpt, .pt, .pth, .bin) as a safetensors file
+that `load_classifier` reads. The only place that reads such files, with `weights_only=True`: a file
+that holds more than tensors and plain values is refused. Needs torch. Exit codes as those of
+`oal_jax.main`.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from oal_jax.errors import UserError
+from oal_jax.main import guard
+
+# Modules that wrap the network, one name of which is before every tensor's.
+_WRAPPERS = ("module", "_orig_mod", "model", "net")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Instead of printing the usage and leaving."""
+        raise UserError(f"{message}; see --help")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse the arguments, convert, print a line about it."""
+    parser = _Parser("oal_jax.pretrained.convert", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--input", type=Path, required=True, help="file of torch.save")
+    parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
+    parser.add_argument("--key", help="entry with the tensors, where the file has several")
+    args = parser.parse_args(argv[1:])
+    tensors = convert(args.input, args.output, args.key)
+    size = args.output.stat().st_size / 1e6
+    print(f"{len(tensors)} tensors, {size:.1f} MB: {args.output}")
+
+
+def convert(source: Path, target: Path, key: str | None = None) -> dict[str, np.ndarray]:
+    """Writes the tensors of `source` to `target`, whole or not at all; returns them.
+
+    Names that all begin with a wrapper's ("module.", of `DataParallel`) lose it.
+
+    Args:
+      source: a file of `torch.save`.
+      target: ends in `.safetensors`; replaced where it is there.
+      key: the entry that holds the tensors, where there are several.
+
+    Raises:
+      UserError: torch is missing, no such file, a file that can't be read with
+        `weights_only=True`, no tensors in it or several lots of them.
+    """
+    from oal_jax import artifacts
+
+    if target.suffix != ".safetensors":
+        raise UserError(f"--output {target} must end in .safetensors")
+    state = _state_dict(source, _load(source), key)
+    tensors = {name: _array(tensor) for name, tensor in _unwrapped(state).items()}
+    try:
+        artifacts.write_tensors(target, tensors)
+    except OSError as error:
+        raise UserError(f"--output {target} can't be written ({error.strerror})") from None
+    return tensors
+
+
+def _load(source: Path) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            "converting a PyTorch checkpoint needs torch; pip install torch, or convert the file"
+            " where torch is"
+        ) from None
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"--input {source} can't be read ({error.strerror or error})") from None
+    except Exception as error:  # damaged files raise many unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--input {source} is damaged, or holds more than tensors ({reason[:160]}); where it"
+            " was made, save model.state_dict() alone"
+        ) from None
+
+
+def _state_dict(source: Path, content: Any, key: str | None) -> Mapping[str, Any]:
+    """The tensors by name: the file itself, or the one entry of it that is such a dict."""
+    if key is not None:
+        if not isinstance(content, Mapping) or not _is_state(content.get(key)):
+            raise UserError(f"--input {source} has no tensors by name under --key {key}")
+        return content[key]
+    if _is_state(content):
+        return content
+    entries = content.items() if isinstance(content, Mapping) else ()
+    found = {str(name): value for name, value in entries if _is_state(value)}
+    if not found:
+        raise UserError(f"--input {source} is no state dict: it holds no tensors by name")
+    if len(found) > 1:
+        raise UserError(f"--input {source} has tensors under {', '.join(found)}; give one as --key")
+    return next(iter(found.values()))
+
+
+def _is_state(value: Any) -> bool:
+    import torch
+
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items())
+    )
+
+
+def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    for wrapper in _WRAPPERS:
+        if all(name.startswith(f"{wrapper}.") for name in state):
+            return _unwrapped({n.removeprefix(f"{wrapper}."): v for n, v in state.items()})
+    return state
+
+
+def _array(tensor: Any) -> np.ndarray:
+    import torch
+
+    tensor = tensor.detach()
+    # NumPy has no bfloat16; float32 holds each of its values.
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
+
+
+if __name__ == "__main__":
+    sys.exit(guard(run, sys.argv))
