@@ -98,7 +98,8 @@ class Latents:
     injection: str = "all_pieces"  # or first_piece: only the first BPE piece, as the reference
     reduction: str = "channel_height_mean"  # of a latent, for the CLUB term
     chunk: int = 200  # latents sampled at once: bounds the memory
-    pictures: int = 8  # latents a class that are decoded for the report (and all for `pixel`)
+    # Latents a class that are decoded for the report (all, where a method trains on the images).
+    pictures: int = 8
 
 
 @dataclass
@@ -268,7 +269,7 @@ METHOD_STAGES = {
     **dict.fromkeys(("oal", "pixel"), (*_TEACHER, *_SAMPLED)),
 }
 EXPOSED = ("oe", "energy", "poem", "doe", "woods")  # those that read outliers.images
-DECODED = "decoded"
+DECODED, PROCEDURAL = "decoded", "procedural"  # values of outliers.images
 
 
 def expand(config: Config) -> Config:

@@ -10,6 +10,7 @@ from oal_jax.config import (
     DECODED,
     EXPOSED,
     METHOD_STAGES,
+    PROCEDURAL,
     SCORES,
     Config,
     Student,
@@ -119,6 +120,11 @@ def _check_outliers(config: Config) -> None:
     m, images = config.method, config.outliers.images
     if m.name in EXPOSED and images != DECODED:
         data = config.data
+        if images == PROCEDURAL and data.source != "bundled":
+            raise UserError(
+                f"config outliers.images='{images}' is drawn for the bundled sets alone; give an"
+                f" image set of data.source='{data.source}'"
+            )
         benchmark = resolve(data.id_set, data.near, data.far, data.validation, data.csid)
         for group, names in benchmark._asdict().items():
             if images == names or (group != "id_set" and images in names):

@@ -136,7 +136,7 @@ STAGES = (
     Stage(
         "train",
         (
-            *("method", "student", "train", *_IMAGES, "seed", "smoke"),
+            *("method", "student", "train", "-train.keep_checkpoints", *_IMAGES, "seed", "smoke"),
             *("outliers", "-outliers.knn", "latents.reduction"),
         ),
         ("teacher", "features", "outliers", "latents", "estimate_loss"),

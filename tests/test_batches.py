@@ -239,3 +239,11 @@ def test_sets_of_the_benchmark_are_no_outlier_images(name, images, group):
     if group == "far":
         settings.data.far = ("letters",)
         validate(settings)
+
+
+def test_procedural_images_are_for_the_bundled_sets():
+    settings = Config(method=Method(name="oe"))
+    settings.data.source, settings.data.root = "folder", "somewhere"
+    assert "drawn for the bundled sets alone" in refusal(validate, settings)
+    settings.outliers.images = "textures"
+    validate(settings)

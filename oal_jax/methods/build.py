@@ -55,7 +55,7 @@ class Recipe(NamedTuple):
     Attributes:
       build: the method of the parts.
       teacher: whether the batches hold the teacher's outputs.
-      arrays: of a config, the name in the batch to the content, a key of `stages.train.READERS`.
+      arrays: of a config, the name in the batch to the content, a key of `stages.batches.READERS`.
       outliers_per_image: of a config, how many outliers a batch holds for each of its images.
     """
 

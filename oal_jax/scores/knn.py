@@ -9,12 +9,10 @@ from scipy.special import logsumexp
 
 from oal_jax.errors import UserError
 from oal_jax.outliers.knn import unit
-from oal_jax.scores.base import Score
-
-_ROWS = 8192  # features that are brought to length 1 at a time
+from oal_jax.scores.base import Score, State
 
 
-def knn(k: int = 50, bank_chunk: int = 65536) -> Score:
+def knn(k: int = 50, bank_chunk: int = 16384) -> Score:
     """Euclidean distance to the k-th nearest ID training feature, all features of length 1.
 
     Exact, and the (queries, bank) matrix is never whole: see `top_similarities`. Distances come
@@ -35,15 +33,15 @@ def knn(k: int = 50, bank_chunk: int = 65536) -> Score:
 
     def fit(outputs, labels, head):
         _check_enough("knn", k, outputs.features)
-        return {"bank": _unit_rows(outputs.features)}
+        return _bank(outputs.features)
 
     def score(state, outputs):
-        return jnp.sqrt(_squared(unit(outputs.features), state["bank"], k, bank_chunk))
+        return jnp.sqrt(_squared(unit(outputs.features), state, k, bank_chunk))
 
     return Score(fit, score, needs=("features",))
 
 
-def mode(k: int = 10, bank_chunk: int = 65536) -> Score:
+def mode(k: int = 10, bank_chunk: int = 16384) -> Score:
     """The least, over six regions of the map, squared distance to the k-th nearest training region.
 
     Regions of an input and the bank are vectors of length 1; the bank holds all six of every
@@ -66,18 +64,18 @@ def mode(k: int = 10, bank_chunk: int = 65536) -> Score:
         regions = np.asarray(outputs.regions)
         regions = regions.reshape(-1, regions.shape[-1])
         _check_enough("mode", k, regions, "regions")
-        return {"bank": _unit_rows(regions)}
+        return _bank(regions)
 
     def score(state, outputs):
         regions = jnp.moveaxis(unit(outputs.regions), 1, 0)
         # One region at a time holds a sixth of the similarities.
-        each = lax.map(lambda q: _squared(q, state["bank"], k, bank_chunk), regions)
+        each = lax.map(lambda q: _squared(q, state, k, bank_chunk), regions)
         return jnp.min(each, axis=0)
 
     return Score(fit, score, needs=("regions",))
 
 
-def nnguide(k: int = 10, bank_chunk: int = 65536) -> Score:
+def nnguide(k: int = 10, bank_chunk: int = 16384) -> Score:
     """Minus the energy times the similarity to the training features, weighted by their energies.
 
     `-E(x) G(x)`, where E is the logsumexp of the logits and G the mean of the k largest inner
@@ -99,39 +97,49 @@ def nnguide(k: int = 10, bank_chunk: int = 65536) -> Score:
 
     def fit(outputs, labels, head):
         _check_enough("nnguide", k, outputs.features)
-        bank = _unit_rows(outputs.features)
-        bank *= logsumexp(np.asarray(outputs.logits), axis=1).astype(np.float32)[:, None]
-        return {"bank": bank}
+        state = _bank(outputs.features)
+        energy = logsumexp(np.asarray(outputs.logits), axis=1)
+        return state | {"scale": np.float32(state["scale"] * energy)}
 
     def score(state, outputs):
-        top = top_similarities(unit(outputs.features), state["bank"], k, bank_chunk)
+        top = top_similarities(unit(outputs.features), *_of(state), k, bank_chunk)
         return -jnp.mean(top, axis=1) * jax.nn.logsumexp(outputs.logits, axis=1)
 
     return Score(fit, score, needs=("features",))
 
 
 def top_similarities(
-    queries: Float[Array, "n d"], bank: Float[Array, "m d"], k: int, bank_chunk: int
+    queries: Float[Array, "n d"],
+    bank: Float[Array, "m d"],
+    scale: Float[Array, " m"],
+    k: int,
+    bank_chunk: int,
 ) -> Float[Array, "n k"]:
-    """The k largest inner products of each query with the rows of `bank`, falling; 1 <= k <= m.
+    """The k largest inner products of each query with `bank * scale[:, None]`; 1 <= k <= m.
 
-    Exact. Blocks of the bank pass by and a list of the k best is kept, so it needs memory for
-    `n * (bank_chunk + k)` similarities and not for all of them.
+    Exact, falling. Blocks of the bank pass by and a list of the k best is kept, so it needs memory
+    for one block and its `n * (bank_chunk + k)` similarities and not for all of them.
     """
     m = bank.shape[0]
     blocks = -(-m // bank_chunk)
     # Of `_grouped_candidates`; this many columns make m / group + k * group least.
     group = max(int((m // blocks / k) ** 0.5), 1)
     size = m // blocks // group * group
-    whole = bank[: blocks * size].reshape(blocks, size, -1)
 
-    def step(best, block):
-        return _largest(_grouped_candidates(_product(queries, block), k, group), k, best), None
+    def product(start, count):
+        # Scaled here, where the block is copied anyway: a scaled bank would be a second one.
+        rows = lax.dynamic_slice_in_dim(bank, start, count)
+        rows = rows * lax.dynamic_slice_in_dim(scale, start, count)[:, None]
+        # Full float32: TF32 or bfloat16 products would blur distances to about 0.04.
+        return jnp.matmul(queries, rows.T, precision=lax.Precision.HIGHEST)
+
+    def step(best, i):
+        return _largest(_grouped_candidates(product(i * size, size), k, group), k, best), None
 
     # Less than a group a block is left over by whole groups.
     best = jnp.full((queries.shape[0], k), -jnp.inf, queries.dtype)
-    best = _largest(_product(queries, bank[blocks * size :]), k, best)
-    return lax.scan(step, best, whole)[0]
+    best = _largest(product(blocks * size, m - blocks * size), k, best)
+    return lax.scan(step, best, jnp.arange(blocks))[0]
 
 
 def _grouped_candidates(values: Float[Array, "n m"], k: int, group: int) -> Float[Array, "n q"]:
@@ -156,23 +164,20 @@ def _largest(values, k, best):
     return lax.optimization_barrier(top)
 
 
-def _product(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
-    # Full float32: TF32 or bfloat16 products would blur distances to about 0.04.
-    return jnp.matmul(x, y.T, precision=lax.Precision.HIGHEST)
+def _squared(queries, state, k, bank_chunk) -> Float[Array, " n"]:
+    nearest = top_similarities(queries, *_of(state), k, bank_chunk)[:, -1]
+    return jnp.maximum(2.0 - 2.0 * nearest, 0.0)
 
 
-def _squared(queries, bank, k, bank_chunk) -> Float[Array, " n"]:
-    return jnp.maximum(2.0 - 2.0 * top_similarities(queries, bank, k, bank_chunk)[:, -1], 0.0)
-
-
-def _unit_rows(features) -> Float[np.ndarray, "n d"]:
+def _bank(features) -> State:
+    """Features as they are and what brings each to length 1: no second copy of the set."""
     features = np.asarray(features, np.float32)
-    bank = np.empty_like(features)
-    for start in range(0, len(features), _ROWS):
-        part = features[start : start + _ROWS]
-        norm = np.linalg.norm(part, axis=1, keepdims=True)
-        np.divide(part, np.maximum(norm, 1e-12), out=bank[start : start + _ROWS])
-    return bank
+    norm = np.sqrt(np.einsum("nd,nd->n", features, features))
+    return {"bank": features, "scale": 1 / np.maximum(norm, np.float32(1e-12))}
+
+
+def _of(state: State) -> tuple[Array, Array]:
+    return state["bank"], state["scale"]
 
 
 def _check_positive(name: str, **params: int) -> None:

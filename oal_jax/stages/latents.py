@@ -140,7 +140,7 @@ def reduced(context: Context) -> np.ndarray:
 
 
 def decoded(context: Context) -> np.ndarray:
-    """All outlier latents decoded to uint8 images (N, H, W, c): only `pixel` asks for them."""
+    """All outlier latents decoded to uint8 images (N, H, W, c): for methods that train on them."""
     sd, params = generator.load(context)
     shape = context.images("validation", limit=1).images.shape[1:]
     return generator.decode(context, sd, params, _latents(context), shape)
