@@ -263,7 +263,9 @@ def test_top_similarities_are_exact_also_with_ties(k, bank_chunk):
     queries, bank = (rng.integers(-3, 4, (n, 4)).astype(np.float32) for n in (20, 3001))
     scale = rng.choice(np.float32([0.5, 1, 2]), 3001)
     found = jax.jit(lambda *x: top_similarities(*x, k, bank_chunk))(queries, bank, scale)
-    np.testing.assert_array_equal(found, -np.sort(-queries @ (scale[:, None] * bank).T, axis=1)[:, :k])
+    np.testing.assert_array_equal(
+        found, -np.sort(-queries @ (scale[:, None] * bank).T, axis=1)[:, :k]
+    )
 
 
 def test_knn_never_holds_the_whole_matrix():

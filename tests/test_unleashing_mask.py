@@ -352,7 +352,20 @@ def test_the_masked_model_is_saved_as_a_plain_one(start, tmp_path):
 
 
 def test_the_constraint_comes_from_the_config_or_from_the_estimate(tmp_path):
-    of = lambda method: train._constraint(context_of(small(method=method), tmp_path, "x"))
+    def of(method):
+        context = context_of(small(method=method), tmp_path, "x")
+        arrays = {"images": np.zeros((16, 8, 8, 1), np.uint8)}
+        logged = []
+
+        def made(parts, constraint):
+            logged.append(constraint)
+            return build.METHODS["ce"].build(parts)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "make", made)
+            train.make_method(context, train.student(context.config, 3), (8, 8, 1), arrays)
+        return logged[0]
+
     artifacts.write_json(tmp_path / "estimate_loss" / train.CONSTRAINT, {"constraint": 0.42})
     assert of(Method(name="um")) == 0.42
     assert of(Method(name="kd", um=True)) == 0.42

@@ -87,7 +87,7 @@ def load_classifier(
       num_classes: classes that it must have, or that a new head gets.
       mean, std: of pixels in [0, 1], a value a channel, or one for all.
       image_size: height and width of the images. A ViT's position embeddings are resized to it.
-      heads: attention heads of a ViT of unusual width (see `vit.infer`).
+      heads: attention heads of a ViT of unusual width or without class token (see `vit.infer`).
       new_head: a key: the file's head, if it has one, is replaced by a random one.
 
     Raises:

@@ -19,8 +19,9 @@ from oal_jax.pretrained.tensor_files import Place, TensorFile
 
 HEAD = "head"
 
-# (width, depth): name and heads, where the heads are not width / 64.
+# (width, depth): name and heads.
 _SIZES = {
+    (64, 6): ("test", 2),
     (192, 12): ("tiny", 3),
     (384, 12): ("small", 6),
     (512, 12): ("medium", 8),
@@ -100,7 +101,9 @@ def without_root(file: TensorFile) -> TensorFile:
 def infer(file: TensorFile, heads: int | None) -> dict[str, Any]:
     """Sizes, options, channels, image_size and num_classes (0: no head), from names and shapes.
 
-    Heads are in no PyTorch file: they are those given, of a known size, or width / 64.
+    Heads are in no PyTorch file: they are those given, of a known size, or width / 64. Nor is it
+    told by the tensors whether blocks are pre-norm with exact GELU: timm's "rpn" models (norms
+    after the residual branch) and those with tanh GELU have the same, and are not for this reader.
 
     Raises:
       UserError: a tensor that tells the architecture is missing, or tells of something else.
@@ -138,7 +141,7 @@ def infer(file: TensorFile, heads: int | None) -> dict[str, Any]:
             f"{file.path}: {names[1]} {positions} is no square grid with"
             f" {'a' if class_token else 'no'} class token"
         )
-    heads = heads or _heads(file, width, depth)
+    heads = heads or _heads(file, width, depth, class_token)
     if width % heads:
         raise UserError(f"{file.path}: {heads} heads do not share a width of {width} evenly")
     head = file.tensors.get(names[3])
@@ -159,12 +162,14 @@ def infer(file: TensorFile, heads: int | None) -> dict[str, Any]:
     }
 
 
-def _heads(file: TensorFile, width: int, depth: int) -> int:
-    if (width, depth) in _SIZES:
+def _heads(file: TensorFile, width: int, depth: int, class_token: bool) -> int:
+    # timm has ViT-Base without a class token with 12 and with 16 heads: no guess there.
+    if class_token and (width, depth) in _SIZES:
         return _SIZES[width, depth][1]
-    if width % 64:
+    if width % 64 or not class_token:
         raise UserError(
-            f"{file.path}: the heads of a ViT of width {width} are in no tensor's shape; give heads"
+            f"{file.path}: the heads of a ViT of width {width} with{'' if class_token else 'out'}"
+            " class token are in no tensor's shape; give heads"
         )
     return width // 64
 
@@ -179,7 +184,8 @@ def architecture(inferred: Mapping[str, Any]) -> str:
     """timm's name, "vit_base_patch16_224"; sizes without one by width and depth, "vit_96x4_..."."""
     width, depth = inferred["width"], inferred["depth"]
     size, _ = _SIZES.get((width, depth), (f"{width}x{depth}", 0))
-    return f"vit_{size}_patch{inferred['patch']}_{inferred['image_size']}"
+    pooled = "" if inferred["class_token"] else "gap_"
+    return f"vit_{size}_patch{inferred['patch']}_{pooled}{inferred['image_size']}"
 
 
 def timm_name(path: tuple[str, ...], pool: str) -> str:

@@ -82,7 +82,11 @@ def fit(
 
 
 def apply(
-    score: Score, state: State, outputs: Outputs, batch_size: int = 512, set_name: str = "inputs"
+    score: Score,
+    state: State,
+    outputs: Outputs,
+    batch_size: int | None = None,
+    set_name: str = "inputs",
 ) -> Float[np.ndarray, " n"]:
     """The ood_score of every input, `batch_size` at a time, split over the devices.
 
@@ -93,7 +97,8 @@ def apply(
       score: from `oal_jax.scores.make`.
       state: what `fit` returned for this score.
       outputs: of n inputs; fields that the score does not need are ignored.
-      batch_size: rows a call; rounded up to a multiple of the devices.
+      batch_size: rows a call; rounded up to a multiple of the devices. None: 1024, or 8192 for a
+        score that reads the logits alone.
       set_name: how messages call the set.
 
     Returns:
@@ -104,6 +109,7 @@ def apply(
     """
     outputs = check(outputs, score.needs, f"{score.name}: the {{}} of {set_name}")
     chunks = partial(rows, outputs, sharding=_sharding())
+    batch_size = batch_size or (1024 if score.needs else 8192)
     return _collect(partial(_score_rows, score.score), state, chunks, batch_size)
 
 

@@ -12,7 +12,7 @@ from oal_jax.outliers.knn import unit
 from oal_jax.scores.base import Score, State
 
 
-def knn(k: int = 50, bank_chunk: int = 16384) -> Score:
+def knn(k: int = 50, bank_chunk: int = 4096) -> Score:
     """Euclidean distance to the k-th nearest ID training feature, all features of length 1.
 
     Exact, and the (queries, bank) matrix is never whole: see `top_similarities`. Distances come
@@ -41,7 +41,7 @@ def knn(k: int = 50, bank_chunk: int = 16384) -> Score:
     return Score(fit, score, needs=("features",))
 
 
-def mode(k: int = 10, bank_chunk: int = 16384) -> Score:
+def mode(k: int = 10, bank_chunk: int = 4096) -> Score:
     """The least, over six regions of the map, squared distance to the k-th nearest training region.
 
     Regions of an input and the bank are vectors of length 1; the bank holds all six of every
@@ -75,7 +75,7 @@ def mode(k: int = 10, bank_chunk: int = 16384) -> Score:
     return Score(fit, score, needs=("regions",))
 
 
-def nnguide(k: int = 10, bank_chunk: int = 16384) -> Score:
+def nnguide(k: int = 10, bank_chunk: int = 4096) -> Score:
     """Minus the energy times the similarity to the training features, weighted by their energies.
 
     `-E(x) G(x)`, where E is the logsumexp of the logits and G the mean of the k largest inner
