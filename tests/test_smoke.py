@@ -52,6 +52,13 @@ def start(workdir: Path, *flags: str, name: str = "fashion.py") -> int:
 
 
 @pytest.fixture(scope="module")
+def mixed(runs) -> Path:
+    """A run with every stage of OAL, for others to take stages from."""
+    assert start(runs / "mixed", *CASES["mixed"]) == 0
+    return runs / "mixed"
+
+
+@pytest.fixture(scope="module")
 def trained(runs) -> Path:
     """A classifier that others start from, evaluated with every score."""
     assert start(runs / "ce", "--config.method.name=ce", "--config.evaluation.scores=all") == 0
@@ -79,9 +86,8 @@ def test_the_cases_are_all_methods():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_method_runs_from_start_to_report(runs, case, capsys):
-    first = runs / "mixed"
-    reuse = [f"--reuse={first}"] if case != "mixed" else []
+def test_a_method_runs_from_start_to_report(runs, mixed, case, capsys):
+    reuse = [f"--reuse={mixed}"] if case != "mixed" else []
     assert start(runs / case, *CASES[case], *reuse) == 0
     out = capsys.readouterr().out
     assert "nearood" in out and "index.html" in out
@@ -101,9 +107,7 @@ def test_every_score_is_computed(trained):
 
 @pytest.mark.parametrize("case", WITHOUT_TEACHER)
 def test_a_method_without_a_teacher_runs(runs, case):
-    first = runs / "mixed"
-    reuse = [f"--reuse={first}"] if case == "oe-decoded" and first.exists() else []
-    assert start(runs / case, *WITHOUT_TEACHER[case], *OF_ONE_SCORE, *reuse) == 0
+    assert start(runs / case, *WITHOUT_TEACHER[case], *OF_ONE_SCORE) == 0
     _, logged = read_finished(runs / case)
     assert logged[-1]["step"] == 4 and logged[0]["loss"] > 0
     assert (runs / case / "latents").exists() == (case == "oe-decoded")
@@ -131,18 +135,17 @@ def test_a_fine_tuning_without_a_start_is_told(runs, capsys):
     assert "goes on from a trained model: give train.start" in capsys.readouterr().err
 
 
-def test_outliers_and_latents_are_as_documented(runs):
-    first = runs / "mixed"
-    outliers = load_file(first / "outliers" / "outliers.safetensors")
+def test_outliers_and_latents_are_as_documented(mixed):
+    outliers = load_file(mixed / "outliers" / "outliers.safetensors")
     assert outliers["outliers"].dtype == np.float32 and outliers["outliers"].shape[0] == 8
     np.testing.assert_array_equal(outliers["labels"], np.arange(8))
-    latents = load_file(first / "latents" / "latents.safetensors")
+    latents = load_file(mixed / "latents" / "latents.safetensors")
     assert latents["latents"].shape == (32, 4, 8, 8)
     np.testing.assert_array_equal(np.bincount(latents["labels"]), np.full(8, 4))
 
 
-def test_a_second_start_skips_everything(runs, capsys):
-    assert start(runs / "mixed", *CASES["mixed"]) == 0
+def test_a_second_start_skips_everything(mixed, capsys):
+    assert start(mixed, *CASES["mixed"]) == 0
     assert capsys.readouterr().out.count("done already, skipped") == 8
 
 
