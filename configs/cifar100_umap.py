@@ -10,28 +10,15 @@ Its config for CIFAR-100 also trains the weights (`--config.method.freeze=False`
 the epoch that is best on the test images; here both sets have the weights held and the last epoch.
 """
 
-from oal_jax.config import Config, Data, Method, Student, Train
+import runpy
+from pathlib import Path
+
+from oal_jax.config import Config
 
 
 def get_config() -> Config:
-    """The paper's settings; `method.n_masks=3` steadies the estimate."""
-    config = Config()
-    config.data = Data(source="imglist", id_set="cifar100", shift=4)
-    config.teacher.views = 0  # a new augmented view of each image in every epoch
-    config.method = Method(name="umap", n_masks=1)
-    config.student = Student(
-        architecture="densenet", depth=100, width=12, affine_bn=False, dropout=0.3
-    )
-    config.train = Train(
-        epochs=100,
-        batch_size=256,
-        learning_rate=0.1,
-        momentum=0.9,
-        nesterov=False,
-        schedule="per_epoch",
-        weight_decay=1e-4,
-        warmup=0.0,
-        floor=0.0,
-        clip=0.0,
-    )
+    """The settings of cifar10_um.py, but for what stands here."""
+    config = runpy.run_path(str(Path(__file__).with_name("cifar10_um.py")))["get_config"]()
+    config.data.id_set = "cifar100"
+    config.method.name = "umap"
     return config

@@ -122,7 +122,7 @@ def make_diffusion_trainer(
     sd: StableDiffusion,
     root_key: jax.Array,
     prompt_ids: Int[Array, "K L"],
-    empty_ids: Int[Array, "L"],
+    empty_ids: Int[Array, " L"],
     *,
     steps: int = 2500,
     learning_rate: float = 2e-3,

@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 
 from oal_jax.errors import UserError
 from oal_jax.pretrained import torch_layout
+from oal_jax.pretrained.tensor_files import listed
 
 # transformers and diffusers name their weight files differently.
 _STEMS = ("diffusion_pytorch_model", "model")
@@ -49,11 +50,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return f"{shown}, ... ({len(names)} in all)" if len(names) > 5 else shown
-
-
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a component, or its msgpack file."""
     for variant in ("", ".fp16"):
@@ -71,7 +67,7 @@ def _weight_files(folder: Path) -> list[Path]:
                     raise UserError(f"{index}: a shard lies outside {folder}")
                 absent = [name for name in names if not (folder / name).is_file()]
                 if absent:
-                    raise UserError(f"{folder}: missing shards {_listed(absent)}")
+                    raise UserError(f"{folder}: missing shards {listed(absent)}")
                 return [folder / name for name in names]
     for name in _MSGPACK:
         if (folder / name).is_file():
@@ -79,7 +75,7 @@ def _weight_files(folder: Path) -> list[Path]:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise UserError(
-            f"{folder}: only pickled weights ({_listed(pickles)}), which can run code when read;"
+            f"{folder}: only pickled weights ({listed(pickles)}), which can run code when read;"
             " save the model as safetensors"
         )
     raise UserError(f"{folder}: no weights (looked for safetensors and Flax msgpack)")
@@ -129,7 +125,7 @@ def _torch_tensors(files: list[Path], wanted: Mapping[str, tuple]) -> Iterator[t
 
 def _refuse(folder: Path, missing: list[str], extra: list[str], wrong: list[str]) -> None:
     faults = [
-        f"{what} {_listed(names)}"
+        f"{what} {listed(names)}"
         for what, names in (("missing", missing), ("left over", extra), ("wrong shape", wrong))
         if names
     ]

@@ -86,13 +86,18 @@ def _read_safetensors(path: Path, start: bytes) -> TensorFile:
         raise UserError(f"{path}: damaged, cut short or not safetensors ({error})") from None
 
 
+# What numpy and zipfile raise on a file that is no whole npz.
+_NPZ_FAULTS = (
+    *(OSError, ValueError, EOFError, KeyError, AttributeError, TypeError),
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError),  # the last: an unknown compression
+)
+
+
 def _read_npz(path: Path) -> TensorFile:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             tensors = {name: _typed(archive[name]) for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: damaged, cut short or not npz ({error})") from None
-    except (TypeError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except _NPZ_FAULTS as error:
         raise UserError(f"{path}: damaged, cut short or not npz ({error})") from None
     return TensorFile(path, tensors, {})
 

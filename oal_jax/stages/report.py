@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from oal_jax import artifacts
-from oal_jax.config import Evaluation, flatten
+from oal_jax.config import Evaluation, flatten, stages_before
 from oal_jax.evaluation import bootstrap, protocol
 from oal_jax.evaluation.report import ReportInputs, extremes, write_report
 from oal_jax.evaluation.search import Trial, describe, search, write_search
@@ -52,7 +52,7 @@ def run(context: Context) -> list[Path]:
         written.append(stage / "search.csv")
         write_search(written[-1], trials)
     logged = read(context.workdir / "metrics.jsonl", "train")
-    pictures = latents.pictures(context) if config.method.name in ("oal", "pixel") else {}
+    pictures = latents.pictures(context) if "latents" in stages_before(config) else {}
     written.append(stage / "index.html")
     write_report(
         written[-1],
