@@ -6,9 +6,10 @@
 Fine-tuning methods start from the `ce` case of their seed and train three epochs more; `ce-more`
 is the control that does so by cross-entropy alone. Methods that train from scratch have the epochs
 of `ce`. `ce-20` trains on for twenty epochs, until it has memorised what it can: the regime that
-Unleashing Mask is made for. `ce-20-more`, `um-20` and `umap-20` fine-tune it for six. Outlier images are the procedural ones (`oal_jax/data/procedural.py`), which are neither in
-a test nor in a validation set. One table for four scores: mean +- std over the seeds of the means
-over all near and far sets, and the difference of AUROC to `ce-more` on the same seed.
+Unleashing Mask is made for. `ce-20-more`, `um-20` and `umap-20` fine-tune it for six. Outlier
+images are the procedural ones (`oal_jax/data/procedural.py`), which are neither in a test nor in
+a validation set. One table for four scores: mean +- std over the seeds of the means over all near
+and far sets, and the difference of AUROC to `ce-more` on the same seed.
 """
 
 from collections.abc import Mapping, Sequence

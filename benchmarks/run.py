@@ -20,7 +20,10 @@ from oal_jax import artifacts
 from oal_jax.errors import UserError
 from oal_jax.main import guard
 
-SUITES = ("ablation", "folder", "methods", "middle_stage", "scores", "step")
+SUITES = (
+    *("ablation", "compile", "features", "folder", "job", "latents"),
+    *("methods", "middle_stage", "outliers", "scores", "startup", "step"),
+)
 
 
 def row(

@@ -1,28 +1,43 @@
-"""Suite `step`: what a training step of each method costs, in units of one by cross-entropy.
+"""Suite `step`: what a training step costs: each method's, and OAL's beside PyTorch's.
 
-    python -m benchmarks.run --suite step --output results.json [--cases um,umap] [--steps 40]
-        [--config configs/fashion.py]
+    python -m benchmarks.run --suite step --output results.json [--cases um,oal] [--steps 40]
+        [--config configs/fashion.py] [--frameworks jax,torch] [--forms reference,tuned,shortcuts]
+        [--runs 20] [--batch 16] [--side 224] [--teacher-depth 12] [--device auto]
 
-The student and batch size of the config, on a batch of random images that stays the same. The
-methods take turns, a step each, after two steps that do not count (compilation).
+Methods, ours alone, in units of a step by cross-entropy (`ce`): the student and batch size of the
+config. They take turns, a step each, after two steps that do not count (compilation).
+
+OAL in two frameworks, in turns too, on the student and batch size of the two recipes of suite
+`job`, and with ViT-B/16 and ResNet-18 at --side pixels (random weights, --batch images):
+
+    oal, oal-large                  our default: the teacher's outputs are cached
+    oal-teacher, oal-large-teacher  the published recipe: the teacher runs in the step; and
+    ...-official                    the same in PyTorch as the official code does it
+
+Every step is on a batch of random images that stays the same.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import timing
 from benchmarks.cases import load_config
+from benchmarks.job import RECIPE, configs
 from benchmarks.run import row
+from benchmarks.timing import Job
 from oal_jax.config import Config, flatten, unflatten
 from oal_jax.data.benchmarks import CLASS_NAMES
 from oal_jax.errors import UserError
 from oal_jax.methods import build
-from oal_jax.stages import train
+from oal_jax.models.normalise import moments
+from oal_jax.stages import teacher, train
 from oal_jax.training.state import init_state, make_train_step
 
 BASELINE = "ce"
@@ -38,21 +53,59 @@ CASES: dict[str, dict[str, Any]] = {
 _IMAGE_SHAPES = {"fashion": (28, 28, 1), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3)}
 
 
+# The recipe of suite `job`, and whether at full size.
+OAL_CASES = {
+    "oal": ("default", False),
+    "oal-teacher": ("reference", False),
+    "oal-large": ("default", True),
+    "oal-large-teacher": ("reference", True),
+}
+
+
+class Problem(NamedTuple):
+    """A step of OAL: what is trained, and on which batch of ours (images with channels last)."""
+
+    config: Config
+    classes: int
+    batch: dict[str, np.ndarray]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return self.batch["image"].shape[1:]
+
+
 def run(argv: Sequence[str]) -> list[dict[str, Any]]:
     """Time the steps in turns; print the ratios; return the rows."""
-    parser = argparse.ArgumentParser(prog="benchmarks.run --suite step")
+    parser = timing.parser("step", runs=20)
     parser.add_argument("--config", type=Path, default=Path("configs/fashion.py"))
-    parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--cases", default=",".join([*CASES, *OAL_CASES]))
+    parser.add_argument("--steps", type=int, default=40, help="of each method")
+    parser.add_argument("--batch", type=int, default=16, help="of the large cases")
+    parser.add_argument("--side", type=int, default=224, help="of the large cases")
+    parser.add_argument("--teacher-depth", type=int, default=12, help="of the large cases")
     args = parser.parse_args(argv)
-    base = load_config(args.config)
-    names = list(dict.fromkeys([BASELINE, *args.cases.split(",")]))
+    names = args.cases.split(",")
     for name in names:
-        if name not in CASES:
-            raise UserError(f"case '{name}' is unknown; known: {', '.join(CASES)}")
+        if name not in (*CASES, *OAL_CASES):
+            known = ", ".join([*CASES, *OAL_CASES])
+            raise UserError(f"case '{name}' is unknown; known: {known}")
+    timing.settle(args)
+    rows = []
+    methods = [name for name in names if name in CASES]
+    if methods and "jax" in args.frameworks:
+        rows += _methods(load_config(args.config), [BASELINE, *methods], args.steps)
+    for name in names:
+        if name in OAL_CASES:
+            rows += timing.measure("step", _oal(name, args), args)
+    return rows
+
+
+def _methods(base: Config, names: Sequence[str], turns: int) -> list[dict[str, Any]]:
+    names = list(dict.fromkeys(names))
     steps = {name: stepper(unflatten(flatten(base) | CASES[name])) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(args.steps + 2):
+    for turn in range(turns + 2):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
@@ -66,6 +119,117 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
             f" (quartiles {low:.2f} to {high:.2f})"
         )
     return [row("step", name, times) for name, times in seconds.items()]
+
+
+def _oal(name: str, args: argparse.Namespace) -> list[Job]:
+    """The jobs of a case of OAL."""
+    recipe, large = OAL_CASES[name]
+    problem = make_problem(recipe, large, args)
+    jobs, size = [], problem.config.train.batch_size
+    if "jax" in args.frameworks:
+        jobs.append(Job(name, "jax", ours(problem), items=size))
+    if "torch" in args.frameworks:
+        for form in args.forms:
+            if RECIPE[form] == recipe:
+                case = f"{name}-official" if form == "reference" else name
+                step = theirs(problem, form, args)
+                jobs.append(Job(case, "torch", step, (name,), {"form": form}, size))
+    return jobs
+
+
+def make_problem(recipe: str, large: bool, args: argparse.Namespace) -> Problem:
+    """A recipe's step, on a batch of random numbers."""
+    config, shape, side = configs(smoke=False)[recipe], (28, 28, 1), 8
+    if large:
+        sizes = {
+            **{"teacher.patch": 16, "teacher.width": 768, "teacher.depth": args.teacher_depth},
+            **{"teacher.heads": 12, "teacher.mlp_ratio": 4.0, "train.batch_size": args.batch},
+            **{"student.width": 64, "student.stem": "imagenet", "data.id_set": "cifar10"},
+        }
+        config = unflatten(flatten(config) | sizes)
+        shape, side = (args.side, args.side, 3), 64
+    classes, size = (10 if large else 8), config.train.batch_size
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.normal(size=(size, *shape)).astype(np.float32)
+
+    batch = {
+        "image": rng.random((size, *shape), np.float32),
+        "label": rng.integers(0, classes, size).astype(np.int32),
+        "outlier": normal(config.teacher.width),
+    }
+    if config.method.micl == "energy":
+        batch |= {"outlier_latent": normal(side, side, 4), "latent": normal(side, side, 4)}
+    else:
+        batch["outlier_latent"] = normal(side)
+    if config.teacher.views:
+        batch["teacher_logits"] = normal(classes)
+        batch["teacher_features"] = normal(config.teacher.width)
+    return Problem(config, classes, batch)
+
+
+def ours(problem: Problem) -> Callable[[], None]:
+    """A function that takes the next step of OAL in JAX, and waits for it."""
+    config, classes, batch = problem
+    net, seen = train.student(config, classes), teacher.model(config, classes)
+    shapes = {"latents": batch["outlier_latent"].shape} | {k: v.shape for k, v in batch.items()}
+    parts = build.Parts(config, net, problem.image_shape, shapes, 1000, 100, None, None)
+    method, key = build.make(parts, None), jax.random.key(0)
+    optimizer = train.make_optimizer(config, list(jax.eval_shape(method.init, key)[0]), 1000)
+    train_step, variables = make_train_step(method, optimizer, key), {}
+    if not config.teacher.views:
+        variables = jax.jit(seen.init)(key, jnp.zeros((1, *problem.image_shape)))
+
+    def step(state, variables, batch):
+        if variables:
+            outputs = seen.apply(variables, batch["image"])
+            batch = batch | dict(zip(("teacher_logits", "teacher_features"), outputs, strict=True))
+        return train_step(state, batch)
+
+    compiled = jax.jit(step, donate_argnums=0)
+    batch, state = jax.device_put(batch), init_state(method, optimizer, key)
+
+    def take() -> None:
+        nonlocal state
+        state, metrics = compiled(state, variables, batch)
+        jax.block_until_ready((state, metrics))
+
+    return take
+
+
+def theirs(problem: Problem, form_name: str, args: argparse.Namespace) -> Callable[[], None]:
+    """The same in a form of the PyTorch twin."""
+    import torch
+
+    from benchmarks.torch_twin import forms, training
+    from benchmarks.torch_twin.losses import Oal
+    from benchmarks.torch_twin.models import Teacher
+
+    config, classes, arrays = problem
+    form = forms.make(form_name, eager=args.twin_eager, dtype=args.twin_dtype)
+    device = torch.device(args.device)
+    batch = {}
+    for name, array in arrays.items():
+        tensor = torch.from_numpy(array).to(device)
+        batch[name] = tensor.permute(0, 3, 1, 2).contiguous() if tensor.ndim == 4 else tensor
+    batch["label"] = batch["label"].long()
+    stats = moments(config.data.id_set)
+    latent_shape = tuple(batch["outlier_latent"].shape[1:])
+    oal = Oal(config, problem.image_shape[2], classes, stats, latent_shape, form.club)
+    look = None
+    if not config.teacher.views:
+        t = config.teacher
+        sizes = {n: getattr(t, n) for n in ("patch", "width", "depth", "heads", "mlp_ratio")}
+        look = Teacher(problem.image_shape, classes, stats, **sizes).to(device)
+    step = training.make_step(oal.to(device).train(), look, config, form, 1000)
+
+    def take() -> None:
+        forms.prepare(form, device)
+        step(batch)
+        forms.synchronise(device)
+
+    return take
 
 
 def stepper(config: Config) -> Callable[[], None]:

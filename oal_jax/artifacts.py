@@ -1,4 +1,8 @@
-"""What a stage leaves: files written whole or not at all, and a manifest that vouches for them."""
+"""What a stage leaves: files written whole or not at all, and a manifest that vouches for them.
+
+Of several processes the first writes; all of them call the functions that write, and go on when the
+file is there to be read.
+"""
 
 import hashlib
 import importlib.metadata
@@ -12,6 +16,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from oal_jax import processes
 from oal_jax.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -21,6 +26,10 @@ _PACKAGES = ("oal-jax", "jax", "jaxlib", "flax", "optax", "diffusers", "transfor
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees all of it or none: temporary name, sync, rename."""
+    processes.on_main(lambda: _write(path, data))
+
+
+def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
     try:
@@ -50,8 +59,12 @@ def read_json(path: Path, remedy: str = "") -> Any:
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """`write_bytes` of a safetensors file."""
-    contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
-    write_bytes(path, safetensors.numpy.save(contiguous))
+
+    def write() -> None:
+        contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+        _write(path, safetensors.numpy.save(contiguous))
+
+    processes.on_main(write)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:

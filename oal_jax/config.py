@@ -3,8 +3,11 @@
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from oal_jax.data import generated
+from oal_jax.data.benchmarks import CLASS_NAMES
 from oal_jax.errors import UserError
 
 
@@ -13,7 +16,8 @@ class Data:
     """What is in-distribution, and what the detector is tested on."""
 
     # "bundled": inside the package; "tfds": a prepared TFDS directory; "imglist": OpenOOD's own
-    # directory; "folder": ROOT/SET/SPLIT/CLASS/image, for one's own sets (oal_jax/data/imglist.py).
+    # directory; "folder": ROOT/SET/SPLIT/CLASS/image, for one's own sets (oal_jax/data/imglist.py);
+    # "generated": random patterns, for smoke runs.
     source: str = "bundled"
     root: str = ""  # directory of the sets; empty: TFDS's own default
     id_set: str = "fashion"  # its benchmark names the sets of the four groups below
@@ -21,8 +25,15 @@ class Data:
     far: tuple[str, ...] = ()  # far-OOD sets; likewise
     validation: tuple[str, ...] = ()  # OOD sets for choosing hyper-parameters; likewise
     csid: tuple[str, ...] = ()  # covariate-shifted ID sets; likewise
-    image_size: int = 0  # side in pixels, of "imglist" and "folder"; 0: 32 or 224; as stored
-    on_corrupt: str = "error"  # of damaged image files: "error", or "skip" them
+    # Of "tfds": what the ID set's train, validation and test splits are called, as TFDS writes it:
+    # train[:-5000],train[-5000:],test; empty: these three names. Of another set: NAME@SPLIT.
+    id_splits: tuple[str, ...] = ()
+    # Side in pixels; 0: 32 or 224 ("imglist"), as stored ("folder"), the ID set's ("tfds").
+    image_size: int = 0
+    on_corrupt: str = "error"  # of damaged images: "error", or "skip" them
+    # Images are read whenever they are needed, by Grain, and not held in memory; not of "bundled".
+    stream: bool = False
+    workers: int = 0  # processes of a stream that decode images; 0: threads of this one
     train_images: int = 0  # ID train images the student uses; 0: all of the split "train"
     shift: int = 2  # augmentation: random shift by up to this many pixels, zeros padded
     flip: bool = True  # augmentation: random horizontal flip
@@ -32,7 +43,13 @@ class Data:
 class Teacher:
     """The frozen Vision Transformer."""
 
-    train: bool = False  # False: the weights that ship with the package; True: train them anew
+    # A file of a ViT (timm, torchvision, Google) or a ResNet, .safetensors or .npz, that stands in
+    # for the shipped weights; the sizes below are then read off it. "generated": one of random
+    # weights and these sizes, for smoke runs.
+    weights: str = ""
+    # False: as the package, or the file, has the weights; True: trained anew, or fine-tuned.
+    train: bool = False
+    image_size: int = 0  # of weights: pixels a side that images are resized to; 0: the file's own
     patch: int = 4  # pixels
     width: int = 128  # of a token, and so of a feature
     depth: int = 4  # blocks
@@ -40,9 +57,16 @@ class Teacher:
     mlp_ratio: float = 2.0
     epochs: int = 12
     batch_size: int = 128
-    learning_rate: float = 1e-3  # peak of a one-cycle schedule, AdamW
+    learning_rate: float = 1e-3  # peak of a one-cycle schedule, AdamW; without weights
     weight_decay: float = 0.05
+    body_rate: float = 1e-6  # of fine-tuning: Adam, a cosine down to 1e-4 of it
+    head_rate: float = 1e-4  # of the head, likewise
+    # Of training: weight of the cosines between features and the class words' token embeddings as
+    # logits (DREAM-OOD); the generator's text width must be that of a feature.
+    alignment: float = 0.0
     views: int = 4  # cached augmented views an image; 0: run the teacher anew in every step
+    dtype: str = "float32"  # see student.dtype
+    remat: bool = False  # see student.remat
 
 
 @dataclass
@@ -59,6 +83,9 @@ class Knn:
     repeats: int = 10
     selection: str = "top"  # "top": the furthest of each anchor; "reference": the row mix-up
     scale_by_token: bool = True  # multiply by the norm of the class's token embedding
+    # That is a row of the token table ("input_table"), or the mean over all positions of the text
+    # encoder's last hidden states of the bare class name ("hidden_mean").
+    token: str = "input_table"
 
 
 @dataclass
@@ -72,6 +99,8 @@ class Outliers:
     # Of the methods that see outlier images: an image set (its split "train"), such as the
     # embedded "procedural", or "decoded": the latents of k-NN outliers as images.
     images: str = "procedural"
+    # k-NN outliers as a few numbers each, computed when they are drawn: where there are millions.
+    lazy: bool = False
     knn: Knn = field(default_factory=Knn)
 
 
@@ -80,7 +109,14 @@ class Generator:
     """The small Stable Diffusion."""
 
     train: bool = False  # False: the weights that ship with the package; True: train them anew
-    directory: str = ""  # a diffusers directory to use instead of either
+    # Of a Stable Diffusion v1 or v2 to use instead of either: its diffusers directory, or
+    # hub:ORG/NAME@COMMIT of the Hugging Face hub (the text width must be teacher.width).
+    directory: str = ""
+    # What prompts call the classes, in the order of the labels; empty: the data set's own names.
+    # Brackets mark what an outlier takes the place of: "[kite] bird"; without, all of it.
+    class_words: tuple[str, ...] = ()
+    # In which latents are sampled, autoencoder apart: "float32", or "bfloat16" for accelerators.
+    dtype: str = "float32"
     vae_epochs: int = 1
     vae_batch_size: int = 16  # small: the autoencoder needs many steps more than large batches
     diffusion_epochs: int = 8
@@ -97,7 +133,9 @@ class Latents:
     guidance: float = 2.0  # classifier-free guidance scale; 1: none
     injection: str = "all_pieces"  # or first_piece: only the first BPE piece, as the reference
     reduction: str = "channel_height_mean"  # of a latent, for the CLUB term
-    chunk: int = 200  # latents sampled at once: bounds the memory
+    # Latents of 8 x 8 sampled at once, or as many larger ones as have that area (3 of 64 x 64):
+    # bounds the memory.
+    chunk: int = 200
     # Latents a class that are decoded for the report (all, where a method trains on the images).
     pictures: int = 8
 
@@ -195,6 +233,12 @@ class Student:
     stem: str = "small"  # of resnet: small (3 x 3, stride 2), cifar (3 x 3), imagenet (7 x 7, pool)
     affine_bn: bool = True  # batch normalisation with scale and offset
     dropout: float = 0.0  # after convolutions, in training; densenet and wide_resnet
+    # Of convolutions, matrix products and activations: float32, or bfloat16 for accelerators.
+    # Parameters, statistics, logits, features, losses and the optimizer are float32 in either.
+    dtype: str = "float32"
+    # True: the backward pass computes each block anew instead of keeping its activations. The same
+    # numbers, less memory, about a third more time.
+    remat: bool = False
 
 
 @dataclass
@@ -205,6 +249,9 @@ class Train:
     start: str = ""
     epochs: int = 6
     batch_size: int = 128  # over all devices
+    # Microbatches that a batch passes in, one after another, for one update: the memory of one.
+    # Batch statistics are theirs (training/state.py).
+    accumulate: int = 1
     learning_rate: float = 0.1  # peak, of the student
     projector_rate: float = 0.1  # of DT
     adapter_rate: float = 0.02  # of the latent adapter
@@ -236,6 +283,15 @@ class Evaluation:
 
 
 @dataclass
+class Mesh:
+    """How the devices of all processes are laid out; changes no result but for rounding."""
+
+    # Devices that share each large parameter; a divisor of those of a process. The others, all
+    # devices divided by these, split the batches.
+    model: int = 1
+
+
+@dataclass
 class Config:
     """One experiment, whole."""
 
@@ -250,6 +306,7 @@ class Config:
     student: Student = field(default_factory=Student)
     train: Train = field(default_factory=Train)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    mesh: Mesh = field(default_factory=Mesh)
 
 
 # The keys of `oal_jax.scores.SCORES`, here so that a config is checked before JAX starts.
@@ -269,11 +326,44 @@ METHOD_STAGES = {
     **dict.fromkeys(("oal", "pixel"), (*_TEACHER, *_SAMPLED)),
 }
 EXPOSED = ("oe", "energy", "poem", "doe", "woods")  # those that read outliers.images
+GENERATED = "generated"  # value of data.source, teacher.weights and generator.directory
 DECODED, PROCEDURAL = "decoded", "procedural"  # values of outliers.images
 
 
 def expand(config: Config) -> Config:
-    """`evaluation.scores` as a flag may give it ("energy,knn", "all"), one name an entry."""
+    """The config with what it only names written out.
+
+    `evaluation.scores` as a flag may give it ("energy,knn", "all") becomes one name an entry; the
+    teacher's sizes are those of the file `teacher.weights`.
+
+    Raises:
+      UserError: there is no such file, or none that can be read.
+    """
+    return _expand_scores(_expand_teacher(config))
+
+
+def _expand_teacher(config: Config) -> Config:
+    weights = getattr(config.teacher, "weights", "")
+    if not isinstance(weights, str) or weights in ("", GENERATED) or config.smoke:
+        return config
+    if config.method.name not in METHOD_STAGES or "teacher" not in stages_before(config):
+        return config
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"config teacher.weights={weights}: there is no such file; give a ViT or ResNet as"
+            " timm or torchvision publish it (.safetensors), or Google (.npz), such as the"
+            " model.safetensors of timm/vit_base_patch16_224.orig_in21k"
+        )
+    from oal_jax.pretrained.classifiers import describe  # starts JAX's import
+
+    found = describe(path)
+    names = ("patch", "width", "depth", "heads", "mlp_ratio")
+    sizes = {name: found[name] for name in names if name in found}
+    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, **sizes))
+
+
+def _expand_scores(config: Config) -> Config:
     names = getattr(config.evaluation, "scores", None)
     if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
         return config  # for `validate` to complain of
@@ -289,6 +379,8 @@ def stages_before(config: Config) -> tuple[str, ...]:
     stages = METHOD_STAGES[method.name]
     if method.name in EXPOSED and config.outliers.images == DECODED:
         stages = (*_TEACHER, *_SAMPLED)
+    if config.teacher.alignment and "teacher" in stages:
+        stages = ("generator", *(stage for stage in stages if stage != "generator"))
     estimated = unleashed(config) and method.constraint < 0
     return (*stages, "estimate_loss") if estimated or method.name == "woods" else stages
 
@@ -333,17 +425,35 @@ def unknown_key(path: str) -> str:
 
 
 def shrink(config: Config) -> Config:
-    """The same pipeline on tiny sizes: what `smoke` asks for. Every stage runs."""
+    """The same pipeline on tiny sizes: what `smoke` asks for. Every stage runs.
+
+    Of files nothing is needed: data without a `data.root` are generated, and small random networks
+    stand for a teacher and a Stable Diffusion that are given.
+    """
     replace = dataclasses.replace
+    data, teacher, generator = config.data, config.teacher, config.generator
+    bundled = data.source == "bundled"
+    if not bundled and not data.root:
+        data = replace(data, source=GENERATED, image_size=32, stream=False)
+    # Of few classes 32 images each stand for a class, of many 8.
+    classes = 16 if bundled or data.id_set not in CLASS_NAMES else len(CLASS_NAMES[data.id_set])
+    if data.source == GENERATED:
+        classes = len(generated.names(data.id_set))
+    each = min(32, max(8, 512 // classes))
     knn = replace(
         config.outliers.knn,
-        features_per_class=32,
-        neighbour=20,
-        boundary=8,
-        anchors=8,
+        features_per_class=each,
+        neighbour=each * 5 // 8,
+        boundary=each // 4,
+        anchors=each // 4,
         noise_rows=32,
         repeats=1,
     )
+    if teacher.weights:
+        sizes = {"patch": 16, "width": 64, "depth": 2, "heads": 2, "mlp_ratio": 2.0}
+        teacher = replace(teacher, weights=GENERATED, batch_size=64, image_size=0, **sizes)
+    if generator.directory:
+        generator = replace(generator, directory=GENERATED)
     virtual = replace(
         config.method.virtual,
         queue=8,
@@ -356,11 +466,13 @@ def shrink(config: Config) -> Config:
     exposure = replace(config.method.exposure, poem_buffer=64, poem_refresh=2)
     return replace(
         config,
-        data=replace(config.data, train_images=512),
-        teacher=replace(config.teacher, epochs=1, views=min(config.teacher.views, 1)),
-        generator=replace(config.generator, vae_epochs=1, diffusion_epochs=1),
+        data=replace(data, train_images=max(512, each * classes)),
+        teacher=replace(teacher, epochs=1, views=min(teacher.views, 1)),
+        generator=replace(generator, vae_epochs=1, diffusion_epochs=1),
         outliers=replace(config.outliers, knn=knn),
-        latents=replace(config.latents, per_class=4, steps=4, chunk=32, pictures=4),
+        latents=replace(
+            config.latents, per_class=4 if bundled else 1, steps=4, chunk=32, pictures=4
+        ),
         method=replace(config.method, virtual=virtual, exposure=exposure),
         student=_shrink_student(config.student),
         train=replace(config.train, epochs=1, log_every=1),
@@ -369,4 +481,5 @@ def shrink(config: Config) -> Config:
 
 def _shrink_student(student: Student) -> Student:
     tiny = {"densenet": {"width": 4, "depth": 10}, "wide_resnet": {"width": 1, "depth": 10}}
-    return dataclasses.replace(student, **tiny.get(student.architecture, {"width": 8}))
+    resnet = {"width": 8, "depth": 18}
+    return dataclasses.replace(student, **tiny.get(student.architecture, resnet))

@@ -15,17 +15,22 @@ from oal_jax.config import (
     Config,
     Student,
     flatten,
+    stages_before,
     unknown_key,
 )
-from oal_jax.data.benchmarks import resolve
+from oal_jax.data.benchmarks import resolve, split_names
 from oal_jax.errors import UserError
+from oal_jax.pretrained import hub
 
+STREAMED = ("tfds", "imglist", "folder")  # values of data.source
 _FINE_TUNINGS = ("um", "umap", "woods")  # methods that are nothing without a start
 CHOICES: dict[str, tuple[str, ...]] = {
-    "data.source": ("bundled", "tfds", "imglist", "folder"),
+    "data.source": ("bundled", "tfds", "imglist", "folder", "generated"),
     "data.on_corrupt": ("error", "skip"),
     "outliers.source": ("knn", "diffusion", "random", "mixed", "none"),
     "outliers.knn.selection": ("top", "reference"),
+    "outliers.knn.token": ("input_table", "hidden_mean"),
+    "generator.dtype": ("float32", "bfloat16"),
     "latents.sampler": ("pndm", "ddim", "dpm_solver_pp_2m"),
     "latents.injection": ("first_piece", "all_pieces"),
     "latents.reduction": ("channel_height_mean", "flatten"),
@@ -33,6 +38,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method.micl": ("energy", "reference", "alternate"),
     "student.architecture": ("resnet", "densenet", "wide_resnet"),
     "student.stem": ("small", "cifar", "imagenet"),
+    "student.dtype": ("float32", "bfloat16"),
+    "teacher.dtype": ("float32", "bfloat16"),
     "train.schedule": ("per_step", "per_epoch"),
     "evaluation.scores": SCORES,
 }
@@ -50,10 +57,12 @@ def validate(config: Config) -> None:
                 raise UserError(f"config {path}='{value}' is not {known}; nearest: '{near[0]}'")
     data = config.data
     resolve(data.id_set, data.near, data.far, data.validation, data.csid)
-    if data.source in ("imglist", "folder") and not data.root:
+    _check_splits(config)
+    if data.source in ("imglist", "folder") and not data.root and not config.smoke:
         raise UserError(
             f"config data.root is empty; data.source={data.source} wants the directory of the sets"
         )
+    hub.parse(config.generator.directory)
     _check_student(config.student)
     _check_unleashed(config)
     _check_outliers(config)
@@ -70,6 +79,8 @@ def validate(config: Config) -> None:
             "config outliers.knn wants anchors <= boundary <= features_per_class, has"
             f" {knn.anchors}, {knn.boundary}, {knn.features_per_class}"
         )
+    if config.outliers.lazy and not knn.sigma:
+        raise UserError("config outliers.lazy=True wants outliers.knn.sigma greater than 0")
     if not 1 <= knn.keep <= knn.noise_rows:
         raise UserError(
             f"config outliers.knn.keep={knn.keep} must lie in 1..noise_rows={knn.noise_rows}"
@@ -78,10 +89,61 @@ def validate(config: Config) -> None:
         for path in paths:
             if not right(flat[path]):
                 raise UserError(f"config {path}={flat[path]} must {wanted}")
+    _check_accumulated(config)
+    _check_streamed(config)
+    if config.teacher.alignment and not config.teacher.train:
+        raise UserError(
+            f"config teacher.alignment={config.teacher.alignment} is of the teacher's training; set"
+            " teacher.train=True, or it to 0"
+        )
     if config.teacher.width % config.teacher.heads:
         raise UserError(
             f"config teacher.width={config.teacher.width} is not divisible by"
             f" teacher.heads={config.teacher.heads}"
+        )
+
+
+def _check_splits(config: Config) -> None:
+    data, splits = config.data, split_names(config.data.id_splits)
+    if splits and (len(splits) != 3 or data.source != "tfds"):
+        raise UserError(
+            f"config data.id_splits={','.join(splits)} must be the names of three splits, for"
+            " training, validation and test, of data.source='tfds'"
+        )
+
+
+def _check_streamed(config: Config) -> None:
+    """What a stream can't do: it has no arrays of the whole ID set."""
+    data, method = config.data, config.method
+    if not data.stream:
+        return
+    if data.source not in STREAMED:
+        raise UserError(
+            f"config data.stream=True: the sets of data.source='{data.source}' are held in memory;"
+            f" it is for {', '.join(STREAMED)}"
+        )
+    stages = stages_before(config)
+    if "features" in stages and config.teacher.views:
+        raise UserError(
+            f"config teacher.views={config.teacher.views} keeps the teacher's outputs of every"
+            " training image; with data.stream=True it must be 0"
+        )
+    if "generator" in stages and config.generator.train and not config.generator.directory:
+        raise UserError(
+            "config generator.train=True holds the training images in memory; with data.stream=True"
+            " give a generator.directory"
+        )
+    if method.name == "woods":
+        raise UserError(
+            "config method.name='woods' divides a set in memory; with data.stream=True choose"
+            " another, such as 'energy'"
+        )
+    paired = method.name == "oal" and method.micl == "energy"
+    paired = paired and config.outliers.source in ("diffusion", "random", "mixed")
+    if paired and data.on_corrupt == "skip":
+        raise UserError(
+            "config data.on_corrupt='skip' leaves images without latents, which method.name='oal'"
+            " pairs with them by number; with data.stream=True set it to 'error'"
         )
 
 
@@ -98,6 +160,29 @@ def _check_student(student: Student) -> None:
         raise UserError(
             f"config student.depth={student.depth} of a {student.architecture} must be 6 n + 4,"
             " such as 10, 16, 40 or 100"
+        )
+
+
+def _check_accumulated(config: Config) -> None:
+    """Microbatches are even, and the loss is one that they add up to (see training/state.py)."""
+    count, m = config.train.accumulate, config.method
+    if count == 1:
+        return
+    sizes = {"train.batch_size": config.train.batch_size, "method.outlier_batch": m.outlier_batch}
+    for path, size in sizes.items():
+        if size % count:
+            raise UserError(
+                f"config {path}={size} is not divisible by train.accumulate={count};"
+                f" use for example {max(1, size // count) * count}"
+            )
+    whole = {
+        "method.name='doe'": m.name == "doe",  # the square of a mean's slope, then another pass
+        f"method.micl='{m.micl}'": m.name == "oal" and m.micl != "energy",  # all pairs of rows
+        "method.virtual.contrastive": m.name == "npos" and m.virtual.contrastive > 0,  # likewise
+    }
+    for name in (name for name, asked in whole.items() if asked):
+        raise UserError(
+            f"config {name} needs the whole batch at once: train.accumulate={count} must be 1"
         )
 
 
@@ -179,10 +264,11 @@ def _fits(value: Any, usual: Any) -> bool:
 _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (
         (
-            *("train.epochs", "train.batch_size", "train.learning_rate"),
+            *("train.epochs", "train.batch_size", "train.learning_rate", "mesh.model"),
             *("train.log_every", "train.checkpoint_every"),
             *("teacher.epochs", "teacher.batch_size", "teacher.learning_rate"),
             *("teacher.patch", "teacher.width", "teacher.depth", "teacher.heads"),
+            *("teacher.body_rate", "teacher.head_rate", "train.accumulate"),
             *(
                 "generator.vae_epochs",
                 "generator.diffusion_epochs",
@@ -203,8 +289,8 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     ),
     (
         (
-            *("data.train_images", "data.shift", "data.image_size"),
-            *("teacher.views", "outliers.knn.sigma"),
+            *("data.train_images", "data.shift", "data.image_size", "data.workers"),
+            *("teacher.views", "teacher.image_size", "teacher.alignment", "outliers.knn.sigma"),
             *("latents.pictures", "method.outlier_batch", "train.clip", "train.weight_decay"),
             "train.keep_checkpoints",
         ),

@@ -1,36 +1,160 @@
 """Devices and processes: the only file that knows how many of them there are."""
 
+import socket
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Key
 
+from oal_jax import processes
 from oal_jax.errors import UserError
 
+JOIN_TIMEOUT = 120  # seconds for all processes of a run to find one another
+HEARTBEAT_TIMEOUT = 60  # seconds of silence after which a process counts as dead
 
-def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Join the other processes of a run; does nothing when none of the three is given."""
+# Parameters of fewer elements stay whole on every device: splitting them saves nothing.
+_SPLIT_FROM = 2**16
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    detect: bool = False,
+    join_timeout: int = JOIN_TIMEOUT,
+    heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
+) -> None:
+    """Join the other processes of a run; does nothing when nothing is given.
+
+    Where they can't be joined in time, the process ends with one line and exit code 2: the thread
+    that waits for them can't be called back.
+
+    Args:
+      coordinator: HOST:PORT, where process 0 listens; the next two go with it.
+      num_processes: of the run.
+      process_id: number of this one, from 0.
+      detect: take all three from the surroundings: a TPU pod, SLURM, Open MPI, Kubernetes.
+      join_timeout: seconds that this may take.
+      heartbeat_timeout: seconds of silence after which another process counts as dead; this one
+        then ends with exit code 1.
+
+    Raises:
+      UserError: some of the three are missing or impossible, or there is nothing to detect.
+    """
     given = [v is not None for v in (coordinator, num_processes, process_id)]
-    if not any(given):
+    for name, seconds in (("join", join_timeout), ("heartbeat", heartbeat_timeout)):
+        if seconds < 1:
+            raise UserError(f"--{name}-timeout {seconds} must be at least 1 second")
+    if not any(given) and not detect:
         return
-    if not all(given):
-        raise UserError("--coordinator, --num-processes and --process-id go together: give all")
-    if not coordinator.rpartition(":")[2].isdigit() or ":" not in coordinator:
-        raise UserError(f"--coordinator '{coordinator}' must be HOST:PORT")
+    if any(given):
+        if not all(given):
+            raise UserError("--coordinator, --num-processes and --process-id go together: give all")
+        _check(coordinator, num_processes, process_id)
+    # SIGTERM is the loop's: it asks all processes to save, where this service only tells them.
+    jax.config.update("jax_enable_preemption_service", False)
+    who = (coordinator, num_processes, process_id, join_timeout)
+    late = threading.Timer(join_timeout, _give_up, who)
+    late.daemon = True
+    late.start()
+    processes.tell_aborts()
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            # Its own end of waiting is an abort with a page of addresses: ours comes first.
+            initialization_timeout=10 * join_timeout,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(_why_not(error, coordinator)) from None
+    finally:
+        late.cancel()
+    processes.watch()
+    counts = [sum(d.process_index == i for d in jax.devices()) for i in range(jax.process_count())]
+    if len(set(counts)) > 1:
+        raise UserError(f"the processes have different numbers of devices: {counts}; give each one")
+
+
+def _check(coordinator: str, num_processes: int, process_id: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator '{coordinator}' must be HOST:PORT, such as 10.0.0.1:1234")
+    if num_processes < 1:
+        raise UserError(f"--num-processes {num_processes} must be at least 1")
     if not 0 <= process_id < num_processes:
         raise UserError(f"--process-id {process_id} must lie in 0..{num_processes - 1}")
-    jax.distributed.initialize(coordinator, num_processes, process_id)
 
 
-def make_mesh() -> Mesh:
-    """All devices of all processes along one axis named "data"."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def _give_up(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, seconds: int
+) -> None:
+    """From a thread beside the one that waits: say what did not come, and end the process."""
+    if coordinator is None:
+        said = "the processes of this run did not find one another"
+    elif process_id and (reason := _unreachable(coordinator)):
+        said = f"no coordinator at {coordinator} ({reason}); process 0 has to run there"
+    else:
+        said = f"the {num_processes} processes of this run did not all join at {coordinator}"
+    processes.exit_now(2, f"{said}; gave up after {seconds} s (--join-timeout)")
+
+
+def _unreachable(coordinator: str) -> str:
+    """Why nothing can connect to HOST:PORT; empty where something listens."""
+    host, _, port = coordinator.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _why_not(error: Exception, coordinator: str | None) -> str:
+    if coordinator is None:
+        return (
+            f"--distributed finds no cluster here ({str(error).splitlines()[0]}); give"
+            " --coordinator, --num-processes and --process-id"
+        )
+    return f"can't join the processes at {coordinator}: {str(error).splitlines()[0]}"
+
+
+def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices of all processes: axis "data" for batches, axis "model" for large parameters.
+
+    The devices along "model" belong to one process, so that every process has batches of its own.
+    `devices`: others than these, such as those of a topology that is not there.
+
+    Raises:
+      UserError: the devices of a process can't be split so.
+    """
+    devices = jax.devices() if devices is None else devices
+    local = sum(d.process_index == devices[0].process_index for d in devices)
+    if model < 1 or local % model:
+        raise UserError(
+            f"config mesh.model={model} must divide the {local} devices of a process; use for"
+            f" example {max(m for m in range(1, min(max(model, 1), local) + 1) if not local % m)}"
+        )
+    shape, axes = (len(devices) // model, model), ("data", "model")
+    types = (AxisType.Auto, AxisType.Auto)
+    # Neighbours as the network has them.
+    mesh = jax.make_mesh(shape, axes, axis_types=types, devices=devices)
+    if any(len({d.process_index for d in row}) > 1 for row in mesh.devices):
+        ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
+        mesh = Mesh(np.array(ordered).reshape(shape), axes, axis_types=types)
+    return mesh
 
 
 def is_main_process() -> bool:
     """Whether this process writes the reports and the files that exist once."""
-    return jax.process_index() == 0
+    return processes.is_main()
 
 
 def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
@@ -44,20 +168,111 @@ def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def over_data(mesh: Mesh) -> NamedSharding:
+    """The leading axis split over the devices of "data"."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def shardings(shapes: Any, mesh: Mesh) -> Any:
+    """Where the tensors of parameters or of a state lie, from their shapes alone.
+
+    Large ones are split over the axis "model" of the mesh, along their longest axis that it
+    divides (the last of equals); all others have a copy on every device.
+    """
+    parts = mesh.shape.get("model", 1)
+
+    def one(leaf) -> NamedSharding:
+        divisible = [i for i, size in enumerate(leaf.shape) if size % parts == 0]
+        if parts == 1 or np.prod(leaf.shape) < _SPLIT_FROM or not divisible:
+            return replicated(mesh)
+        axis = max(divisible, key=lambda i: (leaf.shape[i], i))
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, "model"))
+
+    return jax.tree.map(one, shapes)
+
+
+def place(tree: Any, wanted: Any) -> Any:
+    """Put the arrays of a pytree on the devices, as a sharding, or a tree of them, says.
+
+    What lies on the host, or on this process's devices alone, must be equal on all processes.
+    """
+    if not processes.several():
+        return jax.device_put(tree, wanted)
+    return jax.tree.map(_place, tree, jax.tree.broadcast(wanted, tree))
+
+
+def _place(array: Any, sharding: NamedSharding) -> Array:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    # Not `device_put`: it compares the whole array with that of every other process.
+    host = np.asarray(array)
+    host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Put a copy of every array of a pytree on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return place(tree, replicated(mesh))
+
+
+def place_parameters(tree: Any, mesh: Mesh) -> Any:
+    """Put parameters on the devices, large tensors split over the axis "model"."""
+    return place(tree, shardings(tree, mesh))
+
+
+def init_parameters(init: Callable, key: Key[Array, ""], mesh: Mesh, **options: Any) -> Any:
+    """`init(key)`, jitted with `options`; every device makes only what `shardings` gives it."""
+    where = shardings(jax.eval_shape(init, key), mesh)
+    return jax.jit(init, out_shardings=where, **options)(key)
+
+
+def from_processes(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """Global arrays of a batch of which every process has its rows, in the order of processes."""
+    sharding = over_data(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def shard_batch(tree: Any, mesh: Mesh) -> Any:
     """Inside jit: split the leading axis of every array over the devices."""
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec("data")))
+    return jax.lax.with_sharding_constraint(tree, over_data(mesh))
+
+
+def any_process(flag: bool, mesh: Mesh) -> Bool[Array, ""]:
+    """Whether the flag is up on some process; not yet computed, so nobody waits for anybody."""
+    flags = np.full(jax.local_device_count(), flag)
+    everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return _any(jax.make_array_from_process_local_data(everywhere, flags))
+
+
+@jax.jit
+def _any(flags):
+    return jnp.any(flags)
+
+
+def all_processes(flag: bool) -> bool:
+    """Whether the flag is up on all processes; they wait for one another."""
+    if not processes.several():
+        return flag
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def is_finite(tree: Any) -> bool:
+    """Whether what this process has of every array of floats is finite; on the host."""
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            parts = {str(shard.index): shard.data for shard in leaf.addressable_shards}
+            if not all(np.isfinite(part).all() for part in parts.values()):
+                return False
+    return True
 
 
 def to_host(array: jax.Array) -> np.ndarray:
     """A whole array as numpy, also when its shards lie on several processes."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
-    from jax.experimental import multihost_utils
-
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

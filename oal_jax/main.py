@@ -4,7 +4,8 @@
 of one config together; a CSV file in OpenOOD's layout counts as one more.
 
 Exit codes: 0 done; 2 a mistake of the user's, one line on stderr; 1 a training that failed or
-any other error; 130 Ctrl-C; 143 SIGTERM, after saving.
+any other error, or another process of the run that died; 130 Ctrl-C; 143 SIGTERM, after saving.
+Where one process of several fails, the others end with its code.
 """
 
 import difflib
@@ -19,9 +20,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from oal_jax import processes
 from oal_jax.config import Config, expand, flatten, unknown_key
 from oal_jax.config_checks import validate
-from oal_jax.errors import UserError
+from oal_jax.errors import Preempted, TrainingFailed, UserError
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -41,8 +43,16 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     for name, text in {
         "num_processes": "processes of this run",
         "process_id": "number of this process, from 0",
+        "join_timeout": "seconds in which all processes must have joined; default 120",
+        "heartbeat_timeout": "seconds of silence after which one counts as dead; default 60",
     }.items():
         flags.DEFINE_integer(name, None, text, flag_values=values)
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "several processes as a TPU pod, SLURM, Open MPI or Kubernetes started them",
+        flag_values=values,
+    )
     flags.DEFINE_bool(
         "force", False, "go on where another config ran; redo what is damaged", flag_values=values
     )
@@ -175,7 +185,19 @@ def run(argv: Sequence[str]) -> None:
         return
     from oal_jax import distributed  # JAX starts only once the flags are known to be right
 
-    distributed.initialize(values.coordinator, values.num_processes, values.process_id)
+    timeouts = {name: values[name].value for name in ("join_timeout", "heartbeat_timeout")}
+    distributed.initialize(
+        values.coordinator,
+        values.num_processes,
+        values.process_id,
+        detect=values.distributed,
+        **{name: seconds for name, seconds in timeouts.items() if seconds is not None},
+    )
+    with processes.only_main_prints():
+        _run(values)
+
+
+def _run(values: flags.FlagValues) -> None:
     from oal_jax import pipeline
     from oal_jax.evaluation.tables import format_table, read_csv
 
@@ -184,37 +206,53 @@ def run(argv: Sequence[str]) -> None:
     reuse = Path(values.reuse) if values.reuse else None
     pipeline.run(values.config, workdir, only=values.stage, force=values.force, reuse=reuse)
     table = workdir / "report" / "ood.csv"
-    if not values.stage or values.stage == "report":
+    if processes.is_main() and (not values.stage or values.stage == "report"):
         print(format_table(read_csv(table)))
         print(f"report: {workdir / 'report' / 'index.html'}")
 
 
 def guard(command, argv: Sequence[str]) -> int:
-    """Run a command; turn what a person can mend, or asked for, into one line and an exit code."""
+    """Run a command; turn what a person can mend, or asked for, into one line and an exit code.
+
+    Of several processes, each ends with the code of the first that failed.
+    """
     try:
         command(argv)
-    except UserError as error:
-        return _say(error, 2)
-    except KeyboardInterrupt:
-        return _say("interrupted; start the same command again to go on", 130)
-    except Exception as error:
-        from oal_jax.training.loop import Preempted, TrainingFailed
-
-        if isinstance(error, Preempted):
-            return _say(f"{error}; start the same command again to go on", 143)
-        if isinstance(error, TrainingFailed):
-            return _say(error, 1)
-        if _disk_is_full(error):
-            return _say(
-                "the disk is full: the stage under way is not done; make room and start again", 2
-            )
-        raise
+    except BaseException as error:
+        told = _told(error)
+        if processes.several():
+            if told is None:
+                told = processes.failure_of_another()  # this one only lost its connection
+            if told is None:
+                traceback.print_exc()
+                told = 1, f"{type(error).__name__}: {error}"
+            processes.leave(told[0], _say(told[1]))
+        if told is None:
+            raise
+        _say(told[1])
+        return told[0]
     return 0
 
 
-def _say(message: object, code: int) -> int:
-    print("oal_jax:", *str(message).split(), file=sys.stderr, flush=True)  # on one line
-    return code
+def _told(error: BaseException) -> tuple[int, str] | None:
+    """(exit code, message) of what a person can mend or asked for; None of anything else."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; start the same command again to go on"
+    if isinstance(error, Preempted):
+        return 143, f"{error}; start the same command again to go on"
+    if isinstance(error, TrainingFailed):
+        return 1, str(error)
+    if isinstance(error, Exception) and _disk_is_full(error):
+        return 2, "the disk is full: the stage under way is not done; make room and start again"
+    return None
+
+
+def _say(message: str) -> str:
+    line = " ".join(message.split())
+    print("oal_jax:", line, file=sys.stderr, flush=True)
+    return line
 
 
 def _disk_is_full(error: BaseException | None) -> bool:

@@ -1,6 +1,8 @@
 """The stages in order: which a config needs, what each depends on, which are done already."""
 
 import errno
+import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from oal_jax import artifacts, distributed
+from oal_jax import artifacts, distributed, processes
 from oal_jax.config import Config, expand, flatten, shrink, stages_before, unflatten
 from oal_jax.config_checks import validate
 from oal_jax.errors import UserError
+from oal_jax.pretrained import hub
 from oal_jax.stages.context import Context
 
 
@@ -36,21 +39,37 @@ def _data_files(config: Config) -> dict[str, Any]:
     data, root = config.data, Path(config.data.root).expanduser()
     if data.source == "imglist":
         return _hashes(root / "benchmark_imglist" / data.id_set, True)
-    if data.source == "folder":
+    if data.source == "tfds":
+        from oal_jax.data import array_records
+
+        root = array_records.sets_root(data.root or None)
+    if data.source in ("folder", "tfds"):
         return _stats(root)
     # The manifest vouches for every bundled file, and each is checked when it is read.
     return _hashes(_package("data", "embedded", "manifest.json"), data.source == "bundled")
 
 
 def _teacher_files(config: Config) -> dict[str, Any]:
+    t, read = config.teacher, _data_files(config)
     shipped = _package("pretrained", "weights", "fashion_teacher.safetensors")
-    return _data_files(config) | _hashes(shipped, not config.teacher.train)
+    read |= _hashes(shipped, not t.train and not t.weights)
+    read |= _hashes(Path(t.weights).expanduser(), bool(t.weights))
+    if t.alignment:  # then its training reads the generator, which is what these make it
+        read |= _generator_files(config) | {"generator": flatten(config.generator)}
+    return read
+
+
+def _features_reads(config: Config) -> dict[str, Any]:
+    # Without cached views only the images that the k-NN sampling reads pass through the teacher.
+    count = config.outliers.knn.features_per_class
+    return _data_files(config) | ({} if config.teacher.views else {"features_per_class": count})
 
 
 def _generator_files(config: Config) -> dict[str, Any]:
     given = config.generator.directory
     if given:
-        return _stats(Path(given).expanduser())  # several GB
+        # A commit of the hub stands for its files; those of a directory are several GB.
+        return {} if hub.parse(given) else _stats(Path(given).expanduser())
     shipped = _package("pretrained", "weights", "fashion_sd")
     return _data_files(config) | _hashes(shipped, not config.generator.train)
 
@@ -70,9 +89,19 @@ def _train_files(config: Config) -> dict[str, Any]:
 
 
 def _stats(directory: Path) -> dict[str, Any]:
-    """Size and time of change of the files below a directory; they stand for the content."""
-    stats = {str(p): p.stat() for p in sorted(directory.rglob("*.*"))}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    """Size and time of change of the files below a directory, which may be millions, as a digest.
+
+    They stand for the content.
+    """
+    digest = hashlib.sha256()
+    for parent, folders, names in os.walk(directory):
+        folders.sort()
+        for name in sorted(name for name in names if "." in name):
+            path = os.path.join(parent, name)
+            if os.path.exists(path):  # not a link to nothing
+                stat = os.stat(path)
+                digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return {str(directory): digest.hexdigest()}
 
 
 def _package(*parts: str) -> Path:
@@ -86,18 +115,19 @@ def _hashes(path: Path, wanted: bool) -> dict[str, str]:
 
 
 # The ID images: which sets the detector is tested on changes nothing before the evaluation.
-_IMAGES = ("data", "-data.near", "-data.far", "-data.validation", "-data.csid")
+_IMAGES = ("data", "-data.workers", "-data.near", "-data.far", "-data.validation", "-data.csid")
+_FREE = ("mesh", "data.workers")  # keys that change nothing of what a run gives
 STAGES = (
     Stage(
         "teacher",
-        ("teacher", "-teacher.views", *_IMAGES, "seed", "smoke"),
+        ("teacher", "-teacher.views", "-teacher.remat", *_IMAGES, "seed", "smoke"),
         (),
         _read_by_method("teacher"),
         _teacher_files,
     ),
     Stage(
         "generator",
-        ("generator", *_IMAGES, "seed", "smoke", "teacher.width"),
+        ("generator", "-generator.dtype", *_IMAGES, "seed", "smoke", "teacher.width"),
         (),
         _read_by_method("generator"),
         _generator_files,
@@ -105,20 +135,20 @@ STAGES = (
     Stage(
         "features",
         # All of the teacher's: with other heads the same weights are another function.
-        (*_IMAGES, "teacher", "seed", "smoke"),
+        (*_IMAGES, "teacher", "-teacher.remat", "seed", "smoke"),
         ("teacher",),
         _read_by_method("features"),
-        _data_files,
+        _features_reads,
     ),
     Stage(
         "outliers",
-        ("outliers.knn", "seed"),
+        ("outliers.knn", "outliers.lazy", "seed"),
         ("features", "generator"),
         _read_by_method("outliers"),
     ),
     Stage(
         "latents",
-        ("latents", "-latents.reduction", *_IMAGES, "seed", "smoke"),
+        ("latents", "-latents.reduction", "generator.dtype", *_IMAGES, "seed", "smoke"),
         ("outliers", "generator"),
         _read_by_method("latents"),
         _data_files,
@@ -127,7 +157,7 @@ STAGES = (
         "estimate_loss",
         (
             *("method.n_masks", "method.estimate_keep", "train.start"),
-            *("student", "-student.dropout", *_IMAGES, "seed", "smoke"),
+            *("student", "-student.dropout", "-student.remat", *_IMAGES, "seed", "smoke"),
         ),
         (),
         _read_by_method("estimate_loss"),
@@ -136,7 +166,8 @@ STAGES = (
     Stage(
         "train",
         (
-            *("method", "student", "train", "-train.keep_checkpoints", *_IMAGES, "seed", "smoke"),
+            *("method", "student", "-student.remat", "train", "-train.keep_checkpoints"),
+            *(*_IMAGES, "seed", "smoke"),
             *("outliers", "-outliers.knn", "latents.reduction"),
         ),
         ("teacher", "features", "outliers", "latents", "estimate_loss"),
@@ -144,18 +175,25 @@ STAGES = (
     ),
     Stage(
         "evaluate",
-        ("data", "smoke", "evaluation.batch_size"),
+        ("data", "-data.workers", "smoke", "evaluation.batch_size"),
         ("train",),
         reads_files=_evaluate_reads,
     ),
     # The page shows the whole config.
-    Stage("report", ("",), ("evaluate", "train", "latents", "outliers")),
+    Stage(
+        "report",
+        ("", *(f"-{key}" for key in _FREE)),
+        ("evaluate", "train", "latents", "outliers"),
+    ),
 )
 
 
 def plan(config: Config) -> list[Stage]:
     """The stages that this config needs, in order."""
-    return [stage for stage in STAGES if stage.needed(config)]
+    needed = [stage for stage in STAGES if stage.needed(config)]
+    if not config.teacher.alignment:
+        return needed
+    return sorted(needed, key=lambda stage: stage.name != "generator")  # the teacher reads it
 
 
 def inputs_of(stage: Stage, context: Context, planned: set[str]) -> dict[str, Any]:
@@ -201,12 +239,6 @@ def run(
     """
     config = expand(config)
     validate(config)
-    if jax.process_count() > 1:
-        # Every process would write the same files: refuse what would not be whole.
-        raise UserError(
-            "a run is one process that drives all its devices; runs of several processes are not"
-            " supported yet"
-        )
     if config.smoke:
         config = shrink(config)
         validate(config)
@@ -216,30 +248,51 @@ def run(
         if only not in names:
             raise UserError(f"--stage {only} is not one of this config's: {', '.join(names)}")
         stages = stages[: names.index(only) + 1]
-    _claim(workdir, config, force)
-    context = Context(config, workdir, distributed.make_mesh(), jax.random.key(config.seed))
+    mesh = distributed.make_mesh(config.mesh.model)
+    _check_alike(config)
+    processes.on_main(lambda: _claim(workdir, config, force))
+    context = Context(config, workdir, mesh, jax.random.key(config.seed))
     with _alone(workdir):
         for stage in stages:
             _run_stage(stage, context, {s.name for s in stages}, force, reuse)
     return workdir
 
 
+def _check_alike(config: Config) -> None:
+    """Raise `UserError` when this process was given another config than process 0."""
+    here = flatten(config)
+    there = processes.on_main(lambda: here)
+    for key, value in here.items():
+        if there.get(key) != value:
+            raise UserError(
+                f"config {key} is {value!r} in process {processes.index()} and"
+                f" {there.get(key)!r} in process 0; give all processes the same config"
+            )
+
+
 def _run_stage(
     stage: Stage, context: Context, planned: set[str], force: bool, reuse: Path | None
 ) -> None:
-    directory, inputs = context.directory(stage.name), inputs_of(stage, context, planned)
-    if _done(directory, inputs, force):
-        print(f"{stage.name}: done already, skipped", flush=True)
+    directory, inputs = context.directory(stage.name), {}
+
+    def prepare() -> str:
+        """Why the stage need not run; empty where it must, and its directory is ready."""
+        inputs.update(inputs_of(stage, context, planned))
+        if _done(directory, inputs, force):
+            return "done already, skipped"
+        if reuse and artifacts.is_done(reuse / stage.name, inputs):
+            artifacts.copy_stage(reuse / stage.name, directory)
+            return f"taken from {reuse}"
+        artifacts.begin(directory, inputs)
+        return ""
+
+    if said := processes.on_main(prepare):
+        print(f"{stage.name}: {said}", flush=True)
         return
-    if reuse and artifacts.is_done(reuse / stage.name, inputs):
-        artifacts.copy_stage(reuse / stage.name, directory)
-        print(f"{stage.name}: taken from {reuse}", flush=True)
-        return
-    artifacts.begin(directory, inputs)
     start = time.monotonic()
     outputs = import_module(f"oal_jax.stages.{stage.name}").run(context)
     seconds = time.monotonic() - start
-    artifacts.finish(directory, stage.name, inputs, outputs, seconds)
+    processes.on_main(lambda: artifacts.finish(directory, stage.name, inputs, outputs, seconds))
     print(f"{stage.name}: {seconds:.1f} s", flush=True)
 
 
@@ -287,7 +340,9 @@ def _claim(workdir: Path, config: Config, force: bool) -> None:
 
 
 def _check_same(workdir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [key for key in now if key not in before or before[key] != now[key]]
+    # On which devices and with how many readers a run goes on is free.
+    read = [key for key in now if not any(_below(key, free) for free in _FREE)]
+    changed = [key for key in read if key not in before or before[key] != now[key]]
     if changed:
         key = changed[0]
         was = repr(before[key]) if key in before else "unknown"

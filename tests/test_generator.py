@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from small_stable_diffusion import write_weights
 
 import oal_jax.pretrained
 from oal_jax.data import sources
@@ -36,9 +37,7 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 def tiny_directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tiny_sd")
     create.create(directory, ("cat", "dog"), width=32, overrides=TINY)
-    init = functools.partial(stable.init_params, stable.build(directory))
-    diffusers_directory.save(directory, jax.jit(init)(FAST_KEY()))
-    return directory
+    return write_weights(directory)
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +147,13 @@ def test_bfloat16(copied):
     assert out.dtype == jnp.float32 and np.isfinite(out).all()
 
 
+def _shapes(directory):
+    return stable.param_shapes(stable.build(directory), directory)
+
+
 @pytest.mark.parametrize("fault", ["missing", "left over", "wrong shape"])
 def test_checkpoint_that_does_not_fit(copied, fault):
+    """Said by `check`, which reads headers alone, and by `load`."""
     file = copied / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     if fault == "missing":
@@ -159,8 +163,14 @@ def test_checkpoint_that_does_not_fit(copied, fault):
     else:
         tensors["conv_in.bias"] = tensors["conv_in.bias"][:-1]
     save_file(tensors, file)
-    with pytest.raises(UserError, match=rf"{fault} conv_in\.bias"):
-        stable.load(copied)
+    for function in (stable.check, stable.load):
+        with pytest.raises(UserError, match=rf"{fault} conv_in\.bias"):
+            function(copied)
+    tensors = load_file(copied / "vae" / "diffusion_pytorch_model.safetensors")
+    tensors["quant_conv.bias"] = tensors["quant_conv.bias"].astype(np.int32)
+    save_file(tensors, copied / "vae" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=r"quant_conv\.bias of type I32 instead of floats"):
+        diffusers_directory.check_params(copied / "vae", _shapes(copied)["vae"])
 
 
 def test_many_faults_are_counted(copied):
@@ -181,11 +191,52 @@ def test_truncated_file(copied, length):
 def test_pickle_is_refused(copied):
     file = copied / "unet" / "diffusion_pytorch_model.safetensors"
     file.rename(file.with_suffix(".bin"))
-    with pytest.raises(UserError, match="pickled"):
+    with pytest.raises(UserError, match=r"pickled.*convert --input .*\.bin --output .*/diffusion_"):
         stable.load(copied)
     file.with_suffix(".bin").unlink()
     with pytest.raises(UserError, match="no weights"):
         stable.load(copied)
+
+
+@pytest.mark.parametrize("start", [b"PK\x03\x04" + b"archive/data.pkl", b"\x80\x02ctorch\n_utils"])
+def test_a_pickle_under_another_name_is_refused(copied, start):
+    file = copied / "vae" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(start * 20)
+    with pytest.raises(
+        UserError, match=r"a pickle under.*rename it.*pretrained\.convert"
+    ) as raised:
+        stable.load(copied)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_real_directories_have_beside_the_weights(tiny, copied):
+    """Other folders, pickles, single-file checkpoints and variants are left alone."""
+    for name in ("safety_checker/pytorch_model.bin", "v1-4.ckpt", "unet/diffusion_model.bin"):
+        (copied / name).parent.mkdir(exist_ok=True)
+        (copied / name).write_bytes(b"\x80\x04 not to be read")
+    (copied / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not to be read")
+    _, params = stable.load(copied)
+    jax.tree.map(np.testing.assert_array_equal, tiny[1], params)
+    assert not any(
+        "v1-4" in str(p) or "safety" in str(p) for p in diffusers_directory.files(copied)
+    )
+
+
+def test_the_half_precision_variant_is_read_as_float32(tiny, copied):
+    file = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    half = {name: value.astype(np.float16) for name, value in load_file(file).items()}
+    save_file(half, file.with_suffix(".fp16.safetensors"))
+    file.unlink()
+    _, params = stable.load(copied)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.float16).astype(jnp.float32), tiny[1]["unet"])
+    jax.tree.map(np.testing.assert_array_equal, rounded, params["unet"])
+    assert params["unet"]["conv_in"]["bias"].dtype == jnp.float32
+
+
+def test_components_alone(tiny, copied):
+    (copied / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"never opened")
+    _, params = stable.load(copied, components=("vae",))
+    jax.tree.map(np.testing.assert_array_equal, {"vae": tiny[1]["vae"]}, params)
 
 
 def test_config_faults(copied):
@@ -200,8 +251,37 @@ def test_config_faults(copied):
     with pytest.raises(UserError, match="JSON"):
         stable.load(copied)
     config.unlink()
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match=r"no unet/config\.json"):
         stable.load(copied)
+    with pytest.raises(UserError, match="is a file"):
+        stable.load(copied / "model_index.json")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("model_index", {"_class_name": "StableDiffusionXLPipeline"}, "StableDiffusionXLPipeline"),
+        ("model_index", {"_class_name": "FluxPipeline"}, "Stable Diffusion v1 or v2"),
+        ("unet/config", {"_class_name": "UNet3DConditionModel"}, "UNet3DConditionModel"),
+        ("unet/config", {"down_block_types": ["AttnDownBlock2D"] * 2}, "'AttnDownBlock2D'"),
+        ("unet/config", {"in_channels": 9}, "inpainting"),
+        ("unet/config", {"addition_embed_type": "text_time"}, "addition_embed_type"),
+        ("unet/config", {"block_out_channels": [32, 40]}, "describe no network"),
+        ("unet/config", {"block_out_channels": "wide"}, "describe no network"),
+        ("vae/config", {"up_block_types": ["AttnUpDecoderBlock2D"] * 3}, "AttnUpDecoderBlock2D"),
+        ("vae/config", {"use_quant_conv": False}, "use_quant_conv"),
+        ("text_encoder/config", {"model_type": "t5"}, "'t5'"),
+        ("scheduler/scheduler_config", {"beta_schedule": "squaredcos_cap_v2"}, "squaredcos"),
+        ("scheduler/scheduler_config", {"rescale_betas_zero_snr": True}, "rescale_betas"),
+        ("scheduler/scheduler_config", {"beta_start": "low"}, "must be above 0"),
+    ],
+)
+def test_another_architecture(copied, file, change, message):
+    path = copied / f"{file}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message) as raised:
+        stable.check(copied)
+    assert "\n" not in str(raised.value)
 
 
 def test_layout_functions_are_inverse():
@@ -260,6 +340,51 @@ def test_injection_changes_only_masked_rows(tiny):
     plain = stable.encode_prompts(sd, params, ids)
     np.testing.assert_array_equal(out[1], plain[1])
     assert np.abs(out[0] - plain[0]).max() > 1e-3
+
+
+def test_injection_maps_over_outliers(tiny):
+    """Many outliers for one prompt, by vmap: each as if alone."""
+    sd, params = tiny
+    ids, mask, _ = _prompts(sd, ("cat",))
+    vectors = jax.random.normal(jax.random.key(0), (5, 32))
+
+    def encode(vector):
+        return conditioning.encode_with_injection(sd, params, ids, mask, vector[None])[0]
+
+    mapped = jax.jit(jax.vmap(encode))(vectors)
+    for vector, states in zip(vectors, mapped, strict=True):
+        np.testing.assert_allclose(states, encode(vector), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", conditioning.INJECTION_MODES)
+def test_class_names_of_several_words(tiny, mode):
+    sd, _ = tiny
+    names = ("aquarium_fish", "pickup truck", "cat", "[kite] bird", "pickup [truck]")
+    prompts = conditioning.class_prompts(names, create.PROMPT)
+    assert prompts[0] == "A high-quality image of the aquarium fish"
+    assert [p.rpartition("the ")[2] for p in prompts[1:]] == [
+        *("pickup truck", "cat", "kite bird", "pickup truck")
+    ]
+    template = "the {}"  # few tokens: this tokenizer spells most words
+    ids = np.asarray(
+        sd.tokenizer(conditioning.class_prompts(names, template), padding=True)["input_ids"]
+    )
+    mask = conditioning.injection_mask(sd, ids, names, mode)
+    replaced = [sd.tokenizer.decode(row[where]) for row, where in zip(ids, mask, strict=True)]
+    if mode == "all_pieces":
+        assert replaced == ["aquarium fish", "pickup truck", "cat", "kite", "truck"]
+    else:
+        assert all(mask.any(axis=1)) and replaced[2] == "cat"
+        firsts = [sd.tokenizer.tokenize(w)[0] for w in ("aquarium", "pickup", "kite", "truck")]
+        assert [
+            sd.tokenizer.convert_ids_to_tokens(int(ids[row][mask[row]][0])) for row in (0, 1, 3, 4)
+        ] == firsts
+
+
+@pytest.mark.parametrize("name", ["", "_", "n01440764", "class 3"])
+def test_class_names_without_words(name):
+    with pytest.raises(UserError, match=r"no word.*generator\.class_words"):
+        conditioning.prompt_word(name)
 
 
 def test_injection_modes_and_faults(shipped):
@@ -383,8 +508,31 @@ def test_sampler_faults():
     for steps in (0, 1000):
         with pytest.raises(UserError, match="steps"):
             samplers.make_plan(NoiseSchedule(), "ddim", steps)
-    with pytest.raises(UserError, match="beta_schedule"):
-        NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2"})
+
+
+def test_scheduler_configs_of_real_checkpoints():
+    config = create.SCHEDULER | {"clip_sample": True, "steps_offset": 0, "skip_prk_steps": False}
+    assert NoiseSchedule.from_config(config) == NoiseSchedule()
+    ddim = {k: v for k, v in config.items() if k != "set_alpha_to_one"}
+    assert not NoiseSchedule.from_config(ddim).set_alpha_to_one
+    assert NoiseSchedule.from_config(ddim | {"_class_name": "DDIMScheduler"}).set_alpha_to_one
+
+
+def test_arithmetic_is_float32_whatever_the_network(problem):
+    """A network in bfloat16: the scan carries float32, and its output is cast before guidance."""
+    params, noise, cond, uncond = problem
+
+    def network(params, x, times, states):
+        assert x.dtype == jnp.float32
+        return _network(params, x, times, states).astype(jnp.bfloat16)
+
+    for name in samplers.SAMPLERS:
+        sampler = samplers.make_sampler(network, NoiseSchedule(), name, 5, guidance=7.5)
+        half = cond.astype(jnp.bfloat16), uncond.astype(jnp.bfloat16)
+        program = jax.make_jaxpr(sampler)(params, noise, *half)
+        scan = next(e for e in program.eqns if e.primitive.name == "scan")
+        carried = scan.outvars[: scan.params["num_carry"]]
+        assert {v.aval.dtype for v in (*carried, *program.jaxpr.outvars)} == {jnp.dtype("float32")}
 
 
 def test_noise_depends_on_key_and_index_only():
@@ -466,7 +614,7 @@ def test_shipped_autoencoder_reconstructs_garments(shipped, garments):
     images = garments[0][:100]
     latents = jax.jit(functools.partial(stable.encode_images, sd))(params, images)
     assert latents.shape == (100, 4, 8, 8) and 0.8 < float(jnp.std(latents)) < 1.2
-    decode = jax.jit(functools.partial(stable.decode_latents, sd, crop=(28, 28)))
+    decode = jax.jit(functools.partial(stable.decode_latents, sd, size=(28, 28)))
     decoded = decode(params, latents)
     assert decoded.shape == images.shape
     psnr = -10.0 * np.log10(np.mean((decoded - images) ** 2, axis=(1, 2, 3)))
@@ -483,13 +631,37 @@ def test_generated_garments_are_of_the_wanted_class(shipped, garments):
     noise = samplers.initial_noise(jax.random.key(0), jnp.arange(48), sd.latent_shape)
     apply = functools.partial(stable.apply_unet, sd)
     latents = jax.jit(samplers.make_sampler(apply, sd.schedule))(params, noise, cond, uncond)
-    images = jax.jit(functools.partial(stable.decode_latents, sd, crop=(28, 28)))(params, latents)
+    images = jax.jit(functools.partial(stable.decode_latents, sd, size=(28, 28)))(params, latents)
     real, real_labels = garments
     distances = ((images[:, None] - real[None]) ** 2).sum(axis=(2, 3, 4))
     nearest = real_labels[np.argsort(distances, axis=1)[:, 0]]
     # Chance is 1/8; real test images reach about 0.8 (t-shirt, shirt, coat and pullover are
     # mistaken for each other).
     assert (nearest == labels).mean() > 0.6
+
+
+@pytest.mark.parametrize("side", [8, 9, 12, 16, 32])
+def test_images_of_other_sizes(tiny, side):
+    """The autoencoder has 16 px, 4 a latent: 9 to 16 px are padded, others resized."""
+    sd, params = tiny
+    images = np.random.default_rng(0).random((2, side, side, 1), np.float32)
+    fitted = np.asarray(stable.fit_images(sd, images))
+    assert fitted.shape == (2, 16, 16, 1)
+    if 8 < side <= 16:
+        start = (16 - side) // 2
+        np.testing.assert_array_equal(fitted[:, start : start + side, start : start + side], images)
+        assert fitted.sum() == pytest.approx(images.sum(), rel=1e-5)
+    else:
+        np.testing.assert_allclose(fitted.mean(), images.mean(), atol=0.02)
+        assert fitted.min() >= 0 and fitted.max() <= 1
+    decode = functools.partial(stable.decode_latents, sd, size=(side, side))
+    shape = jax.eval_shape(decode, params, jnp.zeros((2, *sd.latent_shape))).shape
+    assert shape == (2, side, side, 1)
+
+
+def test_images_that_are_not_square(tiny):
+    with pytest.raises(UserError, match="not square"):
+        stable.fit_images(tiny[0], jnp.zeros((1, 40, 30, 1)))
 
 
 def test_pad_images_faults(shipped):

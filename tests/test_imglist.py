@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from oal_jax.data import imglist, sources
+from oal_jax.data import sources, stored
 from oal_jax.errors import UserError
 
 CAT, DOG = 3, 5  # labels of CIFAR-10
@@ -121,7 +121,7 @@ def test_preprocessing_is_torchvisions(tmp_path, resize, crop):
     )
     for i, size in enumerate([*SIZES, (500, 333), (375, 500), (1023, 257), (224, 224)]):
         image = photo(tmp_path / "x.png", *size, i)
-        np.testing.assert_array_equal(imglist.resize_and_crop(image, resize, crop), theirs(image))
+        np.testing.assert_array_equal(stored.resize_and_crop(image, resize, crop), theirs(image))
 
 
 def test_lists_keep_their_order_and_paths_may_hold_spaces(tmp_path, digits):
@@ -183,7 +183,7 @@ def test_classes_of_imagenet_can_be_named(tmp_path):
         (["x.png -1"], "line 1: label -1 is out of range"),
         (["x.png 0", "gone.png 0"], "line 2: .*gone.png cannot be read .*No such file"),
         (["/x.png 0"], "line 1: the path /x.png must be relative"),
-        (["x.png 0", "text.png 1"], "line 2: .*text.png is damaged .*cannot identify"),
+        (["x.png 0", "text.png 1"], "line 2: .*text.png is damaged .*not an image"),
         (["cut.png 1"], "line 1: .*cut.png is damaged .*on_corrupt=skip"),
         (["cut.jpg 1"], "line 1: .*cut.jpg is damaged .*truncated"),
         (["folder 1"], "line 1: .*folder cannot be read .*Is a directory"),
@@ -242,7 +242,7 @@ def test_what_is_not_there_is_named_with_where_to_get_it(tmp_path):
 def test_too_many_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     photo(tmp_path / "images_largescale/x.png", 8, 8)
     openood(tmp_path, ["x.png 0"] * 50, "imagenet/train_imagenet.txt")
-    monkeypatch.setattr(imglist, "MAX_BYTES", 20 * 64 * 64 * 3)
+    monkeypatch.setattr(stored, "MAX_BYTES", 20 * 64 * 64 * 3)
     assert len(load(tmp_path, "imagenet", "train", image_size=64, limit=20).images) == 20
     refused("the 50 images of imagenet/train .* GiB", load, tmp_path, "imagenet", "train")
 

@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from oal_jax import artifacts, distributed
+from oal_jax.config import Config, Knn
 from oal_jax.outliers import knn
+from oal_jax.outliers import pools as pools_module
+from oal_jax.stages import outliers
+from oal_jax.stages.context import Context
 
 SIZES = {"k": 45, "count": 12, "anchors": 10, "sigma": 0.3, "noise_rows": 150, "keep": 2}
 WIDTH, POINTS = 16, 80
@@ -191,3 +196,141 @@ def test_random_outliers_are_unit_and_point_nowhere():
     np.testing.assert_allclose(np.linalg.norm(outliers, axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(outliers.mean(0), 0, atol=0.03)
     np.testing.assert_allclose(outliers.T @ outliers / 4000, np.eye(8) / 8, atol=0.02)
+
+
+def test_many_queries_are_taken_in_blocks(features, monkeypatch):
+    expected = knn.kth_distance(features, features, 45)
+    monkeypatch.setattr(knn, "_PRODUCTS", 7 * POINTS)  # 80 queries: eleven blocks of 7, and 3
+    closed = jax.make_jaxpr(lambda x: knn.kth_distance(x, x, 45))(features)
+    largest = max(v.aval.size for e in equations(closed.jaxpr) for v in e.outvars)
+    assert largest < POINTS * POINTS
+    np.testing.assert_allclose(knn.kth_distance(features, features, 45), expected, atol=1e-6)
+
+
+def redrawn_noise(key, repeat, width):
+    """All noise of a repeat of `select_class`, a key a row, row by row."""
+    key = jax.random.fold_in(jax.random.split(key)[1], repeat)
+    rows = [jax.random.normal(jax.random.fold_in(key, i), (width,)) for i in range(150)]
+    return np.asarray(jax.lax.reduce_precision(jnp.stack(rows), 8, 22))
+
+
+def test_lazy_outliers_equal_an_eager_recomputation(features):
+    key, sigma = jax.random.key(5), np.float32(SIZES["sigma"])
+    points, around, rows, factor = (
+        np.asarray(part)
+        for part in knn.select_class(key, features, **SIZES, repeats=2, selection="top")
+    )
+    edge = np.argsort(-full_sort_distance(features, features, SIZES["k"]), kind="stable")
+    edge = features[edge[: SIZES["count"]]]
+    np.testing.assert_allclose(points, edge / sigma, rtol=1e-6)
+    assert around.dtype == rows.dtype == np.int32
+    around, rows = around.reshape(2, 10, 2), rows.reshape(2, 10, 2)
+    eager = []
+    for repeat in range(2):
+        of_anchor = around[repeat, :, 0]
+        np.testing.assert_array_equal(of_anchor, around[repeat, :, 1])
+        assert len(np.unique(of_anchor)) == 10  # without replacement
+        noise = redrawn_noise(key, repeat, WIDTH)
+        sums = (points[of_anchor][:, None] + noise[rows[repeat]]).reshape(20, WIDTH)
+        np.testing.assert_allclose(
+            unit(sums), intended(edge[of_anchor], sigma * noise, features), atol=1e-5
+        )
+        eager.append(sums)
+    assert (around[0] != around[1]).any()
+    eager = np.concatenate(eager) * factor[:, None]  # NumPy's, in float32
+    np.testing.assert_allclose(np.linalg.norm(eager, axis=1), 1, atol=1e-6)
+    redraw = jax.jit(jax.vmap(knn.redraw, (None, 0, 0, 0, 0)))
+    for some in (np.arange(40), np.array([39, 3, 17])):  # in any company, to the bit
+        lazy = redraw(
+            key, points[around.ravel()[some]], some // 20, rows.ravel()[some], factor[some]
+        )
+        np.testing.assert_array_equal(lazy, eager[some])
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory):
+    """The stage's pool, lazily and whole, from the same features of three classes."""
+    found = {}
+    for lazy in (True, False):
+        config = Config(seed=3)
+        config.outliers.lazy = lazy
+        config.outliers.knn = Knn(
+            features_per_class=30,
+            neighbour=9,
+            boundary=6,
+            anchors=5,
+            noise_rows=20,
+            repeats=4,
+            scale_by_token=False,
+        )
+        mesh = distributed.make_mesh()
+        directory = tmp_path_factory.mktemp("pool")
+        context = Context(config, directory, mesh, jax.random.key(config.seed))
+        rng = np.random.default_rng(0)
+        labels = np.repeat(np.arange(3, dtype=np.int32), 35)
+        values = rng.normal(size=(105, 12)).astype(np.float32) + 3 * np.eye(12)[labels].astype("f4")
+        artifacts.write_tensors(
+            directory / "features" / "features.safetensors", {"features": values, "labels": labels}
+        )
+        found[lazy] = context, outliers.run(context)
+    return found
+
+
+def test_the_stage_s_lazy_pool_is_a_pool(pools):
+    context, written = pools[True]
+    pool = outliers.flat(context)
+    whole = outliers.flat(pools[False][0])
+    assert pool.shape == whole.shape == (3 * 40, 12) == np.shape(pool)
+    every = np.asarray(outliers.take(pool, np.arange(120)))
+    np.testing.assert_allclose(np.linalg.norm(every, axis=1), 1, atol=1e-6)
+    # In a step, on the devices, in any order and company.
+    rows = np.array([119, 0, 40, 79])
+    inside = jax.jit(outliers.take)(distributed.replicate(pool, context.mesh), rows)
+    np.testing.assert_array_equal(inside, every[rows])
+    # As far from their class as those that are written whole, and each class's own.
+    bank = 0.07 * np.asarray(pool.points)
+    for c in range(3):
+        ours, theirs = every[40 * c : 40 * c + 40], whole[40 * c : 40 * c + 40]
+        assert abs((ours @ bank[c].T).mean() - (theirs @ bank[c].T).mean()) < 0.05
+    assert len(np.unique(every.round(5), axis=0)) > 110
+    labels, numbers = np.array([0, 2]), np.array([7, 1])
+    drawn = outliers.of_classes(context, labels, numbers)
+    np.testing.assert_array_equal(drawn, every[[7, 81]])
+    assert outliers.spread(context, 10).shape == (10, 12)
+    # What is written are the boundary points, and three numbers an outlier.
+    assert written[0].stat().st_size < 3 * 6 * 12 * 4 + 3 * 40 * 12 + 1200
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 64, 65, 4097, 2**20 + 1, 2**31 - 1])
+def test_distinct_rows_are_distinct(size, seed=0):
+    count = min(size, 64)
+    rows = np.asarray(pools_module.distinct_rows(jax.random.key(seed), size, count))
+    assert rows.min() >= 0 and rows.max() < size and len(set(rows.tolist())) == count
+
+
+def test_distinct_rows_are_uniform_and_their_cost_does_not_grow():
+    draw = jax.jit(pools_module.distinct_rows, static_argnums=(1, 2))
+    size, count, trials = 1_000_003, 128, 300
+    drawn = np.stack([draw(jax.random.key(i), size, count) for i in range(trials)])
+    assert max(len(set(row)) for row in drawn) == count
+    # 38,400 draws in 64 cells: chi-square has 63 degrees of freedom, mean 63, deviation 11.
+    for column in (drawn, drawn[:, :1], drawn[:, -1:]):
+        counts = np.bincount((column * 64 // size).ravel(), minlength=64)
+        expected = column.size / 64
+        assert ((counts - expected) ** 2 / expected).sum() < 63 + 5 * 11.3
+    # Neighbours in a draw are not neighbours in the pool.
+    assert abs(np.corrcoef(drawn[:, :-1].ravel(), drawn[:, 1:].ravel())[0, 1]) < 0.02
+    closed = jax.make_jaxpr(lambda key: pools_module.distinct_rows(key, 10**9, count))
+    sizes = [v.aval.size for e in equations(closed(jax.random.key(0)).jaxpr) for v in e.outvars]
+    assert max(sizes) <= count
+
+
+def test_small_pools_are_drawn_as_before():
+    key = jax.random.key(4)
+    np.testing.assert_array_equal(
+        pools_module.draw_rows(key, 12_000, 128),
+        jax.random.choice(key, 12_000, (128,), replace=False),
+    )
+    np.testing.assert_array_equal(
+        pools_module.draw_rows(key, 5, 9), jax.random.choice(key, 5, (9,), replace=True)
+    )

@@ -1,5 +1,6 @@
 """The training loop: exact resumption, what stops it, what it logs, devices, compilation."""
 
+import contextlib
 import errno
 import json
 import os
@@ -88,20 +89,28 @@ def mesh_of(count):
     return jax.make_mesh((count,), ("data",), types, devices=jax.devices()[:count])
 
 
-def fit(directory=None, *, step=train_step, plan=PLAN, mesh=None, metrics_log=None, **more):
+def fit(
+    directory=None,
+    *,
+    step=train_step,
+    held=None,
+    draw=make_batch,
+    plan=PLAN,
+    mesh=None,
+    metrics_log=None,
+    **more,
+):
     """`loop.fit` as a stage calls it: resumes from `directory`, logs there."""
-    mesh = mesh or mesh_of(1)
+    mesh, held = mesh or mesh_of(1), held or arrays()
     if directory is None:
-        return loop.fit(
-            step, fresh(), arrays(), make_batch, plan, key=KEY, mesh=mesh, name="tiny", **more
-        )
+        return loop.fit(step, fresh(), held, draw, plan, key=KEY, mesh=mesh, name="tiny", **more)
     checkpoints = Checkpoints(Path(directory) / "checkpoints")
     try:
         state = checkpoints.restore(fresh()) or fresh()
         metrics_log = (metrics_log or log.MetricsLog)(Path(directory), "train", int(state.step))
         try:
             return loop.fit(
-                *(step, state, arrays(), make_batch, plan),
+                *(step, state, held, draw, plan),
                 **{"key": KEY, "mesh": mesh, "name": "tiny", "evaluate": evaluate, **more},
                 log=metrics_log,
                 checkpoints=checkpoints,
@@ -410,6 +419,101 @@ def test_a_run_goes_on_with_another_number_of_devices(tmp_path, straight):
     chex.assert_trees_all_close(
         jax.device_get(fit(tmp_path)), jax.device_get(straight[0]), rtol=1e-5
     )
+
+
+class Stream:
+    """As `rows` of the loop: the batches that it draws in memory; counts what it is asked for."""
+
+    def __init__(self, end=None, change=lambda batch: batch):
+        self.opened, self.closed, self.given = [], 0, 0
+        self.end, self.change = end, change
+
+    @contextlib.contextmanager
+    def __call__(self, step):
+        self.opened.append(step)
+        try:
+            epochs = [
+                np.asarray(loop.epoch_order(KEY, epoch, PLAN)) for epoch in range(PLAN.epochs)
+            ]
+            yield self.batches(step, np.concatenate(epochs))
+        finally:
+            self.closed += 1
+
+    def batches(self, step, order):
+        for index in order[step : self.end]:
+            self.given += 1
+            yield self.change({"index": index} | {k: v[index] for k, v in arrays().items()})
+
+
+def streamed_batch(arrays, indices, epoch, step):
+    del epoch, step
+    rows = arrays["rows"]
+    # What lies on the devices is there beside the rows.
+    return {"x": rows["x"] + arrays["offset"], "y": rows["y"], "index": indices}
+
+
+def fit_streamed(directory, stream, **more):
+    held = {"offset": np.float32(0)}
+    return fit(directory, held=held, draw=streamed_batch, rows=stream, **more)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_streamed_batches_train_as_those_in_memory(tmp_path, straight, size):
+    stream = Stream()
+    state = fit_streamed(tmp_path, stream, mesh=mesh_of(size), steps_per_call=5)
+    assert (stream.opened, stream.closed, stream.given) == ([0], 1, PLAN.steps)
+    chex.assert_trees_all_close(jax.device_get(state), jax.device_get(straight[0]), rtol=1e-5)
+    assert [r["drawn"] for r in rows(tmp_path)] == [r["drawn"] for r in straight[1]]
+
+
+def test_a_stream_goes_on_at_exactly_the_next_batch(tmp_path):
+    whole, stream = fit_streamed(tmp_path / "whole", Stream()), Stream()
+    terminate = lambda: signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(loop.Preempted) as stopped:
+        fit_streamed(tmp_path / "run", stream, metrics_log=log_that(terminate, 10))
+    step = int(str(stopped.value).split("step ")[1].split(",")[0])
+    assert (stream.given, stream.closed) == (step, 1)  # none was taken and not trained on
+    state = fit_streamed(tmp_path / "run", stream)
+    assert_same(tmp_path / "run", state, (whole, rows(tmp_path / "whole")))
+    assert stream.opened == [0, step] and stream.given == PLAN.steps
+
+
+def test_a_stream_that_ends_early_or_has_other_sizes_is_told(tmp_path):
+    with pytest.raises(UserError, match="tiny: the stream of training images ended before step 28"):
+        fit_streamed(tmp_path / "short", Stream(end=9))
+    cut = lambda batch: {name: value[:3] for name, value in batch.items()}
+    with pytest.raises(UserError, match="a streamed batch of 4 has parts .*'index': 3"):
+        fit_streamed(tmp_path / "small", Stream(change=cut))
+
+
+def test_the_host_reads_the_next_batch_while_the_device_works(tmp_path, monkeypatch):
+    compiled, dispatched, under_way = loop.compile_step, [], []
+
+    def compile_step(*arguments, **options):
+        call = compiled(*arguments, **options)
+
+        def noted(*inputs):
+            state, metrics = call(*inputs)
+            dispatched.append(metrics["loss"])
+            return state, metrics
+
+        return noted
+
+    def note(batch):
+        under_way.append(bool(dispatched) and not dispatched[-1].is_ready())
+        return batch
+
+    def slow(state, batch):  # some tenths of a second
+        x = jax.lax.fori_loop(0, 20, lambda _, x: jnp.tanh(x @ x), jnp.ones((600, 600)))
+        state, metrics = train_step(state, batch)
+        return state, metrics | {"loss": metrics["loss"] + 0 * x[0, 0]}
+
+    monkeypatch.setattr(loop, "compile_step", compile_step)
+    plan = PLAN._replace(epochs=1)
+    fit_streamed(tmp_path, Stream(change=note), step=slow, plan=plan)
+    assert len(under_way) == plan.steps and not under_way[0]
+    # All others, but where another program took the processor between two lines of Python.
+    assert sum(under_way) >= plan.steps - 2
 
 
 @pytest.mark.parametrize(("per_call", "lengths"), [(1, 1), (3, 2)])

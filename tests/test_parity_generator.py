@@ -1,25 +1,32 @@
-"""The shipped Stable Diffusion in PyTorch diffusers: same files, same numbers."""
+"""Stable Diffusions in PyTorch diffusers: same files, same numbers.
+
+What needs PyTorch is of `-m parity`; a small random model's numbers are kept in a file, so that
+they are compared everywhere. `python tests/test_parity_generator.py` writes it anew.
+"""
 
 import functools
+import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+from small_stable_diffusion import WORDS, draw, write_small
 
 import oal_jax.pretrained
 from oal_jax.generator import conditioning, create, samplers
 from oal_jax.generator import stable_diffusion as stable
 
-pytestmark = [
-    pytest.mark.parity,
-    # PyTorch's and diffusers' own warnings are not ours to mend.
-    pytest.mark.filterwarnings("default"),
-]
-
 DIRECTORY = Path(oal_jax.pretrained.__file__).parent / "weights" / "fashion_sd"
+GOLDEN = Path(__file__).parent / "golden" / "small_stable_diffusion.safetensors"
 TOLERANCE = 1e-3
+
+
+def parity(test):
+    # PyTorch's and diffusers' own warnings are not ours to mend.
+    return pytest.mark.parity(pytest.mark.filterwarnings("default")(test))
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +61,7 @@ def _ids(sd):
     return ids, empty
 
 
+@parity
 def test_tokens_and_text_states(torch, pipeline, ours):
     sd, params = ours
     ids, _ = _ids(sd)
@@ -65,6 +73,7 @@ def test_tokens_and_text_states(torch, pipeline, ours):
     np.testing.assert_allclose(stable.encode_prompts(sd, params, ids), expected, atol=TOLERANCE)
 
 
+@parity
 def test_vae(torch, pipeline, ours, latents):
     sd, params = ours
     images = np.random.default_rng(1).random((2, 28, 28, 1), np.float32)
@@ -78,6 +87,7 @@ def test_vae(torch, pipeline, ours, latents):
     np.testing.assert_allclose(decode(params, latents), expected, atol=TOLERANCE)
 
 
+@parity
 def test_unet(torch, pipeline, ours, latents):
     sd, params = ours
     states = np.array(stable.encode_prompts(sd, params, _ids(sd)[0][:4]))
@@ -89,37 +99,32 @@ def test_unet(torch, pipeline, ours, latents):
     np.testing.assert_allclose(apply(params, latents, times, states), expected, atol=TOLERANCE)
 
 
+@parity
+@pytest.mark.parametrize(("steps", "guidance"), [(20, 3.0), (50, 7.5)])
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
-def test_twenty_guided_steps(torch, pipeline, ours, latents, name):
+def test_guided_sampling(torch, pipeline, ours, latents, name, steps, guidance):
     diffusers = pytest.importorskip("diffusers")
     sd, params = ours
     ids, empty = _ids(sd)
     cond = np.array(stable.encode_prompts(sd, params, ids[:4]))
     uncond = np.array(stable.encode_prompts(sd, params, empty))
     apply = functools.partial(stable.apply_unet, sd)
-    sampler = jax.jit(samplers.make_sampler(apply, sd.schedule, name, 20, guidance=3.0))
+    sampler = jax.jit(samplers.make_sampler(apply, sd.schedule, name, steps, guidance))
     ours_out = sampler(params, jnp.asarray(latents), cond, uncond)
 
     config = pipeline.scheduler.config
-    scheduler = {
-        "pndm": lambda: diffusers.PNDMScheduler.from_config(config),
-        "ddim": lambda: diffusers.DDIMScheduler.from_config(config, clip_sample=False),
-        "dpm_solver_pp_2m": lambda: diffusers.DPMSolverMultistepScheduler.from_config(
-            config,
-            timestep_spacing="linspace",
-            # As the Flax scheduler and the paper: the last step ends at the least noise trained on.
-            final_sigmas_type="sigma_min",
-        ),
-    }[name]()
-    scheduler.set_timesteps(20)
+    scheduler = torch_scheduler(diffusers, name, config)
+    scheduler.set_timesteps(steps)
+    assert len(scheduler.timesteps) == steps + (name == "pndm")
     x = torch.from_numpy(latents)
     conditions = torch.from_numpy(cond), torch.from_numpy(uncond).expand(cond.shape)
     for time in scheduler.timesteps:
         with_text, without = (pipeline.unet(x, time, states).sample for states in conditions)
-        x = scheduler.step(without + 3.0 * (with_text - without), time, x).prev_sample
-    np.testing.assert_allclose(ours_out, x, atol=TOLERANCE)
+        x = scheduler.step(without + guidance * (with_text - without), time, x).prev_sample
+    np.testing.assert_allclose(ours_out, x, atol=TOLERANCE * float(x.abs().max()))
 
 
+@parity
 def test_a_standard_directory_of_pytorch(torch, tmp_path):
     """A model with every kind of block of Stable Diffusion v1, sharded, as PyTorch saves it."""
     diffusers = pytest.importorskip("diffusers")
@@ -172,3 +177,148 @@ def test_a_standard_directory_of_pytorch(torch, tmp_path):
     expected = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
     latents = jax.jit(functools.partial(stable.encode_images, sd))(params, images)
     np.testing.assert_allclose(latents, expected, atol=TOLERANCE)
+
+
+# --- golden numbers -------------------------------------------------------------------------------
+
+
+def edited_rows(pipe, word: str, mode: str) -> list[int]:
+    """The rows of the token table that the reference overwrites, or all of the word's."""
+    ids = pipe.tokenizer(word.replace("_", " "), add_special_tokens=False).input_ids
+    return ids[:1] if mode == "first_piece" else sorted(set(ids))
+
+
+def golden_of_pytorch(torch, directory: Path) -> dict[str, np.ndarray]:
+    """What transformers, diffusers' modules and its pipeline make of the small model."""
+    import diffusers
+    import transformers
+
+    loaded = {
+        "unet": diffusers.UNet2DConditionModel,
+        "vae": diffusers.AutoencoderKL,
+        "text_encoder": transformers.CLIPTextModel,
+    }
+    for component, cls in loaded.items():
+        model, said = cls.from_pretrained(str(directory / component), output_loading_info=True)
+        assert not said["missing_keys"] and not said["unexpected_keys"]
+        loaded[component] = model.eval()
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(str(directory), **loaded)
+    pipe.set_progress_bar_config(disable=True)
+    config = pipe.scheduler.config
+    table = pipe.text_encoder.get_input_embeddings().weight
+    vectors, noise = torch.tensor(draw("vectors", 3, 32)), torch.tensor(draw("noise", 3, 4, 8, 8))
+    found = {}
+    for mode in conditioning.INJECTION_MODES:
+        states, sampled = [], {name: [] for name in samplers.SAMPLERS}
+        for row, word in enumerate(WORDS):
+            prompt = create.PROMPT.format(word.replace("_", " "))
+            rows = edited_rows(pipe, word, mode)
+            before = table[rows].clone()
+            table[rows] = vectors[row]
+            states.append(pipe.encode_prompt(prompt, "cpu", 1, False)[0])
+            for name in samplers.SAMPLERS if mode == "first_piece" else ():
+                pipe.scheduler = torch_scheduler(diffusers, name, config)
+                sample = pipe(
+                    prompt,
+                    num_inference_steps=20,
+                    guidance_scale=7.5,
+                    latents=noise[row : row + 1],
+                    output_type="latent",
+                )
+                sampled[name].append(sample.images)
+            table[rows] = before
+        found[f"states.{mode}"] = torch.cat(states)
+        found |= {f"latents.{n}": torch.cat(parts) for n, parts in sampled.items() if parts}
+    time = torch.tensor([17, 481, 999])
+    found["unet"] = pipe.unet(noise, time, found["states.first_piece"]).sample
+    pixels = torch.tensor(draw("pixels", 2, 3, 16, 16)).clamp(-1, 1)
+    found["encoded"] = pipe.vae.encode(pixels).latent_dist.mean * 0.18215
+    found["decoded"] = pipe.vae.decode(noise / 0.18215).sample.clamp(-1, 1) / 2 + 0.5
+    return {name: np.ascontiguousarray(value.numpy()) for name, value in found.items()}
+
+
+def torch_scheduler(diffusers, name: str, config):
+    if name == "pndm":
+        return diffusers.PNDMScheduler.from_config(config)
+    if name == "ddim":
+        return diffusers.DDIMScheduler.from_config(config, clip_sample=False)
+    # As the Flax scheduler and the paper: the last step ends at the least noise trained on.
+    more = {"timestep_spacing": "linspace", "final_sigmas_type": "sigma_min"}
+    return diffusers.DPMSolverMultistepScheduler.from_config(config, **more)
+
+
+@parity
+def test_the_golden_numbers_are_those_of_pytorch(torch, tmp_path):
+    pytest.importorskip("diffusers")
+    found, kept = golden_of_pytorch(torch, write_small(tmp_path)), load_file(GOLDEN)
+    assert found.keys() == kept.keys() and GOLDEN.stat().st_size < 300_000
+    for name, value in kept.items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(found[name], value, atol=1e-4 * scale, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return stable.load(write_small(tmp_path_factory.mktemp("small")))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(GOLDEN)
+
+
+def assert_relative(ours, golden: np.ndarray) -> None:
+    np.testing.assert_allclose(ours, golden, atol=TOLERANCE * np.abs(golden).max(), rtol=0)
+
+
+@pytest.mark.parametrize("mode", conditioning.INJECTION_MODES)
+def test_golden_text_states(small, golden, mode):
+    sd, params = small
+    ids, mask, _ = conditioning.class_tokens(sd, WORDS, create.PROMPT, mode)
+    assert mask.sum(axis=1).tolist() == ([1, 1, 1] if mode == "first_piece" else [1, 2, 2])
+    vectors = draw("vectors", 3, 32)
+    ours = jax.jit(functools.partial(conditioning.encode_with_injection, sd))(
+        params, ids, mask, vectors
+    )
+    np.testing.assert_allclose(ours, golden[f"states.{mode}"], atol=1e-5)
+
+
+def test_golden_networks(small, golden):
+    sd, params = small
+    times = np.array([17, 481, 999], np.int32)
+    noise = draw("noise", 3, 4, 8, 8)
+    unet = jax.jit(functools.partial(stable.apply_unet, sd))
+    assert_relative(unet(params, noise, times, golden["states.first_piece"]), golden["unet"])
+    pixels = np.clip(draw("pixels", 2, 3, 16, 16), -1, 1).transpose(0, 2, 3, 1)
+    encode = jax.jit(functools.partial(stable.encode_images, sd))
+    assert_relative(encode(params, pixels / 2 + 0.5), golden["encoded"])
+    decode = jax.jit(functools.partial(stable.decode_latents, sd))
+    assert_relative(decode(params, noise), golden["decoded"].transpose(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_golden_chain(small, golden, name):
+    """Tokenizer, injection, text encoder, 20 steps with guidance: diffusers' pipeline."""
+    sd, params = small
+    ids, mask, empty = conditioning.class_tokens(sd, WORDS, create.PROMPT)
+    apply = functools.partial(stable.apply_unet, sd)
+    sampler = samplers.make_sampler(apply, sd.schedule, name, 20, guidance=7.5)
+
+    @jax.jit
+    def chain(params, vectors, noise):
+        cond = conditioning.encode_with_injection(sd, params, ids, mask, vectors)
+        return sampler(params, noise, cond, stable.encode_prompts(sd, params, empty))
+
+    ours = chain(params, draw("vectors", 3, 32), draw("noise", 3, 4, 8, 8))
+    assert_relative(ours, golden[f"latents.{name}"])
+
+
+if __name__ == "__main__":
+    import torch as library
+
+    library.set_grad_enabled(False)
+    with tempfile.TemporaryDirectory() as made:
+        tensors = golden_of_pytorch(library, write_small(Path(made)))
+    GOLDEN.parent.mkdir(exist_ok=True)
+    save_file(tensors, GOLDEN)
+    print({name: value.shape for name, value in tensors.items()}, GOLDEN.stat().st_size)

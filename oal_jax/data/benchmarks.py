@@ -10,6 +10,7 @@ with them either; those of OpenOOD v1.5 (arXiv 2306.09301) are held-out images o
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from oal_jax.data.class_names import IMAGENET
 from oal_jax.errors import UserError
 
 NO_SETS = ("none",)  # given for a group: it is empty, whatever the benchmark says
@@ -78,8 +79,13 @@ CLASS_NAMES = {
     "cifar10": tuple(_CIFAR10.split()),
     "cifar100": tuple(name.replace("_", " ") for name in _CIFAR100.split()),
     "imagenet200": tuple(f"class {i}" for i in range(200)),
-    "imagenet": tuple(f"class {i}" for i in range(1000)),
+    "imagenet": tuple(IMAGENET.values()),
 }
+
+
+def split_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names in what a flag hands over: "a,b" is two."""
+    return tuple(part.strip() for name in names for part in name.split(","))
 
 
 def resolve(
@@ -100,7 +106,7 @@ def resolve(
       UserError: an unknown ID set without OOD sets, or a set in two places.
     """
     given = {
-        group: tuple(part.strip() for name in names for part in name.split(","))
+        group: split_names(names)
         for group, names in zip(Benchmark._fields[1:], (near, far, validation, csid), strict=True)
     }
     if id_set not in BENCHMARKS and not (near or far):

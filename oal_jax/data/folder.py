@@ -120,7 +120,7 @@ def stream(
     workers = workers or min(max(os.cpu_count() or 2, 2), 8)
     read = partial(_read, folder, tuple(image_shape))
     waiting: collections.deque[Future] = collections.deque()
-    with _quiet(), ThreadPoolExecutor(workers, "decode") as pool:
+    with quiet(), ThreadPoolExecutor(workers, "decode") as pool:
         try:
             for start in range(0, len(names), _TASK):
                 waiting.append(pool.submit(read, names[start : start + _TASK]))
@@ -134,12 +134,17 @@ def stream(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """PIL's remarks about single files are not shown, and what it suspects is an error."""
+def quiet() -> Iterator[None]:
+    """Inside, PIL's remarks about single files are not shown, and what it suspects is an error."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        silence()
         yield
+
+
+def silence() -> None:
+    """From now on the same: for processes that do nothing but read images."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def _read(folder: Path, image_shape: tuple[int, int, int], names: Sequence[str]) -> Chunk:
@@ -191,15 +196,16 @@ def decode(
             image.draft(None, (2 * max(height, width),) * 2)
             image.load()
             upright = _upright(image)
-            converted = upright if upright.mode == mode else _convert(upright, mode)
+            converted = upright if upright.mode == mode else convert(upright, mode)
             return _fit(converted, height, width, channels), image.mode != mode
     except Unreadable:
         raise
     except Exception as error:  # a damaged file makes PIL's decoders raise almost anything
-        raise Unreadable(_reason(error)) from None
+        raise Unreadable(reason(error)) from None
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What PIL's exception says about a file, in a few words."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
@@ -217,7 +223,12 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _convert(image: Image.Image, mode: str) -> Image.Image:
+def convert(image: Image.Image, mode: str) -> Image.Image:
+    """The image in another mode: transparency blended with black, 16-bit levels made 8-bit.
+
+    Raises:
+      Unreadable: its pixels are floats without a known range.
+    """
     if image.mode == "F":
         raise Unreadable("its pixels are floats, whose range is not known")
     if image.mode.startswith("I"):

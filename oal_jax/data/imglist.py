@@ -1,4 +1,4 @@
-"""Whole image sets from image files: OpenOOD's lists, and folders of classes.
+"""Image sets of image files: OpenOOD's lists, and folders of classes.
 
 **Lists** are those of OpenOOD v1.5 (arXiv 2306.09301), in its own directory, which its
 `scripts/download` fills and to which `data.root` points:
@@ -22,31 +22,27 @@ line, so that paths may hold spaces.
 with SPLIT one of train, validation (or val) and test; OOD sets have the one they are used in. The
 classes are the folders of the ID set's train split, sorted. Images are taken a class in turn.
 
-A set is held in memory as bytes: 3 KiB an image of 32 x 32, 147 KiB one of 224 x 224. ImageNet's
-test split takes 6.3 GiB; sets of more than 16 GiB, such as ImageNet's train split, are refused.
+In memory, an image of 32 x 32 takes 3 KiB, one of 224 x 224 147 KiB: ImageNet's test split 6.3
+GiB. Sets of more than 16 GiB, such as ImageNet's train split, are for `oal_jax.data.stream`.
 """
 
 import collections
 import difflib
+import hashlib
 import itertools
-import logging
-import struct
-import zlib
+import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, UInt8
-from PIL import Image
+from jaxtyping import Int32
 
+from oal_jax.data import class_names, manifest
 from oal_jax.data.benchmarks import CLASS_NAMES
+from oal_jax.data.stored import Encoded, Fit, Stored, check_on_corrupt
 from oal_jax.errors import UserError
 
-MAX_BYTES = 16 * 2**30
-ON_CORRUPT = ("error", "skip")
-_LOGGER = logging.getLogger("absl")
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
 _SUFFIXES = (
     *(".bmp", ".gif", ".jpeg", ".jpg", ".pgm"),
@@ -64,11 +60,6 @@ _LISTS = {
     ("imagenet200", "imagenet_r"): "test_imagenet200_r.txt",
 }
 _CLASSIC = ("cifar10", "cifar100", "textures")
-# What Pillow's readers raise on damaged files.
-_DAMAGE = (
-    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
-)
 
 
 class Wanted(NamedTuple):
@@ -101,29 +92,86 @@ class Wanted(NamedTuple):
         return f"{self.name}/{self.split}"
 
 
-class Decoded(NamedTuple):
-    """Images, labels and class names as `oal_jax.data.sources.validated` takes them."""
-
-    images: UInt8[np.ndarray, "n h w 3"]
-    labels: Int[np.ndarray, " n"]
-    class_names: tuple[str, ...]
-
-
 class _File(NamedTuple):
-    path: Path
+    name: str  # below the folder of the images, with forward slashes
     label: int
-    source: str  # the line that lists it, for messages; empty for folders
-
-    def __str__(self) -> str:
-        return f"{self.source}: {self.path}" if self.source else str(self.path)
+    line: int  # of the list; 0 for folders
 
 
-def read_list(wanted: Wanted) -> Decoded:
-    """Reads the images of an OpenOOD list, in its order.
+class ImageFiles:
+    """Image files and their labels, as `oal_jax.data.stored.Encodings`.
+
+    A million of them take about 100 MB: names and digests lie in arrays, not in objects.
+
+    Args:
+      folder: what the names are relative to.
+      files: at least one.
+      listed: the list of these files; None for those of a folder.
+      known: a manifest that every file must agree with, or None.
+      hint: added to the message about a file that can't be read.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[_File],
+        listed: Path | None,
+        known: manifest.Manifest | None,
+        hint: str,
+    ):
+        self._folder, self._listed, self._hint = str(folder), listed, hint
+        self._names = np.array([file.name.encode() for file in files])
+        self._labels = np.array([file.label for file in files], np.int32)
+        self._lines = np.array([file.line for file in files], np.int32)
+        self._manifest = known and str(known.path)
+        self._digests = known and np.array(
+            [bytes.fromhex(known.digest(folder / file.name)) for file in files], "V32"
+        )
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def labels(self) -> Int32[np.ndarray, " n"]:
+        """Of all files."""
+        return self._labels
+
+    def path(self, index: int) -> Path:
+        """The file of an image."""
+        return Path(self._folder, self._names[index].decode())
+
+    def where(self, index: int) -> str:
+        """The file of an image, and the line that lists it."""
+        path = self.path(index)
+        return f"{self._listed}, line {self._lines[index]}: {path}" if self._listed else str(path)
+
+    def fetch(self, indices: Sequence[int]) -> list[Encoded]:
+        """The bytes of these files and their labels.
+
+        Raises:
+          UserError: a file can't be read, or is not what the manifest says.
+        """
+        return [Encoded(self._bytes(index), int(self._labels[index])) for index in indices]
+
+    def _bytes(self, index: int) -> bytes:
+        try:
+            data = self.path(index).read_bytes()
+        except OSError as error:
+            remedy = "get it anew, or mend the " + ("list" if self._listed else "folder")
+            raise UserError(
+                f"{self.where(index)} cannot be read ({error.strerror}): {remedy}{self._hint}"
+            ) from error
+        digests = self._digests
+        if digests is not None and hashlib.sha256(data).digest() != digests[index].tobytes():
+            raise manifest.changed(self.where(index), self._manifest)
+        return data
+
+
+def open_list(wanted: Wanted) -> Stored:
+    """The images of an OpenOOD list, in its order.
 
     Raises:
-      UserError: no such root, list or image; a bad line, with its number; a damaged image; too
-        many images.
+      UserError: no such root or list; a bad line, with its number; a file that a manifest has not,
+        or has otherwise.
     """
     root, id_set = _root(wanted, _SUPPLY), wanted.id_set
     if id_set not in CLASS_NAMES:
@@ -135,16 +183,19 @@ def read_list(wanted: Wanted) -> Decoded:
     names = _class_names(lists / "classes.txt", id_set)
     path = lists / _list_name(wanted)
     folder = root / ("images_classic" if _is_classic(wanted) else "images_largescale")
+    known = manifest.find(root, root)
+    if known is not None and path.is_file():
+        known.check(path)
     files = _lines(path, folder, wanted, len(names))
-    return _decoded(wanted, files, names if wanted.labelled else ("ood",), _resize(wanted))
+    return _stored(wanted, files, names, _resize(wanted), folder, path, known)
 
 
-def read_folder(wanted: Wanted) -> Decoded:
-    """Reads the images below ROOT/SET/SPLIT, the classes in turn.
+def open_folder(wanted: Wanted) -> Stored:
+    """The images below ROOT/SET/SPLIT, the classes in turn.
 
     Raises:
       UserError: no such root, set, split or image; a class that the ID set's train split does not
-        have; an image outside a class; images of several sizes; a damaged image; too many images.
+        have; an image outside a class; a file that a manifest has not, or that is missing.
     """
     root = _root(wanted, "set data.root to the directory that holds a folder for each image set")
     folder = _split_folder(root, wanted.name, wanted.split)
@@ -155,26 +206,38 @@ def read_folder(wanted: Wanted) -> Decoded:
             raise UserError(f"{train} has no folders: make one for each class")
         files = _class_files(folder, names)
     else:
-        names, files = ("ood",), [_File(path, 0, "") for path in _image_paths(folder)]
+        names, files = ("ood",), [_File(name, 0, 0) for name in _image_names(folder)]
+    known = manifest.find(folder, root)
+    if known is not None:
+        known.check_names(folder, [folder / file.name for file in files])
     if not files:
         raise UserError(f"{folder} holds no images ({' '.join(_SUFFIXES)})")
     size = wanted.image_size
-    return _decoded(wanted, files, names, (size, size) if size else None)
+    return _stored(wanted, files, names, (size, size) if size else None, folder, None, known)
 
 
-def resize_and_crop(image: Image.Image, resize: int, crop: int) -> Image.Image:
-    """Reduces or enlarges the shorter side to `resize` pixels, then cuts the central square out.
-
-    The sizes and offsets are rounded as torchvision's Resize and CenterCrop do on Pillow images;
-    `crop` is at most `resize`.
-    """
-    short, long = sorted(image.size)
-    other = int(resize * long / short)
-    size = (resize, other) if image.width <= image.height else (other, resize)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    left, top = (round((side - crop) / 2) for side in image.size)
-    return image.crop((left, top, left + crop, top + crop))
+def _stored(
+    wanted: Wanted,
+    files: list[_File],
+    names: tuple[str, ...],
+    resize: tuple[int, int] | None,
+    folder: Path,
+    listed: Path | None,
+    known: manifest.Manifest | None,
+) -> Stored:
+    """The wanted ones of `files`."""
+    check_on_corrupt(wanted.on_corrupt)
+    if wanted.limit and wanted.limit < len(files):
+        files = _some(files, wanted)
+    shifted = wanted.labelled and wanted.name != wanted.id_set
+    hint = "; data.csid=none leaves covariate-shifted sets out" if shifted else ""
+    return Stored(
+        wanted.where,
+        ImageFiles(folder, files, listed, known, hint),
+        names if wanted.labelled else ("ood",),
+        Fit("RGB", resize),
+        wanted.on_corrupt,
+    )
 
 
 def _root(wanted: Wanted, remedy: str) -> Path:
@@ -210,7 +273,7 @@ def _resize(wanted: Wanted) -> tuple[int, int]:
 def _class_names(path: Path, id_set: str) -> tuple[str, ...]:
     """The names in `path`, one a line in the order of the labels, or else the package's own."""
     if not path.is_file():
-        return CLASS_NAMES[id_set]
+        return class_names.of_list(path.with_name(f"train_{id_set}.txt"), CLASS_NAMES[id_set])
     names = tuple(_text(path).split("\n"))
     names = tuple(name.strip() for name in names if name.strip())
     if len(names) != len(CLASS_NAMES[id_set]):
@@ -247,7 +310,7 @@ def _lines(path: Path, folder: Path, wanted: Wanted, classes: int) -> list[_File
                 f"{source}: label {label} is out of range: {wanted.id_set} has classes 0 to"
                 f" {classes - 1}"
             )
-        files.append(_File(folder / relative.lstrip(), label if wanted.labelled else 0, source))
+        files.append(_File(relative.lstrip(), label if wanted.labelled else 0, number))
     if not files:
         raise UserError(f"{path} lists no images: {_SUPPLY}")
     return files
@@ -266,9 +329,15 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _image_paths(folder: Path) -> list[Path]:
-    found = folder.rglob("*")
-    return sorted(p for p in found if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
+def _image_names(folder: Path) -> list[str]:
+    """Below the folder, with forward slashes, in the order of their parts."""
+    names = []
+    for parent, _, files in os.walk(folder):
+        below = Path(parent).relative_to(folder).as_posix()
+        prefix = "" if below == "." else below + "/"
+        names += [prefix + f for f in files if os.path.splitext(f)[1].lower() in _SUFFIXES]
+    shown = (name for name in names if not name.rpartition("/")[2].startswith("."))
+    return sorted(shown, key=lambda name: name.split("/"))
 
 
 def _class_files(folder: Path, names: Sequence[str]) -> list[_File]:
@@ -284,47 +353,9 @@ def _class_files(folder: Path, names: Sequence[str]) -> list[_File]:
                 f"{sub}: no class of that name in the ID set's train split; nearest: '{near[0]}'"
             )
         label = names.index(sub.name)
-        columns.append([_File(path, label, "") for path in _image_paths(sub)])
+        columns.append([_File(f"{sub.name}/{name}", label, 0) for name in _image_names(sub)])
     turns = itertools.zip_longest(*columns)
     return [file for turn in turns for file in turn if file is not None]
-
-
-def _decoded(
-    wanted: Wanted, files: list[_File], names: tuple[str, ...], resize: tuple[int, int] | None
-) -> Decoded:
-    """Decodes the wanted ones of `files` in threads, which Pillow lets run at the same time."""
-    if wanted.on_corrupt not in ON_CORRUPT:
-        raise UserError(
-            f"config data.on_corrupt='{wanted.on_corrupt}' is not one of {', '.join(ON_CORRUPT)}"
-        )
-    if wanted.limit and wanted.limit < len(files):
-        files = _some(files, wanted)
-    images, labels = None, []
-    with ThreadPoolExecutor() as threads:
-        read = threads.map(lambda file: _read(file, resize, wanted), files)
-        for file, pixels in zip(files, read, strict=True):
-            if isinstance(pixels, Exception):
-                if wanted.on_corrupt == "error":
-                    raise UserError(
-                        f"{file} is damaged ({pixels}): replace it, or set data.on_corrupt=skip"
-                    ) from pixels
-                continue
-            if images is None:
-                _check_bytes(wanted, len(files), pixels.nbytes)
-                images = np.empty((len(files), *pixels.shape), np.uint8)
-            elif pixels.shape != images.shape[1:]:
-                raise UserError(
-                    f"{file} is {pixels.shape[1]} x {pixels.shape[0]} pixels, the first image of"
-                    f" {wanted.where} is {images.shape[2]} x {images.shape[1]}: set data.image_size"
-                )
-            images[len(labels)] = pixels
-            labels.append(file.label)
-    if images is None:
-        raise UserError(f"all {len(files)} images of {wanted.where} are damaged: replace them")
-    if len(labels) < len(files):
-        damaged = len(files) - len(labels)
-        _LOGGER.warning("%s: skipped %d of %d images", wanted.where, damaged, len(files))
-    return Decoded(images[: len(labels)], np.array(labels, np.int64), names)
 
 
 def _some(files: list[_File], wanted: Wanted) -> list[_File]:
@@ -339,29 +370,3 @@ def _some(files: list[_File], wanted: Wanted) -> list[_File]:
         seen[file.label] += 1
     chosen = sorted(range(len(files)), key=ranks.__getitem__)[:count]
     return [files[i] for i in sorted(chosen)]
-
-
-def _read(
-    file: _File, resize: tuple[int, int] | None, wanted: Wanted
-) -> UInt8[np.ndarray, "h w 3"] | Exception:
-    """The pixels, or what is wrong with an image that is there but damaged."""
-    try:
-        with Image.open(file.path) as image:
-            rgb = image.convert("RGB")
-        return np.asarray(rgb if resize is None else resize_and_crop(rgb, *resize))
-    except _DAMAGE as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            remedy = "get it anew, or mend the list" if file.source else "mend the folder"
-            if wanted.labelled and wanted.name != wanted.id_set:
-                remedy += "; data.csid=none leaves covariate-shifted sets out"
-            raise UserError(f"{file} cannot be read ({error.strerror}): {remedy}") from error
-        return error
-
-
-def _check_bytes(wanted: Wanted, count: int, image_bytes: int) -> None:
-    if count * image_bytes > MAX_BYTES:
-        raise UserError(
-            f"the {count} images of {wanted.where} take {count * image_bytes / 2**30:.1f} GiB, and"
-            f" sets are held in memory up to {MAX_BYTES / 2**30:.0f} GiB: lower data.train_images"
-            " or data.image_size"
-        )

@@ -1,27 +1,28 @@
-"""Whole image sets in memory: of the package, of TFDS, of OpenOOD's lists, of folders.
+"""Image sets: of the package, of TFDS, of OpenOOD's lists, of folders.
 
-The first two are TFDS data sets in a format that reads back without TensorFlow (array_record),
-their images of one size. The others are image files (`oal_jax.data.imglist`). Sets that do not fit
-in memory are not for this module.
+The first two are TFDS data sets in a format that reads back without TensorFlow (array_record). The
+others are image files. `load` reads a split into memory; `open_stored` leaves it on disk, for
+`oal_jax.data.stream`.
 """
 
-import contextlib
-import io
-import logging
-import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt8
-from PIL import Image
+from jaxtyping import Int, Int32, UInt8
 
-from oal_jax.data import bundled, corruptions, imglist, procedural
+from oal_jax.data import array_records, bundled, corruptions, generated, imglist, procedural
+from oal_jax.data.stored import Stored, read_all
 from oal_jax.errors import UserError
 
-SOURCES = ("bundled", "tfds", "imglist", "folder")
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+SOURCES = ("bundled", "tfds", "imglist", "folder", "generated")
+
+
+class Chunk(NamedTuple):
+    """Consecutive images of a set."""
+
+    images: UInt8[np.ndarray, "b h w c"]
+    labels: Int32[np.ndarray, " b"]
 
 
 class ImageSet(NamedTuple):
@@ -39,36 +40,31 @@ class ImageSet(NamedTuple):
     labels: Int32[np.ndarray, " n"]
     class_names: tuple[str, ...]
 
+    @property
+    def examples(self) -> int:
+        """Number of images."""
+        return len(self.images)
 
-def load(
-    source: str,
-    name: str,
-    split: str,
-    *,
-    root: str | None = None,
-    limit: int = 0,
-    id_set: str = "",
-    labelled: bool = True,
-    image_size: int = 0,
-    on_corrupt: str = "error",
-) -> ImageSet:
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return self.images.shape[1:]
+
+    def chunks(self, size: int, rows: Int[np.ndarray, " m"] | None = None) -> Iterator[Chunk]:
+        """All images in order, or those of `rows`, `size` at a time; the last may be fewer."""
+        for start in range(0, len(self.images) if rows is None else len(rows), size):
+            part = slice(start, start + size)
+            part = part if rows is None else rows[part]
+            yield Chunk(self.images[part], self.labels[part])
+
+
+def load(source: str, name: str, split: str, *, limit: int = 0, **options) -> ImageSet:
     """Reads one split of an image set into memory.
 
     Args:
-      source: "bundled" (the sets that come with the package, see `oal_jax.data.bundled`, and their
-        corrupted copies, see `oal_jax.data.corruptions`, and `oal_jax.data.procedural`), "tfds"
-        (prepared once with `tfds build`), "imglist" (OpenOOD's lists) or "folder" (a folder a
-        class), for both of which `oal_jax.data.imglist` says what `root` must hold.
-      name: the set; for "tfds" also NAME/CONFIG or NAME:VERSION, else the highest version.
-      split: such as "train", "validation" or "test".
-      root: where the sets are; None for the package, or for TFDS's own default directory.
-      limit: read only so many images; 0 for all. The first ones of "bundled" and "tfds"; of image
-        files, which lie class by class, as many of each class.
-      id_set: of image files: the ID set that this set is used with; empty: it is the ID set.
-      labelled: of image files: whether the labels are classes of the ID set, as those of the ID set
-        itself and of covariate-shifted sets are. Else all are 0, of the class "ood".
-      image_size: of image files: the side that images get; 0 for the source's default.
-      on_corrupt: of image files: "error", or "skip" to leave damaged images out.
+      source: "bundled" may also be a corrupted copy (see `oal_jax.data.corruptions`) or
+        `oal_jax.data.procedural`; "generated" needs no files (see `oal_jax.data.generated`).
+      The rest is as for `open_stored`.
 
     Raises:
       UserError: the set or split is not there, is damaged, or breaks what `ImageSet` promises.
@@ -76,27 +72,81 @@ def load(
     if limit < 0:
         raise UserError(f"limit for image set {name!r} is {limit}: give 0 (all) or more")
     if source == "bundled" and name in corruptions.SETS:
-        clean = load(source, corruptions.SETS[name].base, split, root=root, limit=limit)
+        clean = load(source, corruptions.SETS[name].base, split, limit=limit, **options)
         shifted = corruptions.corrupt(name, clean.images)
         return clean._replace(name=f"{name}/{split}", images=shifted)
     if source == "bundled" and name == procedural.NAME:
         drawn = procedural.draw(limit or procedural.COUNT, procedural.SIZE)
         return validated(f"{name}/{split}", drawn, np.zeros(len(drawn), np.int32), ("outlier",))
-    if source in ("imglist", "folder"):
-        wanted = imglist.Wanted(
-            *(root or "", id_set or name, name, split, labelled, limit, image_size, on_corrupt)
+    if source == "generated":
+        id_set, size = options.get("id_set") or name, options.get("image_size", 0)
+        labelled = options.get("labelled", True)
+        drawn = generated.draw(
+            name, split, id_set=id_set, labelled=labelled, limit=limit, size=size
         )
-        read = imglist.read_list if source == "imglist" else imglist.read_folder
-        return validated(wanted.where, *read(wanted))
+        return validated(f"{name}/{split}", *drawn)
+    stored = open_stored(source, name, split, limit=limit, **options)
+    return validated(stored.name, *read_all(stored), stored.class_names)
+
+
+def open_stored(
+    source: str,
+    name: str,
+    split: str,
+    *,
+    root: str | None = None,
+    limit: int = 0,
+    id_set: str = "",
+    id_splits: Sequence[str] = (),
+    labelled: bool = True,
+    image_size: int = 0,
+    on_corrupt: str = "error",
+) -> Stored:
+    """One split of an image set on disk; no image is decoded yet.
+
+    Args:
+      source: "bundled" (the sets that come with the package, see `oal_jax.data.bundled`), "tfds"
+        (prepared once with `tfds build`, see `oal_jax.data.array_records`), "imglist" (OpenOOD's
+        lists) or "folder" (a folder a class), for both of which `oal_jax.data.imglist` says what
+        `root` must hold.
+      name: the set; for "tfds" also NAME/CONFIG, NAME:VERSION, NAME@SPLIT.
+      split: such as "train", "validation" or "test".
+      root: where the sets are; None for the package, or for TFDS's own default directory.
+      limit: only so many images; 0 for all. The first ones of "bundled" and "tfds"; of image files,
+        which lie class by class, as many of each class.
+      id_set: the ID set that this set is used with; empty: it is the ID set. Not of "bundled", nor
+        are those below.
+      id_splits: of "tfds": what the ID set's train, validation and test splits are called.
+      labelled: whether the labels are classes of the ID set, as those of the ID set itself and of
+        covariate-shifted sets are. Else all are 0, of the class "ood".
+      image_size: the side that images get; 0 for the source's default.
+      on_corrupt: "error", or "skip" to leave damaged images out.
+
+    Raises:
+      UserError: the set or split is not there, or is damaged.
+    """
+    id_set = id_set or name
     if source == "bundled":
         directory = bundled.verified_directory(name, root)
-        remedy = bundled.REMEDY
-    elif source == "tfds":
-        remedy = _build_command(name, root)
-        directory = _tfds_directory(name, root, remedy)
-    else:
+        return array_records.open_bundled(directory, name, split, limit, bundled.REMEDY)
+    if source == "tfds":
+        return array_records.open_split(
+            name,
+            split,
+            root=root,
+            limit=limit,
+            id_set=id_set,
+            id_splits=id_splits,
+            labelled=labelled,
+            image_size=image_size,
+            on_corrupt=on_corrupt,
+        )
+    if source not in SOURCES:
         raise UserError(f"unknown image source {source!r}: choose one of {', '.join(SOURCES)}")
-    return _read(directory, name, split, limit, remedy)
+    wanted = imglist.Wanted(
+        *(root or "", id_set, name, split, labelled, limit, image_size, on_corrupt)
+    )
+    return imglist.open_list(wanted) if source == "imglist" else imglist.open_folder(wanted)
 
 
 def validated(
@@ -124,111 +174,3 @@ def validated(
             f"its {len(class_names)} classes need labels 0 to {len(class_names) - 1}"
         )
     return ImageSet(name, images, labels.astype(np.int32), class_names)
-
-
-def _build_command(name: str, root: str | None) -> str:
-    where = "" if root is None else f" --data_dir={root}"
-    return f"run tfds build {name} --file_format=array_record{where}"
-
-
-def _tfds_directory(name: str, root: str | None, remedy: str) -> Path:
-    """ROOT/NAME[/CONFIG]/VERSION, the highest version unless the name gives one."""
-    from tensorflow_datasets.core import constants
-
-    plain, _, version = name.partition(":")
-    folder = Path(root or constants.DATA_DIR).expanduser() / plain
-    found = {
-        path.parent.name: path.parent
-        for path in folder.glob("*/dataset_info.json")
-        if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)
-    }
-    if not found or (version and version not in found):
-        held = f", only {', '.join(sorted(found))}" if found else ""
-        raise UserError(f"no prepared TFDS set {name!r} in {folder}{held}: {remedy}")
-    return found[version or max(found, key=lambda v: tuple(map(int, v.split("."))))]
-
-
-@contextlib.contextmanager
-def _no_group_size_error() -> Iterator[None]:
-    """Silences array_record's logged error about files with groups of more than one record.
-
-    The embedded files are grouped because that makes them a third smaller. Groups slow down random
-    access; here everything is read in order.
-    """
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "was created with group size" not in record.getMessage()
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)
-
-
-def _read(directory: Path, name: str, split: str, limit: int, remedy: str) -> ImageSet:
-    """The split of the TFDS data set in `directory`; `remedy` says how to get it anew."""
-    import tensorflow_datasets as tfds
-    from google.protobuf import json_format
-
-    try:
-        builder = tfds.builder_from_directory(directory)
-    except (OSError, ValueError, json_format.Error) as error:
-        raise UserError(f"{directory} is damaged ({_first_line(error)}): {remedy}") from error
-    features = dict(builder.info.features.items())
-    image, label = features.get("image"), features.get("label")
-    if not isinstance(image, tfds.features.Image):
-        raise UserError(f"{directory} has features {sorted(features)}: 'image' must be an Image")
-    if not isinstance(label, tfds.features.ClassLabel):
-        raise UserError(f"{directory} has features {sorted(features)}: 'label' must be a class")
-    if split not in builder.info.splits:
-        splits = ", ".join(sorted(builder.info.splits)) or "none"
-        raise UserError(f"image set {name!r} has no split {split!r}: choose one of {splits}")
-    try:
-        # PIL on the stored bytes takes two thirds of the time of TFDS's own decoding.
-        source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    except NotImplementedError as error:
-        kept = builder.info.file_format.value
-        raise UserError(
-            f"{directory} is stored as {kept}, which needs TensorFlow to read: {remedy}"
-        ) from error
-    count = min(limit, len(source)) if limit else len(source)
-    try:
-        with _no_group_size_error():
-            examples = source.__getitems__(range(count))
-        images = [_decode(example["image"], image.shape[-1]) for example in examples]
-    except (OSError, RuntimeError, ValueError, IndexError) as error:
-        raise UserError(f"{directory} is damaged ({_first_line(error)}): {remedy}") from error
-    where = f"{name}/{split}"
-    _check_shapes(where, images, image.shape)
-    labels = np.array([example["label"] for example in examples], np.int64)
-    return validated(where, np.stack(images), labels, tuple(label.names))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _decode(data: bytes, channels: int | None) -> UInt8[np.ndarray, "h w c"]:
-    with Image.open(io.BytesIO(data)) as image:
-        mode = _MODES.get(channels, image.mode)
-        pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-    return pixels if pixels.ndim == 3 else pixels[..., None]
-
-
-def _check_shapes(where: str, images: list[np.ndarray], declared: tuple[int | None, ...]) -> None:
-    """Raises a UserError where an image has another shape than the first, or than is declared."""
-    if not images:
-        raise UserError(f"{where} holds no images: choose another split")
-    for i, image in enumerate(images):
-        if image.shape != images[0].shape:
-            raise UserError(
-                f"image {i} of {where} has shape {image.shape}, image 0 has {images[0].shape}: "
-                "resize them to one shape"
-            )
-    if any(d not in (None, s) for d, s in zip(declared, images[0].shape, strict=True)):
-        raise UserError(
-            f"images of {where} have shape {images[0].shape}, its features.json says {declared}: "
-            "prepare the set anew"
-        )

@@ -7,6 +7,7 @@ share one vector. Here the table stays as it is and the output of the embedding 
 where a mask says so: every row of a batch has its own vector, and the function jits.
 """
 
+import re
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -20,6 +21,33 @@ from oal_jax.generator import stable_diffusion as stable
 from oal_jax.generator.stable_diffusion import Params, StableDiffusion
 
 INJECTION_MODES = ("first_piece", "all_pieces")
+_MARKED = re.compile(r"\[([^\[\]]+)\]")
+# What data sets call their classes where they have no words for them: WordNet's numbers, or ours.
+_NO_WORDS = re.compile(r"n\d{8}|class \d+")
+
+
+def prompt_word(name: str) -> tuple[str, str]:
+    """What a class is called in a prompt, and the part of it that the outlier takes the place of.
+
+    Data sets join words with underscores: "pickup_truck" is "pickup truck", all of it replaced. A
+    pair of brackets marks a part: "[kite] bird" prompts for a kite bird and replaces the kite.
+    (So the reference's suffixes against ambiguous words, "kite bird", "chest box", "tick bite", can
+    be given as class words, and its shorter labels too: it prompts for a "pickup truck" and
+    replaces "truck". It has neither for CIFAR-10, where its labels are those of CIFAR-100, nor is
+    its second sentence, glued to "nail" without a space, of any use; both are left out.)
+
+    Raises:
+        UserError: it is no word at all: empty, or a number such as WordNet's.
+    """
+    words = " ".join(name.replace("_", " ").split())
+    marked = _MARKED.search(words)
+    prompt = _MARKED.sub(r"\1", words)
+    if not prompt or _NO_WORDS.fullmatch(prompt):
+        raise UserError(
+            f"class name {name!r} is no word that a prompt could name; give generator.class_words,"
+            " one a class in the order of the labels"
+        )
+    return prompt, marked[1].strip() if marked else prompt
 
 
 def _piece_ids(sd: StableDiffusion, word: str) -> list[int]:
@@ -41,7 +69,7 @@ def injection_mask(
     Args:
         sd: the model, for its tokenizer.
         ids: token ids from `stable_diffusion.tokenize`.
-        words: the class word of each prompt.
+        words: the class word of each prompt, as `prompt_word` takes it.
         mode: "first_piece", as the reference: every position with the token id of the word's first
             piece, wherever it stands in the prompt. "all_pieces": the whole of the word, and only
             where all its pieces stand in a row.
@@ -58,7 +86,7 @@ def injection_mask(
         raise UserError(f"injection mode {mode!r} is none of {', '.join(INJECTION_MODES)}")
     mask = np.zeros(ids.shape, bool)
     for row, (prompt, word) in enumerate(zip(ids, words, strict=True)):
-        pieces = _piece_ids(sd, word)
+        pieces = _piece_ids(sd, prompt_word(word)[1])
         if mode == "first_piece":
             mask[row] = prompt == pieces[0]
         else:
@@ -115,14 +143,14 @@ def token_embeddings(
     Their norms are the scale at which outliers are injected (OAL multiplies each unit outlier by
     them).
     """
-    rows = np.asarray([_piece_ids(sd, word)[0] for word in words])
+    rows = np.asarray([_piece_ids(sd, prompt_word(word)[1])[0] for word in words])
     table = params["text_encoder"]["text_model"]["embeddings"]["token_embedding"]["embedding"]
     return jnp.asarray(table)[rows].astype(jnp.float32)
 
 
 def class_prompts(class_names: Sequence[str], template: str) -> list[str]:
     """One prompt a class; `template` has one `{}`, for example "A high-quality image of the {}"."""
-    return [template.format(name) for name in class_names]
+    return [template.format(prompt_word(name)[0]) for name in class_names]
 
 
 def class_tokens(

@@ -69,6 +69,7 @@ def libraries() -> SimpleNamespace:
 
 # What the Flax classes fix in code. A config that says otherwise describes another network.
 _UNET_FIXED = {
+    "_class_name": ("UNet2DConditionModel", "FlaxUNet2DConditionModel"),
     "act_fn": ("silu",),
     "norm_num_groups": (32,),
     "norm_eps": (1e-5,),
@@ -79,14 +80,46 @@ _UNET_FIXED = {
     "time_embedding_type": ("positional",),
     "downsample_padding": (1,),
     "center_input_sample": (False,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_attention_heads": (None,),
+    **dict.fromkeys(("addition_embed_type", "encoder_hid_dim_type", "num_class_embeds"), (None,)),
+    **dict.fromkeys(("time_cond_proj_dim", "timestep_post_act", "cross_attention_norm"), (None,)),
 }
-_VAE_FIXED = {"act_fn": ("silu",), "use_quant_conv": (True,), "use_post_quant_conv": (True,)}
+_VAE_FIXED = {
+    "_class_name": ("AutoencoderKL", "FlaxAutoencoderKL"),
+    "act_fn": ("silu",),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+    "mid_block_add_attention": (True,),
+    **dict.fromkeys(("shift_factor", "latents_mean"), (None,)),
+}
+_TEXT_FIXED = {"model_type": ("clip_text_model", "clip")}
+# An unknown name of a block would be built as the last of these.
+_BLOCKS = {
+    "UNet": {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    },
+    "AutoencoderKL": {
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+    },
+}
 
 
-def _build(cls: type, config: Mapping[str, Any], fixed: Mapping[str, tuple], dtype: Any) -> Any:
+def _check(what: str, config: Mapping[str, Any], fixed: Mapping[str, tuple]) -> None:
     for key, allowed in fixed.items():
         if key in config and config[key] not in allowed:
-            raise UserError(f"{cls.__name__}: {key}={config[key]!r} is not supported")
+            raise UserError(f"{what}: {key}={config[key]!r} is not supported")
+    for key, allowed in _BLOCKS.get(what, {}).items():
+        for block in config.get(key, ()):
+            if block not in allowed:
+                raise UserError(f"{what}: {key} names {block!r}, which is not supported")
+
+
+def _build(name: str, config: Mapping[str, Any], fixed: Mapping[str, tuple], dtype: Any) -> Any:
+    _check(name, config, fixed)
+    cls = getattr(libraries(), name)
     known = {field.name for field in dataclasses.fields(cls)} - {"parent", "name", "dtype"}
     values = {key: config[key] for key in known if key in config}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -95,16 +128,17 @@ def _build(cls: type, config: Mapping[str, Any], fixed: Mapping[str, tuple], dty
 
 def make_unet(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
     """The UNet of a `unet/config.json`; `UserError` where the Flax class cannot express it."""
-    return _build(libraries().UNet, config, _UNET_FIXED, dtype)
+    return _build("UNet", config, _UNET_FIXED, dtype)
 
 
 def make_vae(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
     """The autoencoder that a `vae/config.json` describes."""
-    return _build(libraries().AutoencoderKL, config, _VAE_FIXED, dtype)
+    return _build("AutoencoderKL", config, _VAE_FIXED, dtype)
 
 
 def make_text_encoder(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
     """CLIP's text transformer, a linen module, that a `text_encoder/config.json` describes."""
+    _check("text encoder", config, _TEXT_FIXED)
     classes = libraries()
     return classes.CLIPText(classes.CLIPTextConfig.from_dict(dict(config)), dtype=dtype)
 

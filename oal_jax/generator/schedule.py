@@ -27,20 +27,32 @@ class NoiseSchedule(NamedTuple):
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
         """From the content of a `scheduler_config.json` of diffusers.
 
+        What it says of the noise process is taken; which sampler runs is the caller's choice, so
+        `_class_name` and `skip_prk_steps` say nothing here (PNDM is always the one without
+        Runge-Kutta steps). Older configs are read as diffusers' pipeline reads them: an offset of 0
+        or none means 1, and `clip_sample`, which is for images, not latents, means nothing.
+
         Raises:
-            UserError: betas or a prediction type that are not supported.
+            UserError: betas or a prediction type that are not supported; a number that is none.
         """
-        if config.get("trained_betas") is not None:
-            raise UserError("scheduler_config.json: trained_betas is not supported")
+        for key in ("trained_betas", "rescale_betas_zero_snr"):
+            if config.get(key):
+                raise UserError(f"scheduler_config.json: {key} is not supported")
         schedule = cls(
             train_steps=config.get("num_train_timesteps", 1000),
             beta_start=config.get("beta_start", 0.0001),
             beta_end=config.get("beta_end", 0.02),
             beta_schedule=config.get("beta_schedule", "linear"),
-            steps_offset=config.get("steps_offset", 0),
-            set_alpha_to_one=config.get("set_alpha_to_one", False),
+            steps_offset=1,
+            # Where it is not said, diffusers' DDIM has another default than its other schedulers.
+            set_alpha_to_one=config.get(
+                "set_alpha_to_one", config.get("_class_name") == "DDIMScheduler"
+            ),
             prediction_type=config.get("prediction_type", "epsilon"),
         )
+        numbers = schedule.train_steps, schedule.beta_start, schedule.beta_end
+        if not all(isinstance(n, int | float) and n > 0 for n in numbers):
+            raise UserError(f"scheduler_config.json: steps and betas {numbers} must be above 0")
         if schedule.beta_schedule not in ("linear", "scaled_linear"):
             raise UserError(f"beta_schedule {schedule.beta_schedule!r} is not supported")
         if schedule.prediction_type not in ("epsilon", "v_prediction"):

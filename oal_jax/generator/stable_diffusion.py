@@ -22,6 +22,10 @@ from oal_jax.pretrained import diffusers_directory
 
 Params = dict[str, Any]
 
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_PIPELINE = "StableDiffusion"  # what the names of its pipelines in model_index.json begin with
+_OTHER_PIPELINES = ("StableDiffusionXL", "StableDiffusion3")
+
 
 class StableDiffusion(NamedTuple):
     """What of a Stable Diffusion does not change in training: modules, tokenizer, constants."""
@@ -58,6 +62,7 @@ def build(directory: Path, dtype: Any = jnp.float32) -> StableDiffusion:
     """
     directory = Path(directory)
     read = diffusers_directory.read_json
+    _check_pipeline(directory)
     unet = flax_models.make_unet(read(directory / "unet" / "config.json"), dtype)
     vae_config = read(directory / "vae" / "config.json")
     # The autoencoder stays in float32 whatever the rest: it is small and its means are the training
@@ -68,6 +73,12 @@ def build(directory: Path, dtype: Any = jnp.float32) -> StableDiffusion:
     )
     schedule = NoiseSchedule.from_config(read(directory / "scheduler" / "scheduler_config.json"))
     width = text_encoder.config.hidden_size
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        raise UserError(
+            f"{directory}: the UNet takes {unet.in_channels} channels and gives"
+            f" {unet.out_channels}, the autoencoder's latents have {vae.latent_channels}; is this a"
+            " model for inpainting or depth?"
+        )
     if unet.cross_attention_dim != width:
         raise UserError(
             f"{directory}: the UNet expects text states of width {unet.cross_attention_dim},"
@@ -85,6 +96,17 @@ def build(directory: Path, dtype: Any = jnp.float32) -> StableDiffusion:
     )
 
 
+def _check_pipeline(directory: Path) -> None:
+    index = directory / "model_index.json"
+    name = str(diffusers_directory.read_json(index).get("_class_name")) if index.exists() else ""
+    plain = name.removeprefix("Flax")
+    if index.exists() and (not plain.startswith(_PIPELINE) or plain.startswith(_OTHER_PIPELINES)):
+        raise UserError(
+            f"{directory} holds a {name}; give a Stable Diffusion v1 or v2, which are of class"
+            " StableDiffusionPipeline"
+        )
+
+
 def init_params(sd: StableDiffusion, key: jax.Array) -> Params:
     """Fresh parameters {"text_encoder", "unet", "vae"}; under `jax.eval_shape` their shapes."""
     return {
@@ -94,12 +116,28 @@ def init_params(sd: StableDiffusion, key: jax.Array) -> Params:
     }
 
 
-def load(directory: Path, dtype: Any = jnp.float32) -> tuple[StableDiffusion, Params]:
+def param_shapes(sd: StableDiffusion, directory: Path) -> Params:
+    """`jax.ShapeDtypeStruct`s of all parameters; `UserError` where the configs fit no network."""
+    try:
+        return jax.eval_shape(lambda key: init_params(sd, key), jax.random.key(0))
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(f"{directory}: its configs describe no network ({reason})") from None
+
+
+def load(
+    directory: Path,
+    dtype: Any = jnp.float32,
+    components: Sequence[str] = diffusers_directory.COMPONENTS,
+) -> tuple[StableDiffusion, Params]:
     """Modules and parameters of a diffusers directory.
+
+    Weights are read a tensor at a time: beside the parameters, the host holds the largest of them.
 
     Args:
         directory: a Stable Diffusion v1 or v2 in diffusers' layout, or one made by `create`.
         dtype: of the UNet and the text encoder (float32 or bfloat16); the autoencoder is float32.
+        components: whose parameters are read.
 
     Returns:
         The static part and {"text_encoder", "unet", "vae"} parameter trees.
@@ -108,15 +146,26 @@ def load(directory: Path, dtype: Any = jnp.float32) -> tuple[StableDiffusion, Pa
         UserError: see `build` and `oal_jax.pretrained.diffusers_directory.read_params`.
     """
     directory = Path(directory)
+    diffusers_directory.files(directory)  # what is missing is said before anything is read
     sd = build(directory, dtype)
-    shapes = jax.eval_shape(lambda key: init_params(sd, key), jax.random.key(0))
+    shapes = param_shapes(sd, directory)
     params = {
         name: diffusers_directory.read_params(
-            directory / name, tree, jnp.float32 if name == "vae" else dtype
+            directory / name, shapes[name], jnp.float32 if name == "vae" else dtype
         )
-        for name, tree in shapes.items()
+        for name in components
     }
     return sd, params
+
+
+def check(directory: Path) -> StableDiffusion:
+    """`build`, which raises what `load` would, but reads no weights: names and shapes tell."""
+    directory = Path(directory)
+    diffusers_directory.files(directory)
+    sd = build(directory)
+    for name, tree in param_shapes(sd, directory).items():
+        diffusers_directory.check_params(directory / name, tree)
+    return sd
 
 
 def tokenize(sd: StableDiffusion, texts: Sequence[str]) -> Int[np.ndarray, "B L"]:
@@ -127,7 +176,8 @@ def tokenize(sd: StableDiffusion, texts: Sequence[str]) -> Int[np.ndarray, "B L"
             last.
     """
     length = sd.text_encoder.config.max_position_embeddings
-    lengths = [len(ids) for ids in sd.tokenizer(list(texts))["input_ids"]]
+    # Not verbose: it would warn of what is an error here.
+    lengths = [len(ids) for ids in sd.tokenizer(list(texts), verbose=False)["input_ids"]]
     for text, n in zip(texts, lengths, strict=True):
         if n > length:
             raise UserError(f"prompt {text!r} has {n} tokens, the text encoder takes {length}")
@@ -172,11 +222,39 @@ def pad_images(sd: StableDiffusion, images: Float[Array, "B H W c"]) -> Float[Ar
     return jnp.pad(images, ((0, 0), rows, columns, (0, 0)))
 
 
+def _is_padded(sd: StableDiffusion, shape: Sequence[int]) -> bool:
+    """Whether images of this height and width lack less than a latent's pixel on each side."""
+    size = sd.image_size
+    return all(size - 2 * size // sd.latent_shape[1] < side <= size for side in shape)
+
+
+def fit_images(sd: StableDiffusion, images: Float[Array, "B H W c"]) -> Float[Array, "B S S c"]:
+    """Images at the autoencoder's size.
+
+    Padded by `pad_images` where they lack less than a latent's pixel on each side (28 px to 32),
+    else resized, bilinear (32 or 224 px to 512).
+
+    Raises:
+        UserError: the images are not square, or have another number of channels.
+    """
+    height, width, channels = images.shape[1:]
+    size = sd.image_size
+    if not _is_padded(sd, (height, width)):
+        if height != width:
+            raise UserError(
+                f"images of {height} x {width} do not fit a generator of {size} x {size}: they are"
+                " not square; set data.image_size"
+            )
+        shape = (images.shape[0], size, size, channels)
+        images = jax.image.resize(images, shape, "bilinear")
+    return pad_images(sd, images)
+
+
 def encode_images(
     sd: StableDiffusion, params: Params, images: Float[Array, "B H W c"]
 ) -> Float[Array, "B C h w"]:
-    """Scaled means of the latents of images in [0, 1]."""
-    pixels = jnp.moveaxis(pad_images(sd, images), -1, 1) * 2.0 - 1.0
+    """Scaled means of the latents of images in [0, 1], brought to size by `fit_images`."""
+    pixels = jnp.moveaxis(fit_images(sd, images), -1, 1) * 2.0 - 1.0
     mean, _ = flax_models.apply_vae_encoder(sd.vae, params["vae"], pixels)
     return mean * sd.scaling_factor
 
@@ -185,7 +263,7 @@ def decode_latents(
     sd: StableDiffusion,
     params: Params,
     latents: Float[Array, "B C h w"],
-    crop: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Float[Array, "B H W c"]:
     """Images in [0, 1] of scaled latents.
 
@@ -193,11 +271,14 @@ def decode_latents(
         sd: the model.
         params: its parameters; only "vae" is used.
         latents: scaled latents.
-        crop: (height, width) of the middle to keep: cuts away what `pad_images` added.
+        size: (height, width) of the images: what `fit_images` did to such images is undone.
     """
     pixels = flax_models.apply_vae_decoder(sd.vae, params["vae"], latents / sd.scaling_factor)
     images = jnp.clip(jnp.moveaxis(pixels, 1, -1) * 0.5 + 0.5, 0.0, 1.0)
-    if crop is not None:
-        top, left = (images.shape[1] - crop[0]) // 2, (images.shape[2] - crop[1]) // 2
-        images = images[:, top : top + crop[0], left : left + crop[1]]
+    if size is not None and _is_padded(sd, size):
+        top, left = (images.shape[1] - size[0]) // 2, (images.shape[2] - size[1]) // 2
+        images = images[:, top : top + size[0], left : left + size[1]]
+    elif size is not None:
+        shape = (images.shape[0], *size, images.shape[3])
+        images = jax.image.resize(images, shape, "bilinear")
     return images

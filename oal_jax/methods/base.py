@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-Batch = dict[str, Array]
+Batch = dict[str, Any]  # of arrays; in a microbatch also `part`, a `Part`
 Metrics = dict[str, Float[Array, ""]]
 Groups = dict[str, Any]
 
@@ -14,6 +15,18 @@ Groups = dict[str, Any]
 def unchanged(params: Groups) -> Groups:
     """The parameters as they are trained, to be evaluated and saved so."""
     return params
+
+
+class Part(NamedTuple):
+    """What a microbatch is told of the batch that it is a part of, as the entry "part".
+
+    Losses that are means over examples need not look: the mean over the microbatches of their
+    gradients is that of the whole. Others read the means of the whole by `whole_mean`, and state
+    that moves once a step, not once a microbatch, goes by `last`.
+    """
+
+    means: Metrics  # of the whole batch, at the same parameters
+    last: Bool[Array, ""] | bool  # whether the batch ends with this microbatch
 
 
 class Method(NamedTuple):
@@ -31,6 +44,24 @@ class Method(NamedTuple):
         tuple[Float[Array, ""], tuple[Groups, Metrics]],
     ]
     finish: Callable[[Groups], Groups] = unchanged
+
+
+def whole_mean(part: Part | None, name: str, value: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The mean over the whole batch of which `value`, the metric `name`, is that of a microbatch.
+
+    Its gradient is that of `value`: so for any function f the mean over the microbatches of the
+    gradients of f(whole_mean) is the gradient of f at the whole batch's mean.
+    """
+    if part is None:
+        return value
+    return value + jax.lax.stop_gradient(part.means[name] - value)
+
+
+def after_the_last(part: Part | None, new: Any, old: Any) -> Any:
+    """A state that moves once a step: `new` once its last microbatch is through, else `old`."""
+    if part is None:
+        return new
+    return jax.tree.map(lambda a, b: jnp.where(part.last, a, b), new, old)
 
 
 def apply_group(

@@ -112,7 +112,7 @@ def student_terms(
         unit(teacher_features) if unit_features else teacher_features,
         train=True,
     )
-    ce, metrics = id_loss(logits, batch["label"], ce_transform)
+    ce, metrics = id_loss(logits, batch["label"], ce_transform, batch.get("part"))
     teacher_logits = batch["teacher_logits"].astype(jnp.float32)
     kd_logits = jnp.mean(losses.kl_divergence(teacher_logits, logits))
     kd_features = jnp.mean(losses.kl_divergence(target, features))

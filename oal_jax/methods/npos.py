@@ -106,7 +106,7 @@ def boundary_outliers(
 
     def loss(params, model_state, batch, step, key):
         (logits, features), _, student = forward(model, params, model_state, key, batch["image"])
-        value, metrics = id_loss(logits, batch["label"], ce_transform)
+        value, metrics = id_loss(logits, batch["label"], ce_transform, batch.get("part"))
         directions = losses.unit_rows(features)
         if contrastive_weight:
             contrast = losses.supervised_contrastive(

@@ -45,7 +45,7 @@ def exposure(
             batch["outlier_image"],
             shared_statistics=shared_statistics,
         )
-        value, metrics = id_loss(logits, batch["label"], ce_transform)
+        value, metrics = id_loss(logits, batch["label"], ce_transform, batch.get("part"))
         term = jnp.mean(losses.uniform_cross_entropy(outlier_logits))
         metrics["outlier_exposure"] = term
         return value + weight * term, ({**model_state, "student": student}, metrics)
@@ -81,7 +81,7 @@ def energy(
             batch["outlier_image"],
             shared_statistics=shared_statistics,
         )
-        value, metrics = id_loss(logits, batch["label"], ce_transform)
+        value, metrics = id_loss(logits, batch["label"], ce_transform, batch.get("part"))
         term, more = hinge_terms(logits, outlier_logits, margin_in, margin_out)
         return value + weight * term, ({**model_state, "student": student}, metrics | more)
 

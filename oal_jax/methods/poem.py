@@ -95,7 +95,8 @@ def posterior_sampling(
             candidates[chosen],
             shared_statistics=shared_statistics,
         )
-        value, metrics = id_loss(logits, batch["label"], ce_transform)
+        part = batch.get("part")
+        value, metrics = id_loss(logits, batch["label"], ce_transform, part)
         term, more = hinge_terms(logits, outlier_logits, margin_in, margin_out)
         metrics |= more | {
             "boundary_distance": jnp.mean(distance[chosen]),
@@ -108,8 +109,9 @@ def posterior_sampling(
             side.astype(jnp.int32),
         )
         targets = old["target_noise"] + jnp.array([-target, target])
+        due = step % refresh_steps == 0
         mean, factor = jax.lax.cond(
-            step % refresh_steps == 0,
+            due if part is None else due & part.last,
             lambda: posterior(buffer["rows"], targets, noise_variance, prior_variance),
             lambda: (old["mean"], old["factor"]),
         )

@@ -9,7 +9,15 @@ from jaxtyping import Array, Float, Int, Key
 
 from oal_jax import losses
 from oal_jax.keys import named
-from oal_jax.methods.base import Groups, Metrics, accuracy, apply_group, split_variables
+from oal_jax.methods.base import (
+    Groups,
+    Metrics,
+    Part,
+    accuracy,
+    apply_group,
+    split_variables,
+    whole_mean,
+)
 
 Transform = Callable[[Float[Array, ""]], Float[Array, ""]]
 Outputs = tuple[Float[Array, "b k"], Float[Array, "b d"]]
@@ -62,14 +70,18 @@ def forward(
 
 
 def id_loss(
-    logits: Float[Array, "b k"], labels: Int[Array, " b"], ce_transform: Transform | None
+    logits: Float[Array, "b k"],
+    labels: Int[Array, " b"],
+    ce_transform: Transform | None,
+    part: Part | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The mean cross-entropy on ID images, through `ce_transform` if there is one; metrics.
 
     `ce_transform` sees the batch mean of the cross-entropy and nothing else of a method's loss:
     how a constraint on the ID loss, such as Unleashing Mask's (arXiv 2306.03715), joins any of
-    these methods. The metric `ce` is the cross-entropy before it.
+    these methods. Of a microbatch, a `part`, it sees the mean of the whole batch still. The metric
+    `ce` is the cross-entropy before it.
     """
     ce = jnp.mean(losses.cross_entropy(logits, labels))
-    value = ce if ce_transform is None else ce_transform(ce)
+    value = ce if ce_transform is None else ce_transform(whole_mean(part, "ce", ce))
     return value, {"ce": ce, "accuracy": accuracy(logits, labels)}

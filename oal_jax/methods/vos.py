@@ -71,7 +71,7 @@ def virtual_outliers(
 
     def loss(params, model_state, batch, step, key):
         (logits, features), _, student = forward(model, params, model_state, key, batch["image"])
-        value, metrics = id_loss(logits, batch["label"], ce_transform)
+        value, metrics = id_loss(logits, batch["label"], ce_transform, batch.get("part"))
         old = model_state["vos"]
         queue = class_queue.push(old["queue"], features, batch["label"])
         active = (step >= start_step) & class_queue.is_full(queue)

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from oal_jax import losses
-from oal_jax.methods.base import Groups, Method
+from oal_jax.methods.base import Groups, Method, after_the_last, whole_mean
 from oal_jax.methods.student import Transform, forward, id_loss, init_student
 
 
@@ -78,19 +78,24 @@ def wild_mixture(
             batch["wild_image"],
             shared_statistics=shared_statistics,
         )
-        ce, metrics = id_loss(logits, batch["label"], ce_transform)
+        part = batch.get("part")
+        ce, metrics = id_loss(logits, batch["label"], ce_transform, part)
+        if ce_transform is None:
+            ce = whole_mean(part, "ce", ce)
         slope = jax.nn.softplus(params["energy"]["scale"])
         id_energy, wild_energy = (jax.nn.logsumexp(z, axis=-1) for z in (logits, wild_logits))
         id_ood, wild_ood = (
             jax.nn.sigmoid(-(slope * e + params["energy"]["offset"]))
             for e in (id_energy, wild_energy)
         )
-        constraints = jnp.stack([jnp.mean(id_ood) - id_limit, ce - ce_limit])
+        id_as_ood = jnp.mean(id_ood)
+        share = whole_mean(part, "id_as_ood", id_as_ood)
+        constraints = jnp.stack([share - id_limit, ce - ce_limit])
         old = model_state["woods"]
         terms = losses.augmented_lagrangian(constraints, old["multiplier"], old["penalty"])
         wild = 1 - jnp.mean(wild_ood)
         metrics |= {
-            "id_as_ood": jnp.mean(id_ood),
+            "id_as_ood": id_as_ood,
             "wild_as_ood": jnp.mean(wild_ood),
             "id_energy": jnp.mean(id_energy),
             "wild_energy": jnp.mean(wild_energy),
@@ -103,7 +108,7 @@ def wild_mixture(
         ended = woods["count"] == epoch_steps
         moved = updated(woods, multiplier_rate, penalty_growth, tolerance)
         woods = jax.tree.map(lambda a, b: jnp.where(ended, a, b), moved, woods)
-        woods = jax.lax.stop_gradient(woods)
+        woods = jax.lax.stop_gradient(after_the_last(part, woods, old))
         return wild_weight * wild + jnp.sum(terms), (
             {**model_state, "student": student, "woods": woods},
             metrics,

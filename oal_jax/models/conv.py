@@ -1,6 +1,15 @@
-"""What the classifiers share: convolution, batch normalisation with PyTorch's constants, maps."""
+"""What the classifiers share: convolution, batch normalisation with PyTorch's constants, maps.
+
+A classifier's `dtype`, float32 or bfloat16, is that of its convolutions and matrix products, and
+of the activations between them. Everything else is float32 whatever it is: parameters and so
+gradients, the moments of batch and layer normalisation and what is done with them, the softmax of
+attention, and, from the pooled features on, the head: whoever applies it to features by hand, as
+some scores do, gets the logits that the classifier gives. float16 is not offered: its gradients
+underflow without a scale on the loss.
+"""
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -28,8 +37,11 @@ def patches_product(
     return jnp.concatenate(columns, axis=-1) @ kernel.reshape(kh * kw * c, d)
 
 
-def batch_norm(train: bool, affine: bool) -> partial[nn.BatchNorm]:
-    """`nn.BatchNorm` with PyTorch's constants, to be named; `affine`: with scale and offset."""
+def batch_norm(train: bool, affine: bool, dtype: Any = jnp.float32) -> partial[nn.BatchNorm]:
+    """`nn.BatchNorm` with PyTorch's constants, to be named; `affine`: with scale and offset.
+
+    `dtype` is that of its output; it computes in float32.
+    """
     return partial(
         nn.BatchNorm,
         use_running_average=not train,
@@ -37,6 +49,7 @@ def batch_norm(train: bool, affine: bool) -> partial[nn.BatchNorm]:
         epsilon=1e-5,
         use_scale=affine,
         use_bias=affine,
+        dtype=dtype,
     )
 
 
@@ -52,6 +65,7 @@ class Conv(nn.Module):
     kernel: int
     stride: int = 1
     fan: str = "fan_out"
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
@@ -59,7 +73,8 @@ class Conv(nn.Module):
         pad = (self.kernel - 1) // 2
         shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
         init = nn.initializers.variance_scaling(2.0, self.fan, "normal")
-        kernel = self.param("kernel", init, shape)
+        kernel = self.param("kernel", init, shape).astype(self.dtype)
+        x = x.astype(self.dtype)
         if self.kernel == 1:
             return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
         if -(-x.shape[1] // self.stride) * -(-x.shape[2] // self.stride) <= _TINY_MAP:
@@ -71,6 +86,11 @@ class Conv(nn.Module):
             ((pad, pad), (pad, pad)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+
+
+def rematerialised(block: type[nn.Module]) -> type[nn.Module]:
+    """A block of a student, called with (x, train, mask), that keeps nothing but its input."""
+    return nn.remat(block, static_argnums=(2,))  # `train`; the module itself counts as the first
 
 
 def sow_map(module: nn.Module, stage: int, x: Float[Array, "b h w c"]) -> None:

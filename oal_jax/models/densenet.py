@@ -1,10 +1,13 @@
 """DenseNet-BC (Huang et al., arXiv 1608.06993), in the form that Unleashing Mask trains."""
 
+from functools import partial
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from oal_jax.models.conv import Conv, batch_norm, sow_map
+from oal_jax.models.conv import Conv, batch_norm, rematerialised, sow_map
 from oal_jax.models.mutual_information import TorchDense
 from oal_jax.models.normalise import normalise
 
@@ -15,18 +18,20 @@ class DenseLayer(nn.Module):
     growth: int
     affine: bool
     dropout: float
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w c"], train: bool, mask: Bool[Array, "b 1 1 1"] | None = None
     ) -> Float[Array, "b h w c2"]:
         """`train`: normalise by the batch, or by its rows in `mask`; drop outputs."""
-        norm = batch_norm(train, self.affine)
+        norm = batch_norm(train, self.affine, self.dtype)
+        conv = partial(Conv, fan="fan_in", dtype=self.dtype)
         h = nn.relu(norm(name="bn1")(x, mask=mask))
-        h = Conv(4 * self.growth, 1, fan="fan_in", name="conv1")(h)
+        h = conv(4 * self.growth, 1, name="conv1")(h)
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = nn.relu(norm(name="bn2")(h, mask=mask))
-        h = Conv(self.growth, 3, fan="fan_in", name="conv2")(h)
+        h = conv(self.growth, 3, name="conv2")(h)
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         return jnp.concatenate([x, h], axis=-1)
 
@@ -38,7 +43,9 @@ class DenseNet(nn.Module):
     for 10 classes where the batch normalisation is without scale and offset (`affine_bn=False`,
     as arXiv 2306.03715 has it). `dropout` follows every convolution but the first, and wants
     the random stream "dropout" in training. Maps are sown as `maps`: stage0 after the first
-    convolution, one after each transition, and last what is pooled.
+    convolution, one after each transition, and last what is pooled. `dtype`: see `models.conv`;
+    logits and features are float32. With `remat` the backward pass computes what is inside of a
+    layer anew instead of keeping it.
     """
 
     num_classes: int
@@ -48,6 +55,8 @@ class DenseNet(nn.Module):
     dropout: float = 0.0
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
+    dtype: Any = jnp.float32
+    remat: bool = False
 
     @property
     def feature_width(self) -> int:
@@ -71,19 +80,23 @@ class DenseNet(nn.Module):
     ) -> tuple[Float[Array, "b k"], Float[Array, "b d"]]:
         """`train`: normalise by the batch, or by its rows in `statistics`; drop outputs."""
         mask = None if statistics is None else statistics[:, None, None, None]
-        norm = batch_norm(train, self.affine_bn)
+        norm = batch_norm(train, self.affine_bn, self.dtype)
+        conv = partial(Conv, fan="fan_in", dtype=self.dtype)
+        dense_layer = rematerialised(DenseLayer) if self.remat else DenseLayer
         x = normalise(images, self.mean, self.std)
-        x = Conv(2 * self.growth, 3, fan="fan_in", name="conv1")(x)
+        x = conv(2 * self.growth, 3, name="conv1")(x)
         sow_map(self, 0, x)
         for i in range(1, 4):
             for j in range(self._layers):
-                layer = DenseLayer(self.growth, self.affine_bn, self.dropout, name=f"block{i}_{j}")
+                layer = dense_layer(
+                    self.growth, self.affine_bn, self.dropout, self.dtype, name=f"block{i}_{j}"
+                )
                 x = layer(x, train, mask)
             x = nn.relu(norm(name=f"bn{i}")(x, mask=mask))
             if i < 3:
-                x = Conv(x.shape[-1] // 2, 1, fan="fan_in", name=f"trans{i}")(x)
+                x = conv(x.shape[-1] // 2, 1, name=f"trans{i}")(x)
                 x = nn.Dropout(self.dropout, deterministic=not train)(x)
                 x = nn.avg_pool(x, (2, 2), (2, 2))
             sow_map(self, i, x)
-        features = jnp.mean(x, axis=(1, 2))
+        features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         return TorchDense(self.num_classes, name="fc")(features), features

@@ -1,4 +1,8 @@
-"""Small maps into the student's feature space: DT from the teacher's, the adapter from latents."""
+"""Small maps into the student's feature space: DT from the teacher's, the adapter from latents.
+
+They are float32 whatever the student's `dtype` is: they take and give float32 features, and cost
+next to nothing beside it.
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp

@@ -1,5 +1,7 @@
 """The Vision Transformer (Dosovitskiy et al., arXiv 2010.11929), timm's names and numerics."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,19 +20,21 @@ class Attention(nn.Module):
 
     heads: int
     qkv_bias: bool = True
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """Every token attends to all tokens of its image."""
         b, n, d = x.shape
-        qkv = nn.Dense(3 * d, use_bias=self.qkv_bias, name="qkv")(x)
+        qkv = nn.Dense(3 * d, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
         qkv = qkv.reshape(b, n, 3, self.heads, d // self.heads)
         # Heads beside the batch: a batched matrix product, several times faster on CPU than the
         # contraction with the heads in the middle.
         q, k, v = jnp.transpose(qkv, (2, 0, 3, 1, 4))
-        weights = jax.nn.softmax(q @ jnp.swapaxes(k, -1, -2) * (d // self.heads) ** -0.5, axis=-1)
+        scores = jnp.matmul(q, jnp.swapaxes(k, -1, -2), preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * (d // self.heads) ** -0.5, axis=-1).astype(self.dtype)
         mixed = jnp.swapaxes(weights @ v, 1, 2).reshape(b, n, d)
-        return nn.Dense(d, name="proj")(mixed)
+        return nn.Dense(d, dtype=self.dtype, name="proj")(mixed)
 
 
 class Block(nn.Module):
@@ -43,23 +47,25 @@ class Block(nn.Module):
     mlp_ratio: float
     qkv_bias: bool = True
     layer_scale: bool = False
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """Tokens to tokens of the same shape."""
         d = x.shape[-1]
-        h = nn.LayerNorm(epsilon=1e-6, name="norm1")(x)
-        x = x + self._scaled("ls1", Attention(self.heads, self.qkv_bias, name="attn")(h))
-        h = nn.LayerNorm(epsilon=1e-6, name="norm2")(x)
-        h = nn.Dense(int(d * self.mlp_ratio), name="mlp_fc1")(h)
-        h = nn.Dense(d, name="mlp_fc2")(nn.gelu(h, approximate=False))
+        h = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm1")(x)
+        h = Attention(self.heads, self.qkv_bias, self.dtype, name="attn")(h)
+        x = x + self._scaled("ls1", h)
+        h = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm2")(x)
+        h = nn.Dense(int(d * self.mlp_ratio), dtype=self.dtype, name="mlp_fc1")(h)
+        h = nn.Dense(d, dtype=self.dtype, name="mlp_fc2")(nn.gelu(h, approximate=False))
         return x + self._scaled("ls2", h)
 
     def _scaled(self, name: str, h: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         if not self.layer_scale:
             return h
         gamma = self.param(f"{name}_gamma", nn.initializers.constant(1e-5), h.shape[-1:])
-        return h * gamma[None, None]
+        return h * gamma.astype(self.dtype)[None, None]
 
 
 class VisionTransformer(nn.Module):
@@ -68,6 +74,8 @@ class VisionTransformer(nn.Module):
     `mean` and `std` (a value a channel) normalise the input, so that callers never have to.
     `pool`, one of `POOLS`, gives other features; only "token" needs a `class_token`. Maps are sown
     as `maps`: stage0 is the grid of embedded patches, then a map a block; no class token in them.
+    `dtype`: see `models.conv`; logits and features are float32. With `remat` the backward pass
+    computes what is inside of a block anew instead of keeping it.
     """
 
     num_classes: int
@@ -82,6 +90,8 @@ class VisionTransformer(nn.Module):
     layer_scale: bool = False
     class_token: bool = True
     pool: str = "token"
+    dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -95,23 +105,25 @@ class VisionTransformer(nn.Module):
         # A convolution with stride = kernel is a matrix product of flattened patches; the
         # product is several times faster in XLA's CPU backend, gradients above all.
         x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
-        x = nn.Dense(self.width, name="patch_embed")(x.reshape(b, -1, p * p * c))
+        x = nn.Dense(self.width, dtype=self.dtype, name="patch_embed")(x.reshape(b, -1, p * p * c))
         if self.class_token:
             cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-            x = jnp.concatenate([jnp.broadcast_to(cls, (b, 1, self.width)), x], axis=1)
-        x = x + self.param("pos_embed", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
+            cls = jnp.broadcast_to(cls.astype(x.dtype), (b, 1, self.width))
+            x = jnp.concatenate([cls, x], axis=1)
+        places = (1, x.shape[1], self.width)
+        x = x + self.param("pos_embed", nn.initializers.normal(0.02), places).astype(x.dtype)
         grid = (b, h // p, w // p, self.width)
         sow_map(self, 0, x[:, first:].reshape(grid))
+        block = nn.remat(Block) if self.remat else Block
+        sizes = (self.heads, self.mlp_ratio, self.qkv_bias, self.layer_scale)
         for i in range(self.depth):
-            x = Block(
-                self.heads, self.mlp_ratio, self.qkv_bias, self.layer_scale, name=f"blocks_{i}"
-            )(x)
+            x = block(*sizes, self.dtype, name=f"blocks_{i}")(x)
             sow_map(self, i + 1, x[:, first:].reshape(grid))
-        norm = nn.LayerNorm(epsilon=1e-6, name="norm")
+        norm = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name="norm")
         if self.pool == "token":
             features = norm(x[:, 0])  # nothing else is read, so nothing else is normalised
         elif self.pool == "norm_mean":
             features = jnp.mean(norm(x)[:, first:], axis=1)
         else:
-            features = norm(jnp.mean(x[:, first:], axis=1))
+            features = norm(jnp.mean(x[:, first:].astype(jnp.float32), axis=1))
         return nn.Dense(self.num_classes, name="head")(features), features

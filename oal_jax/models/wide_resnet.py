@@ -1,10 +1,13 @@
 """Wide ResNet (Zagoruyko and Komodakis, arXiv 1605.07146), pre-activation, for 32 px."""
 
+from functools import partial
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from oal_jax.models.conv import Conv, batch_norm, sow_map
+from oal_jax.models.conv import Conv, batch_norm, rematerialised, sow_map
 from oal_jax.models.mutual_information import TorchDense
 from oal_jax.models.normalise import normalise
 
@@ -20,20 +23,22 @@ class WideBlock(nn.Module):
     stride: int
     affine: bool
     dropout: float
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w c"], train: bool, mask: Bool[Array, "b 1 1 1"] | None = None
     ) -> Float[Array, "b h2 w2 c2"]:
         """`train`: normalise by the batch, or by its rows in `mask`; drop outputs."""
-        norm = batch_norm(train, self.affine)
+        norm = batch_norm(train, self.affine, self.dtype)
+        conv = partial(Conv, fan="fan_in", dtype=self.dtype)
         active = nn.relu(norm(name="bn1")(x, mask=mask))
-        h = Conv(self.channels, 3, self.stride, "fan_in", name="conv1")(active)
+        h = conv(self.channels, 3, self.stride, name="conv1")(active)
         h = nn.relu(norm(name="bn2")(h, mask=mask))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        h = Conv(self.channels, 3, fan="fan_in", name="conv2")(h)
+        h = conv(self.channels, 3, name="conv2")(h)
         if x.shape[-1] != self.channels:
-            x = Conv(self.channels, 1, self.stride, "fan_in", name="shortcut")(active)
+            x = conv(self.channels, 1, self.stride, name="shortcut")(active)
         return x + h
 
 
@@ -43,7 +48,8 @@ class WideResNet(nn.Module):
     Features are the global average pool. Depth 40 and `widen` 4 give WRN-40-4. `dropout` wants
     the random stream "dropout" in training. Maps are sown as `maps`: stage0 after the first
     convolution, one after each of the first two stages, and last what is pooled, which is
-    normalised and activated.
+    normalised and activated. `dtype`: see `models.conv`; logits and features are float32. With
+    `remat` the backward pass computes what is inside of a block anew instead of keeping it.
     """
 
     num_classes: int
@@ -53,6 +59,8 @@ class WideResNet(nn.Module):
     dropout: float = 0.0
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
+    dtype: Any = jnp.float32
+    remat: bool = False
 
     @property
     def feature_width(self) -> int:
@@ -69,18 +77,20 @@ class WideResNet(nn.Module):
         """`train`: normalise by the batch, or by its rows in `statistics`; drop outputs."""
         mask = None if statistics is None else statistics[:, None, None, None]
         x = normalise(images, self.mean, self.std)
-        x = Conv(16, 3, fan="fan_in", name="conv1")(x)
+        x = Conv(16, 3, fan="fan_in", dtype=self.dtype, name="conv1")(x)
+        block = rematerialised(WideBlock) if self.remat else WideBlock
         for i in range(3):
             sow_map(self, i, x)
             for j in range((self.depth - 4) // 6):
-                x = WideBlock(
+                x = block(
                     channels=16 * 2**i * self.widen,
                     stride=2 if i > 0 and j == 0 else 1,
                     affine=self.affine_bn,
                     dropout=self.dropout,
+                    dtype=self.dtype,
                     name=f"layer{i + 1}_{j}",
                 )(x, train, mask)
-        x = nn.relu(batch_norm(train, self.affine_bn)(name="bn")(x, mask=mask))
+        x = nn.relu(batch_norm(train, self.affine_bn, self.dtype)(name="bn")(x, mask=mask))
         sow_map(self, 3, x)
-        features = jnp.mean(x, axis=(1, 2))
+        features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         return TorchDense(self.num_classes, name="fc")(features), features

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+_PRODUCTS = 2**24  # inner products held at once: 64 MiB
+
 
 def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
     """Rows scaled to unit L2 norm."""
@@ -54,9 +56,17 @@ def kth_distance(
     """Squared Euclidean distance of each unit query to its k-th nearest unit row of `bank`.
 
     On the unit sphere that is 2 - 2 <q, x>, so one matrix product and the k-th largest inner
-    product are all it takes. A query that is itself in the bank counts as its own nearest.
+    product are all it takes. A query that is itself in the bank counts as its own nearest. More
+    than `_PRODUCTS` inner products are taken a block of queries at a time.
     """
-    return jnp.maximum(2 - 2 * kth_largest(_product(bank, queries), k), 0)
+
+    def distances(queries):
+        return jnp.maximum(2 - 2 * kth_largest(_product(bank, queries), k), 0)
+
+    count, rows = queries.shape[0], max(1, _PRODUCTS // bank.shape[0])
+    if count <= rows:
+        return distances(queries)
+    return jax.lax.map(distances, queries, batch_size=rows)
 
 
 def candidate_distances(
@@ -113,10 +123,10 @@ def select_reference(distance: Float[Array, "a l"], keep: int) -> Int[Array, "a 
 SELECTIONS = {"top": select_top, "reference": select_reference}
 
 
-@partial(
-    jax.jit,
-    static_argnames=("k", "count", "anchors", "noise_rows", "keep", "repeats", "selection"),
-)
+_STATIC = ("k", "count", "anchors", "noise_rows", "keep", "repeats", "selection")
+
+
+@partial(jax.jit, static_argnames=_STATIC)
 def sample_class(
     key: Key[Array, ""],
     features: Float[Array, "n d"],
@@ -154,6 +164,72 @@ def sample_class(
         return unit(chosen[:, None] + noise[rows]).reshape(anchors * keep, -1)
 
     return jax.lax.map(repeat, jax.random.split(key, repeats)).reshape(repeats * anchors * keep, -1)
+
+
+@partial(jax.jit, static_argnames=_STATIC)
+def select_class(
+    key: Key[Array, ""],
+    features: Float[Array, "n d"],
+    *,
+    k: int,
+    count: int,
+    anchors: int,
+    sigma: float,
+    noise_rows: int,
+    keep: int,
+    repeats: int,
+    selection: str,
+) -> tuple[Float[Array, "b d"], Int[Array, " m"], Int[Array, " m"], Float[Array, " m"]]:
+    """What `redraw` computes the outliers of a class from, arguments as those of `sample_class`.
+
+    The noise has another stream than there, a key a row, so that a single row can be drawn again:
+    outlier i is that of repeat i // (anchors * keep). `sigma` must not be 0.
+
+    Returns:
+      The boundary points over sigma (count, d); for each outlier the boundary point it is around,
+      the row of its repeat's noise, both int32, and the factor that gives it unit norm.
+    """
+    edge = features[boundary(features, k, count)]
+    points = edge / sigma
+    key_anchor, key_noise = jax.random.split(key)
+
+    def repeat(number):
+        of_repeat = jax.random.fold_in(key_anchor, number)
+        chosen = jax.random.choice(of_repeat, count, (anchors,), replace=False)
+        of_row = lambda row: noise_row(key_noise, number, row, features.shape[1])
+        noise = jax.vmap(of_row)(jnp.arange(noise_rows))
+        distance = candidate_distances(edge[chosen], sigma * noise, features, k)
+        rows = SELECTIONS[selection](distance, keep)
+        around = jnp.broadcast_to(chosen[:, None], rows.shape)
+        factor = 1 / jnp.linalg.norm(points[around] + noise[rows], axis=-1)
+        return around.astype(jnp.int32), rows.astype(jnp.int32), factor
+
+    around, rows, factor = jax.lax.map(repeat, jnp.arange(repeats))
+    return points, around.reshape(-1), rows.reshape(-1), factor.reshape(-1)
+
+
+def noise_row(
+    key: Key[Array, ""], repeat: Int[Array, ""], row: Int[Array, ""], width: int
+) -> Float[Array, " d"]:
+    """One row of a repeat's standard normal noise, rounded to 22 bits of mantissa.
+
+    The rounding keeps compilers from contracting its last product with a sum that follows, which
+    they do in one program and not in another: so a row is the same to the bit in all.
+    """
+    of_row = jax.random.fold_in(jax.random.fold_in(key, repeat), row)
+    return jax.lax.reduce_precision(jax.random.normal(of_row, (width,)), 8, 22)
+
+
+def redraw(
+    key: Key[Array, ""],
+    point: Float[Array, " d"],
+    repeat: Int[Array, ""],
+    row: Int[Array, ""],
+    factor: Float[Array, ""],
+) -> Float[Array, " d"]:
+    """One outlier of `select_class`, which got the same key: a sum and a product, exact; vmaps."""
+    _, key_noise = jax.random.split(key)
+    return (point + noise_row(key_noise, repeat, row, point.shape[0])) * factor
 
 
 def sample_random(key: Key[Array, ""], count: int, width: int) -> Float[Array, "m d"]:

@@ -124,6 +124,23 @@ def load_classifier(
     )
 
 
+def describe(path: str | Path) -> dict[str, Any]:
+    """What a file's names and shapes tell, without building the network.
+
+    `width` of a feature, `depth`, `num_classes` (0: no head), `channels`; of a ViT also `patch`,
+    `heads` and `mlp_ratio`.
+
+    Raises:
+      UserError: as `load_classifier`, where the architecture can't be read off.
+    """
+    file = vit.without_root(read(path))
+    family, found = _infer(file, _said(file).get("heads"))
+    if family is resnet:
+        found |= {"width": _net(family, found, _UNIT).feature_width}
+    names = ("width", "depth", "num_classes", "channels", "patch", "heads", "mlp_ratio")
+    return {name: found[name] for name in names if name in found}
+
+
 def _infer(file: TensorFile, heads: int | None) -> tuple[Any, dict[str, Any]]:
     """The reader of the file's family, and what it reads off the shapes."""
     if resnet.recognises(file.tensors):
@@ -213,6 +230,11 @@ def _default_moments(file: TensorFile, family, inferred: Mapping[str, Any]) -> M
         return _UNIT
     # timm's backbones without a head are normalised in several ways.
     return _HALF if inferred["num_classes"] else None
+
+
+def fields(net: nn.Module) -> dict[str, Any]:
+    """What to make a network of a file anew with, as JSON has it: its sizes and normalisation."""
+    return {name: getattr(net, name) for name in (*_FILE_FIELDS[type(net)], "mean", "std")}
 
 
 def _net(family, inferred: Mapping[str, Any], given: Moments) -> nn.Module:

@@ -1,20 +1,22 @@
 """Reads and writes the directory layout of diffusers without torch and without unpickling.
 
 A directory holds one folder a component (`unet/`, `vae/`, `text_encoder/`), each with a
-`config.json` and the weights. Weights are looked for in this order:
+`config.json` and the weights, and `tokenizer/` and `scheduler/`. What else is there
+(`safety_checker/`, `feature_extractor/`, single-file checkpoints) is not looked at. Weights are
+looked for in this order:
 
 1. safetensors, one file or a sharded index, in PyTorch's names and layout;
 2. the same with the `.fp16` variant in the file name;
 3. Flax msgpack, in Flax's own names.
 
 Pickled weights (`.bin`, `.pt`, `.ckpt`) are refused. Every expected tensor must be there once, with
-the right shape, and
-nothing may be left over: a checkpoint that does not fit its config is a `UserError`, not a network
-    that runs on noise.
+the right shape, and nothing may be left over: a checkpoint that does not fit its config is a
+`UserError`, not a network that runs on noise.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,20 @@ from oal_jax.errors import UserError
 from oal_jax.pretrained import torch_layout
 from oal_jax.pretrained.tensor_files import listed
 
+COMPONENTS = ("text_encoder", "unet", "vae")
+
 # transformers and diffusers name their weight files differently.
 _STEMS = ("diffusion_pytorch_model", "model")
 _MSGPACK = ("diffusion_flax_model.msgpack", "flax_model.msgpack")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# How files of `torch.save` begin: a zip archive, or a bare pickle.
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that older checkpoints carry beside the weights; they are constants of the code.
 _BUFFERS = ("position_ids",)
+_CONFIGS = ("scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt")
+# The remaining small files of a tokenizer, and the name of the pipeline.
+_OPTIONAL = re.compile(r"model_index\.json|tokenizer/[^/]+\.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,77 +60,150 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component, or its msgpack file."""
+def needed(names: Iterable[str], where: str) -> list[str]:
+    """Of the files of a model, by their names relative to its root, those that are read.
+
+    Args:
+        names: of all files, with `/`.
+        where: the model, for messages.
+
+    Raises:
+        UserError: a config, the tokenizer or a component's weights are not among them.
+    """
+    names = set(names)
+    configs = [*_CONFIGS, *(f"{component}/config.json" for component in COMPONENTS)]
+    absent = [name for name in configs if name not in names]
+    if absent:
+        raise UserError(f"{where}: no {listed(absent)}; is this a diffusers directory?")
+    chosen = {*configs, *filter(_OPTIONAL.fullmatch, names)}
+    for component in COMPONENTS:
+        inside = {n.partition("/")[2] for n in names if n.startswith(f"{component}/")}
+        chosen |= {f"{component}/{name}" for name in _weights(inside, f"{where}/{component}")}
+    return sorted(chosen)
+
+
+def files(directory: Path) -> list[Path]:
+    """The files below a directory that are read, sorted; `UserError` where one is absent."""
+    directory = Path(directory)
+    if directory.is_file():
+        raise UserError(
+            f"{directory} is a file; give a directory in diffusers' layout, with unet/, vae/,"
+            " text_encoder/, tokenizer/ and scheduler/"
+        )
+    found = (p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+    for component in COMPONENTS:
+        if (directory / component).is_dir():
+            _weight_files(directory / component)  # that no shard is absent
+    return sorted(directory / name for name in needed(found, str(directory)))
+
+
+def _weights(names: set[str], where: str) -> list[str]:
+    """The weight files among the names of a component's files; of a sharded one, index first."""
     for variant in ("", ".fp16"):
         for stem in _STEMS:
-            single = folder / f"{stem}{variant}.safetensors"
-            if single.is_file():
-                return [single]
-            index = folder / f"{stem}.safetensors.index{variant}.json"
-            if index.is_file():
-                shards = read_json(index).get("weight_map")
-                if not isinstance(shards, dict) or not shards:
-                    raise UserError(f"{index}: no weight_map in this index")
-                names = sorted(set(shards.values()))
-                if any(not isinstance(n, str) or Path(n).name != n for n in names):
-                    raise UserError(f"{index}: a shard lies outside {folder}")
-                absent = [name for name in names if not (folder / name).is_file()]
-                if absent:
-                    raise UserError(f"{folder}: missing shards {listed(absent)}")
-                return [folder / name for name in names]
+            if f"{stem}{variant}.safetensors" in names:
+                return [f"{stem}{variant}.safetensors"]
+            if (index := f"{stem}.safetensors.index{variant}.json") in names:
+                # The variant stands before or after the number of the shard.
+                shards = (n for n in names if re.fullmatch(rf"{stem}.*-of-.*\.safetensors", n))
+                return [index, *sorted(n for n in shards if (".fp16" in n) == bool(variant))]
     for name in _MSGPACK:
-        if (folder / name).is_file():
-            return [folder / name]
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if name in names:
+            return [name]
+    pickles = sorted(name for name in names if name.endswith(_PICKLES) and "/" not in name)
     if pickles:
+        target = _STEMS[0] if pickles[0].startswith(_STEMS[0]) else _STEMS[1]
         raise UserError(
-            f"{folder}: only pickled weights ({listed(pickles)}), which can run code when read;"
-            " save the model as safetensors"
+            f"{where}: only pickled weights ({listed(pickles)}), which can run code when read;"
+            " convert them first: python -m oal_jax.pretrained.convert --input"
+            f" {where}/{pickles[0]} --output {where}/{target}.safetensors"
         )
-    raise UserError(f"{folder}: no weights (looked for safetensors and Flax msgpack)")
+    raise UserError(f"{where}: no weights (looked for safetensors and Flax msgpack)")
 
 
-def _torch_tensors(files: list[Path], wanted: Mapping[str, tuple]) -> Iterator[tuple[tuple, Any]]:
-    """Yields (path, array in Flax layout), one tensor in memory at a time.
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a component, or its msgpack file."""
+    names = {path.name for path in folder.glob("*") if path.is_file()}
+    first = folder / _weights(names, str(folder))[0]
+    if first.suffix != ".json":
+        return [first]
+    shards = read_json(first).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise UserError(f"{first}: no weight_map in this index")
+    if any(not isinstance(n, str) or Path(n).name != n for n in shards.values()):
+        raise UserError(f"{first}: a shard lies outside {folder}")
+    shards = sorted(set(shards.values()))
+    absent = [name for name in shards if name not in names]
+    if absent:
+        raise UserError(f"{folder}: missing shards {listed(absent)}")
+    return [folder / name for name in shards]
 
-    Names and shapes of all are checked before the first is read.
-    """
-    where, shapes = {}, {}
+
+def _contents(files: Sequence[Path]) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+    """Tensor name to its file, shape and type, from the files' headers alone."""
+    found: dict[str, tuple[Path, tuple[int, ...], str]] = {}
     for file in files:
         try:
             with safe_open(file, framework="numpy") as handle:
-                names = handle.keys()
-                for name in names:
-                    if name in where:
+                for name in handle.keys():  # noqa: SIM118
+                    if name in found:
                         raise UserError(f"{file.parent}: tensor {name} is there twice")
-                    where[name] = file
-                    shapes[name] = tuple(handle.get_slice(name).get_shape())
+                    part = handle.get_slice(name)
+                    found[name] = file, tuple(part.get_shape()), part.get_dtype()
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: damaged or not safetensors ({error})") from None
+            raise UserError(f"{file}: {_why_unreadable(file, error)}") from None
+    return found
 
-    chosen, missing, wrong = {}, [], []
+
+def _why_unreadable(file: Path, error: Exception) -> str:
+    with file.open("rb") as stream:
+        start = stream.read(8)
+    # A safetensors file starts with the length of its header, in 8 bytes of which 4 are always 0.
+    if start.startswith(_PICKLE_STARTS) and any(start[4:]):
+        renamed = file.with_suffix(".bin")
+        return (
+            "a pickle under a safetensors name, which can run code when read; rename it to"
+            f" {renamed.name}, then: python -m oal_jax.pretrained.convert --input {renamed}"
+            f" --output {file}"
+        )
+    return f"damaged, cut short or not safetensors ({error})"
+
+
+def _places(
+    folder: Path, files: Sequence[Path], wanted: Mapping[tuple, tuple]
+) -> dict[tuple, tuple[Path, str]]:
+    """Where each parameter is: a file, and a name in it; `UserError` where names don't fit."""
+    found = _contents(files)
+    places, missing, wrong = {}, [], []
     for path, shape in wanted.items():
         names = torch_layout.torch_names(path)
-        name = next((n for n in names if n in where), None)
+        name = next((n for n in names if n in found), None)
         if name is None:
             missing.append(names[0])
             continue
+        file, have, dtype = found[name]
         expected = torch_layout.torch_shape(path, shape)
-        # Some early autoencoders store a dense kernel as a 1 x 1 convolution.
-        if shapes[name] not in (expected, (*expected, 1, 1)):
-            wrong.append(f"{name} {shapes[name]} instead of {expected}")
-        chosen[name] = path
-    extra = [n for n in where if n not in chosen and n.rsplit(".", 1)[-1] not in _BUFFERS]
-    _refuse(files[0].parent, missing, extra, wrong)
+        if not torch_layout.same_weights(have, expected):
+            wrong.append(f"{name} {have} instead of {expected}")
+        elif dtype not in _FLOATS:
+            wrong.append(f"{name} of type {dtype} instead of floats")
+        places[path] = file, name
+    used = {name for _, name in places.values()}
+    extra = [n for n in found if n not in used and n.rsplit(".", 1)[-1] not in _BUFFERS]
+    _refuse(folder, missing, extra, wrong)
+    return places
 
-    for file in files:
+
+def _torch_tensors(
+    places: Mapping[tuple, tuple[Path, str]], wanted: Mapping[tuple, tuple]
+) -> Iterator[tuple[tuple, Any]]:
+    """Yields (path, array in Flax layout), one tensor in memory at a time."""
+    for path, (file, name) in places.items():
+        # Opened for each: the pages of a mapped file count as memory until it is closed.
         with safe_open(file, framework="numpy") as handle:
-            for name in set(handle.keys()) & set(chosen):
-                path = chosen[name]
-                array = handle.get_tensor(name)
-                array = array.reshape(torch_layout.torch_shape(path, wanted[path]))
-                yield path, torch_layout.from_torch(path, array)
+            array = handle.get_tensor(name)
+        array = array.reshape(torch_layout.torch_shape(path, wanted[path]))
+        yield path, torch_layout.from_torch(path, array)
 
 
 def _refuse(folder: Path, missing: list[str], extra: list[str], wrong: list[str]) -> None:
@@ -133,7 +216,8 @@ def _refuse(folder: Path, missing: list[str], extra: list[str], wrong: list[str]
         raise UserError(f"{folder}: weights do not fit the config: {'; '.join(faults)}")
 
 
-def _msgpack_tensors(file: Path, wanted: Mapping[tuple, tuple]) -> Iterator[tuple[tuple, Any]]:
+def _msgpack(file: Path, wanted: Mapping[tuple, tuple]) -> dict[tuple, Any]:
+    """All arrays of a msgpack file, which can't be read in parts."""
     try:
         flat = traverse_util.flatten_dict(serialization.msgpack_restore(file.read_bytes()))
     except Exception as error:  # msgpack raises many unrelated types on damaged input
@@ -147,8 +231,25 @@ def _msgpack_tensors(file: Path, wanted: Mapping[tuple, tuple]) -> Iterator[tupl
         if path in flat and np.shape(flat[path]) != shape
     ]
     _refuse(file.parent, missing, extra, wrong)
-    for path in wanted:
-        yield path, np.asarray(flat.pop(path))
+    return {path: flat[path] for path in wanted}
+
+
+def _wanted(expected: Any) -> dict[tuple, tuple[int, ...]]:
+    flat = traverse_util.flatten_dict(expected)
+    return {path: tuple(leaf.shape) for path, leaf in flat.items()}
+
+
+def check_params(folder: Path, expected: Any) -> None:
+    """Raises what `read_params` would, from the headers of the files: no weight is read.
+
+    (Of a msgpack file, which has no header, all are.)
+    """
+    folder, wanted = Path(folder), _wanted(expected)
+    files = _weight_files(folder)
+    if files[0].suffix == ".msgpack":
+        _msgpack(files[0], wanted)
+    else:
+        _places(folder, files, wanted)
 
 
 def read_params(folder: Path, expected: Any, dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -170,17 +271,15 @@ def read_params(folder: Path, expected: Any, dtype: Any = jnp.float32) -> dict[s
         UserError: no weights, pickled weights, a damaged file, or names and shapes that do not
             match `expected`.
     """
-    folder = Path(folder)
-    wanted = {
-        path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(expected).items()
-    }
+    folder, wanted = Path(folder), _wanted(expected)
     files = _weight_files(folder)
     if files[0].suffix == ".msgpack":
-        tensors = _msgpack_tensors(files[0], wanted)
+        flat = _msgpack(files[0], wanted)
+        tensors = ((path, flat.pop(path)) for path in wanted)
     else:
-        tensors = _torch_tensors(files, wanted)
-    flat = {path: jnp.asarray(np.asarray(array), dtype=dtype) for path, array in tensors}
-    return traverse_util.unflatten_dict(flat)
+        tensors = _torch_tensors(_places(folder, files, wanted), wanted)
+    read = {path: jnp.asarray(np.asarray(array), dtype=dtype) for path, array in tensors}
+    return traverse_util.unflatten_dict(read)
 
 
 def write_params(folder: Path, params: Any, *, stem: str = "diffusion_pytorch_model") -> Path:

@@ -58,6 +58,16 @@ def torch_shape(path: Path, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def same_weights(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether a tensor is of a shape, or is a dense kernel kept as a 1 x 1 convolution, or back.
+
+    The attention of early autoencoders, and `proj_in` and `proj_out`, exist as both.
+    """
+    shape, expected = tuple(shape), tuple(expected)
+    shorter, longer = sorted((shape, expected), key=len)
+    return shape == expected or (len(shorter) == 2 and longer == (*shorter, 1, 1))
+
+
 def to_torch(path: Path, array: np.ndarray) -> np.ndarray:
     """A Flax leaf in PyTorch's layout, contiguous."""
     if path[-1] == "kernel" and array.ndim == 2:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
@@ -118,7 +118,7 @@ def compute(
       `Outputs` of numpy arrays of n rows.
     """
     mesh = distributed.make_mesh()
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = distributed.over_data(mesh)
     forward = distributed.replicate(as_pytree(forward), mesh)
     parts: list[Outputs] = []
     for chunk, kept in rows(images, batch_size, sharding=sharding):
@@ -157,7 +157,7 @@ def rows(tree: Any, batch_size: int, sharding: NamedSharding) -> Iterator[tuple[
                 x = np.concatenate([x, np.repeat(x[-1:], size - kept, axis=0)])
             return x
 
-        yield jax.device_put(jax.tree.map(take, tree), sharding), kept
+        yield distributed.place(jax.tree.map(take, tree), sharding), kept
 
 
 def check(outputs: Outputs, needs: Sequence[str], message: str) -> Outputs:

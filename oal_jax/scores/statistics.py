@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from oal_jax import distributed
@@ -114,7 +113,7 @@ def accumulate(function: Callable, tree: Any, combine: Callable = np.add) -> np.
       tree: a tuple of arrays with a row for each input.
       combine: takes two float64 arrays; associative.
     """
-    sharding = NamedSharding(distributed.make_mesh(), PartitionSpec("data"))
+    sharding = distributed.over_data(distributed.make_mesh())
     total, last = None, None
     for chunk, kept in rows(tree, min(_ROWS, len(tree[0])), sharding):
         part = function(*chunk, np.int32(kept))

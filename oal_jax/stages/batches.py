@@ -7,20 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from oal_jax import artifacts
+from oal_jax import artifacts, distributed
 from oal_jax.data.augment import augment, to_unit
 from oal_jax.data.sources import ImageSet
+from oal_jax.data.stream import Streamed
 from oal_jax.errors import UserError
 from oal_jax.keys import at_step, named
 from oal_jax.methods import build
 from oal_jax.methods.build import SOURCES
 from oal_jax.outliers.knn import sample_random, unit
-from oal_jax.stages import features, latents, outliers, teacher
+from oal_jax.outliers.pools import draw_rows
+from oal_jax.stages import features, latents, outliers, streams, teacher
 from oal_jax.stages.context import Context
 from oal_jax.training import loop
 
 
-def labelled_images(context: Context) -> ImageSet:
+def labelled_images(context: Context) -> ImageSet | Streamed:
     """The ID images whose labels the student sees: all, or, for `woods`, every second one."""
     data = context.train_images()
     if context.config.method.name != "woods":
@@ -46,12 +48,14 @@ def outlier_images(context: Context) -> np.ndarray:
         found = context.images("train", name)
     except UserError as error:
         raise UserError(f"config outliers.images='{name}': {error}") from None
-    if found.images.shape[1:] != data.images.shape[1:]:
+    if found.image_shape != data.image_shape:
         raise UserError(
-            f"config outliers.images='{name}': its images have shape {found.images.shape[1:]},"
-            f" those of {data.name} {data.images.shape[1:]}; give images of the same shape"
+            f"config outliers.images='{name}': its images have shape {found.image_shape},"
+            f" those of {data.name} {data.image_shape}; give images of the same shape"
         )
-    known = {image.tobytes() for image in data.images}
+    wanted, known = {image.tobytes() for image in found.images}, set()
+    for chunk in data.chunks(_CHUNK):
+        known |= wanted.intersection(image.tobytes() for image in chunk.images)
     shared = sum(image.tobytes() in known for image in found.images)
     if shared > len(found.images) / 100:
         raise UserError(
@@ -62,7 +66,7 @@ def outlier_images(context: Context) -> np.ndarray:
 
 
 # What the arrays of a method's recipe may hold beside images and labels.
-READERS: dict[str, Callable[[Context], np.ndarray]] = {
+READERS: dict[str, Callable[[Context], np.ndarray | outliers.LazyOutliers]] = {
     "outlier images": outlier_images,
     "unlabelled images": unlabelled_images,
     "knn": outliers.flat,
@@ -71,13 +75,14 @@ READERS: dict[str, Callable[[Context], np.ndarray]] = {
     "decoded latents": latents.decoded,
     "latents of ID images": latents.of_training_images,
 }
+_CHUNK = 256  # images compared at once
 _AUGMENTED = ("outlier images", "unlabelled images")
 
 
-def make_arrays(context: Context, data: ImageSet) -> dict[str, Any]:
+def make_arrays(context: Context, data: ImageSet | Streamed) -> dict[str, Any]:
     """All that the batches are drawn from, on the host; the loop puts it on the devices."""
     config = context.config
-    arrays: dict[str, Any] = {"images": data.images, "labels": data.labels}
+    arrays = streams.arrays(data)
     recipe = build.METHODS[config.method.name]
     if recipe.teacher and config.teacher.views:
         views = artifacts.read_tensors(context.directory("features") / "views.safetensors")
@@ -107,10 +112,12 @@ def make_batches(context: Context, arrays: dict[str, Any], net: Any) -> loop.Mak
     contents, per_image = recipe.arrays(config), recipe.outliers_per_image(config)
 
     def pool(step, arrays, name, count):
-        size = arrays[name].shape[0]
         # The same rows for `outlier` and `outlier_latent` would be a pairing; draw them apart.
-        rows = jax.random.choice(at_step(key, name, step), size, (count,), replace=size < count)
-        drawn = arrays[name][rows]
+        rows = draw_rows(at_step(key, name, step), arrays[name].shape[0], count)
+        # Every device draws them all: else the compiler shares out the draw too, and has the
+        # devices send each other what they drew.
+        rows = jax.lax.with_sharding_constraint(rows, distributed.replicated(context.mesh))
+        drawn = outliers.take(arrays[name], rows)
         if contents[name] in _AUGMENTED:
             views = jnp.broadcast_to(step, rows.shape)
             return augment(named(key, name), drawn, rows, views, shift=data.shift, flip=data.flip)
@@ -135,10 +142,9 @@ def make_batches(context: Context, arrays: dict[str, Any], net: Any) -> loop.Mak
             views = (epoch + indices) % views_cached
         else:
             views = jnp.broadcast_to(epoch, indices.shape)
-        images = augment(
-            image_key, arrays["images"][indices], indices, views, shift=data.shift, flip=data.flip
-        )
-        batch = {"image": images, "label": arrays["labels"][indices]}
+        stored, labels = streams.drawn(arrays, indices)
+        images = augment(image_key, stored, indices, views, shift=data.shift, flip=data.flip)
+        batch = {"image": images, "label": labels}
         if "teacher" in arrays:
             outputs = net.apply(arrays["teacher"], images)
             batch["teacher_logits"], batch["teacher_features"] = outputs
@@ -167,8 +173,8 @@ def make_batches(context: Context, arrays: dict[str, Any], net: Any) -> loop.Mak
             is_outlier = jax.random.bernoulli(
                 at_step(key, "wild", step), config.method.wild.share, (count, 1, 1, 1)
             )
-            outliers = batch.pop("outlier_image")
-            batch["wild_image"] = jnp.where(is_outlier, outliers, batch["wild_image"])
+            wild = batch.pop("outlier_image")
+            batch["wild_image"] = jnp.where(is_outlier, wild, batch["wild_image"])
         return batch
 
     return make_batch

@@ -1,19 +1,21 @@
 """What every stage is given, and the inputs that several of them share."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Int32, Key
 
 from oal_jax import distributed
 from oal_jax.config import Config
 from oal_jax.data.augment import to_unit
-from oal_jax.data.benchmarks import Benchmark, resolve
-from oal_jax.data.sources import ImageSet, load
+from oal_jax.data.benchmarks import Benchmark, resolve, split_names
+from oal_jax.data.sources import ImageSet, load, open_stored
+from oal_jax.data.stream import Streamed, open_stream
 
 
 class Context(NamedTuple):
@@ -35,30 +37,39 @@ class Context(NamedTuple):
         return resolve(data.id_set, data.near, data.far, data.validation, data.csid)
 
     def images(self, split: str, name: str = "", limit: int = 0) -> ImageSet:
-        """A split of the ID set, or of the OOD or covariate-shifted set `name`."""
+        """A split of the ID set, or of the OOD or covariate-shifted set `name`, in memory."""
+        return load(**self._wanted(split, name, limit))
+
+    def opened(self, split: str, name: str = "", limit: int = 0) -> ImageSet | Streamed:
+        """The same in memory, or a stream where the config asks for that."""
+        wanted, data = self._wanted(split, name, limit), self.config.data
+        return open_stream(open_stored(**wanted), data.workers) if data.stream else load(**wanted)
+
+    def _wanted(self, split: str, name: str, limit: int) -> dict[str, Any]:
         data, benchmark = self.config.data, self.benchmark
         name = name or benchmark.id_set
         if self.config.smoke and not limit:
             limit = 200
-        return load(
-            data.source,
-            name,
-            split,
-            root=data.root or None,
-            limit=limit,
-            id_set=benchmark.id_set,
-            labelled=name in (benchmark.id_set, *benchmark.csid),
-            image_size=data.image_size,
-            on_corrupt=data.on_corrupt,
-        )
+        return {
+            "source": data.source,
+            "name": name,
+            "split": split,
+            "root": data.root or None,
+            "limit": limit,
+            "id_set": benchmark.id_set,
+            "id_splits": split_names(data.id_splits),
+            "labelled": name in (benchmark.id_set, *benchmark.csid),
+            "image_size": data.image_size,
+            "on_corrupt": data.on_corrupt,
+        }
 
-    def train_images(self) -> ImageSet:
+    def train_images(self) -> ImageSet | Streamed:
         """The ID images that the student trains on."""
-        return self.images("train", limit=self.config.data.train_images)
+        return self.opened("train", limit=self.config.data.train_images)
 
-    def all_train_images(self) -> ImageSet:
+    def all_train_images(self) -> ImageSet | Streamed:
         """The ID images that the teacher and the generator train on."""
-        first = self.images("train")
+        first = self.opened("train")
         if self.config.data.source != "bundled":
             return first
         # The embedded set keeps more images than its students use.
@@ -69,24 +80,55 @@ class Context(NamedTuple):
         )
 
 
-def apply_in_batches(function, images: np.ndarray, batch_size: int, mesh: Mesh) -> list[np.ndarray]:
+def whole_batch(batch_size: int, mesh: Mesh) -> int:
+    """The batch size, made a multiple of the devices that share it."""
+    return max(1, batch_size // mesh.shape["data"]) * mesh.shape["data"]
+
+
+def apply_in_batches(
+    function, images: np.ndarray | Iterable[np.ndarray], batch_size: int, mesh: Mesh
+) -> list[np.ndarray]:
     """`function(float images in [0, 1])`, a tuple of arrays a batch, over a whole set.
 
     The last batch is padded with zeros, and what comes of the padding is cut away, so one
-    program serves a set of any size; the batch is split over the devices.
+    program serves a set of any size; the batch is split over the devices. Images that are not in
+    memory come in chunks, best of `whole_batch` each: every chunk's last batch is padded.
     """
-    size = max(1, batch_size // mesh.shape["data"]) * mesh.shape["data"]
+    size = whole_batch(batch_size, mesh)
+    arrays = (images,) if isinstance(images, np.ndarray) else images
     parts: list[tuple[np.ndarray, ...]] = []
-    for start in range(0, len(images), size):
-        chunk = images[start : start + size]
-        padded = np.pad(chunk, [(0, size - len(chunk))] + [(0, 0)] * (images.ndim - 1))
-        outputs = function(padded)
+    for chunk in (chunk for array in arrays for chunk in _sliced(array, size)):
+        padded = np.pad(chunk, [(0, size - len(chunk))] + [(0, 0)] * (chunk.ndim - 1))
+        outputs = function(distributed.place(padded, distributed.over_data(mesh)))
         parts.append(tuple(distributed.to_host(o)[: len(chunk)] for o in outputs))
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
-def classifier(model, mesh: Mesh):
-    """`(variables) -> (uint8 images -> (logits, features) in float32)`, jitted once."""
+def _sliced(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(array), size):
+        yield array[start : start + size]
+
+
+def apply_to_set(
+    function,
+    data: ImageSet | Streamed,
+    batch_size: int,
+    mesh: Mesh,
+    rows: Int[np.ndarray, " m"] | None = None,
+) -> tuple[list[np.ndarray], Int32[np.ndarray, " n"]]:
+    """`apply_in_batches` over a set, or its `rows`; and the labels of the images that were read."""
+    labels = []
+
+    def images():
+        for chunk in data.chunks(whole_batch(batch_size, mesh), rows):
+            labels.append(chunk.labels)
+            yield chunk.images
+
+    return apply_in_batches(function, images(), batch_size, mesh), np.concatenate(labels)
+
+
+def forward_pass(model, mesh: Mesh):
+    """`(variables, uint8 images) -> (logits, features) in float32`, jitted."""
 
     @jax.jit
     def forward(variables, images) -> tuple[Float[Array, "b k"], Float[Array, "b d"]]:
@@ -94,8 +136,15 @@ def classifier(model, mesh: Mesh):
         logits, features = model.apply(variables, images, train=False)
         return logits.astype(jnp.float32), features.astype(jnp.float32)
 
+    return forward
+
+
+def classifier(model, mesh: Mesh):
+    """`(variables) -> (uint8 images -> (logits, features) in float32)`, jitted once."""
+    forward = forward_pass(model, mesh)
+
     def bind(variables):
-        on_devices = distributed.replicate(variables, mesh)
+        on_devices = distributed.place_parameters(variables, mesh)
         return lambda images: forward(on_devices, images)
 
     return bind

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from oal_jax import artifacts, distributed, losses
 from oal_jax.data.augment import augment
 from oal_jax.data.sources import ImageSet
+from oal_jax.data.stream import Streamed
 from oal_jax.keys import at_step, named
 from oal_jax.methods import masking
 from oal_jax.stages import train
-from oal_jax.stages.context import Context
+from oal_jax.stages.context import Context, whole_batch
 
 
 def run(context: Context) -> list[Path]:
@@ -66,7 +67,7 @@ def run(context: Context) -> list[Path]:
     return [path]
 
 
-def make_mean_loss(context: Context, net: Any, data: ImageSet):
+def make_mean_loss(context: Context, net: Any, data: ImageSet | Streamed):
     """`variables -> mean cross-entropy`, in nats, over one augmented view of every image."""
     config, mesh = context.config, context.mesh
     view_key = named(context.key, "estimate_loss views")
@@ -86,20 +87,22 @@ def make_mean_loss(context: Context, net: Any, data: ImageSet):
 
     def mean_loss(variables) -> float:
         variables = distributed.replicate(variables, mesh)
-        total = 0.0
-        for count, batch in _batches(data, config.evaluation.batch_size, mesh.shape["data"]):
+        total, examples = 0.0, 0
+        for count, batch in _batches(data, whole_batch(config.evaluation.batch_size, mesh)):
             values = distributed.to_host(batch_losses(variables, *batch))
             total += float(np.sum(values[:count], dtype=np.float64))
-        return total / len(data.images)
+            examples += count
+        return total / examples
 
     return mean_loss
 
 
-def _batches(data: ImageSet, batch_size: int, devices: int) -> Iterator[tuple[int, tuple]]:
+def _batches(data: ImageSet | Streamed, size: int) -> Iterator[tuple[int, tuple]]:
     """(number of examples, (images, labels, indices)); the last batch is filled with its first."""
-    size = max(1, batch_size // devices) * devices
-    for start in range(0, len(data.images), size):
-        indices = np.arange(start, start + size)
-        count = min(size, len(data.images) - start)
-        indices[count:] = start
-        yield count, (data.images[indices], data.labels[indices], indices.astype(np.int32))
+    start = 0
+    for images, labels in data.chunks(size):
+        count = len(labels)
+        rows = np.arange(size)
+        rows[count:] = 0
+        yield count, (images[rows], labels[rows], (start + rows).astype(np.int32))
+        start += count

@@ -1,16 +1,19 @@
 """Stage `evaluate`: the student's outputs on every set, once, for all scores."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jaxtyping import Int32
 
-from oal_jax import artifacts
+from oal_jax import artifacts, distributed
 from oal_jax import scores as post_hoc
 from oal_jax.data.sources import ImageSet
+from oal_jax.data.stream import Streamed
 from oal_jax.evaluation.protocol import Inputs
 from oal_jax.forward import make_forward
 from oal_jax.scores import Head, Outputs
@@ -48,19 +51,30 @@ def run(context: Context) -> list[Path]:
     """Write `outputs.safetensors`: `SET.FIELD` of every set, and `SET.labels` of labelled ones."""
     # The report shows the features, whatever the scores read.
     wanted = post_hoc.needed(context.config.evaluation.scores) | {"features"}
-    forward = make_forward(*_student(context), wanted)
+    forward = _from_uint8(make_forward(*_student(context), wanted))
+    forward = distributed.replicate(forward, distributed.make_mesh())
     tensors: dict[str, np.ndarray] = {}
     for name in (*_ID_SPLITS, *groups(context)):
-        data = _images(context, name)
-        outputs = post_hoc.compute(
-            _from_uint8(forward), data.images, context.config.evaluation.batch_size, wanted
-        )
+        outputs, labels = _outputs(context, forward, _opened(context, name), wanted)
         tensors |= _flat(name, outputs)
         if _labelled(context, name):
-            tensors[f"{name}.labels"] = data.labels
+            tensors[f"{name}.labels"] = labels
     path = context.directory("evaluate") / _FILE
     artifacts.write_tensors(path, tensors)
     return [path]
+
+
+def _outputs(
+    context: Context, forward: Partial, data: ImageSet | Streamed, wanted: Collection[str]
+) -> tuple[Outputs, Int32[np.ndarray, " n"]]:
+    """Outputs for a whole set, and its labels; what is streamed goes a batch at a time."""
+    size, devices = context.config.evaluation.batch_size, jax.device_count()
+    whole = isinstance(data, ImageSet)
+    parts, labels = [], []
+    for chunk in data.chunks(data.examples if whole else -(-size // devices) * devices):
+        parts.append(post_hoc.compute(forward, chunk.images, size, wanted))
+        labels.append(chunk.labels)
+    return jax.tree.map(lambda *columns: np.concatenate(columns), *parts), np.concatenate(labels)
 
 
 def inputs(context: Context) -> Sets:
@@ -99,13 +113,21 @@ def _student(context: Context) -> tuple[Any, dict[str, Any]]:
     return train.student(context.config, classes), train.student_variables(params, model_state)
 
 
+def _opened(context: Context, name: str) -> ImageSet | Streamed:
+    return context.opened(*_place(context, name))
+
+
 def _images(context: Context, name: str) -> ImageSet:
-    if name == "id_train":
-        return context.train_images()
+    return context.images(*_place(context, name))
+
+
+def _place(context: Context, name: str) -> tuple[str, str, int]:
+    """Split, set and limit."""
     if name in _ID_SPLITS:
-        return context.images(_ID_SPLITS[name])
+        limit = context.config.data.train_images if name == "id_train" else 0
+        return _ID_SPLITS[name], "", limit
     split = "validation" if groups(context)[name] == "validation" else "test"
-    return context.images(split, name)
+    return split, name, 0
 
 
 def _labelled(context: Context, name: str) -> bool:

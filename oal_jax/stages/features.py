@@ -10,8 +10,8 @@ from tqdm import tqdm
 from oal_jax import artifacts
 from oal_jax.data.augment import augment
 from oal_jax.keys import named
-from oal_jax.stages import teacher
-from oal_jax.stages.context import Context, apply_in_batches
+from oal_jax.stages import outliers, teacher
+from oal_jax.stages.context import Context, apply_in_batches, apply_to_set
 
 
 def view_key(context: Context) -> jax.Array:
@@ -23,15 +23,20 @@ def run(context: Context) -> list[Path]:
     """Write `features.safetensors` (deterministic, no augmentation) and `views.safetensors`.
 
     features: `features` (N, T), `logits` (N, K) float32, `labels` (N,). views: `features`
-    (V, N, T) and `logits` (V, N, K) float16, V = teacher.views.
+    (V, N, T) and `logits` (V, N, K) float16, V = teacher.views. Without views the teacher runs in
+    the student's steps: then only the images that the k-NN sampling reads, the first of each
+    class, pass through it here.
     """
     config, directory = context.config, context.directory("features")
     data = context.train_images()
     forward = teacher.load(context)
     batch = config.evaluation.batch_size
-    logits, features = apply_in_batches(forward, data.images, batch, context.mesh)
+    rows = None
+    if not config.teacher.views:
+        rows = outliers.first_of_classes(data.labels, config.outliers.knn.features_per_class)
+    (logits, features), labels = apply_to_set(forward, data, batch, context.mesh, rows)
     plain = directory / "features.safetensors"
-    artifacts.write_tensors(plain, {"features": features, "logits": logits, "labels": data.labels})
+    artifacts.write_tensors(plain, {"features": features, "logits": logits, "labels": labels})
     if not config.teacher.views:
         return [plain]
     views = [

@@ -1,5 +1,6 @@
 """Stage `generator`: the Stable Diffusion of the latents; shipped, given or trained."""
 
+from collections.abc import Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -8,67 +9,106 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from oal_jax import artifacts, distributed
+from oal_jax import artifacts, distributed, processes
+from oal_jax.config import GENERATED
+from oal_jax.data import class_names
 from oal_jax.data.augment import to_unit
+from oal_jax.errors import UserError
 from oal_jax.generator import conditioning, create, stable_diffusion
 from oal_jax.generator.training import latent_scale, make_diffusion_trainer, make_vae_trainer
 from oal_jax.keys import named
-from oal_jax.pretrained import diffusers_directory
+from oal_jax.pretrained import diffusers_directory, hub
 from oal_jax.stages.context import Context, apply_in_batches
 from oal_jax.training import loop, session
 
 SHIPPED = files("oal_jax") / "pretrained" / "weights" / "fashion_sd"
 PROMPT = "A high-quality image of the {}"
 _TRAINED = "stable_diffusion"
+_RANDOM = "random_stable_diffusion"
+# Pixels that the autoencoder takes at once: its activations are the largest of all arrays. (250 of
+# the shipped generator's images, one of 512 x 512.)
+_PIXELS = 250 * 32 * 32
 
 
 def directory(context: Context) -> Path:
-    """The diffusers directory that this run uses."""
+    """The diffusers directory that this run uses; one of the hub is fetched if need be."""
     config = context.config.generator
+    if config.directory == GENERATED:
+        return context.directory("generator") / _RANDOM
     if config.directory:
-        return Path(config.directory).expanduser()
+        return hub.locate(config.directory)
     if config.train:
         return context.directory("generator") / _TRAINED
     return Path(str(SHIPPED))
 
 
-def load(context: Context):
-    """(static part, parameters) of the generator."""
-    return stable_diffusion.load(directory(context))
+def load(
+    context: Context, dtype=jnp.float32, components: Sequence[str] = diffusers_directory.COMPONENTS
+):
+    """(static part, parameters) of the generator; the arguments are `stable_diffusion.load`'s."""
+    return stable_diffusion.load(directory(context), dtype, components)
+
+
+def class_words(context: Context) -> tuple[str, ...]:
+    """What the prompts call the classes: `generator.class_words`, or the data set's own names.
+
+    Raises:
+        UserError: not one a class.
+    """
+    names = context.images("validation", limit=1).class_names
+    given = tuple(
+        part.strip() for word in context.config.generator.class_words for part in word.split(",")
+    )
+    if given and len(given) != len(names):
+        raise UserError(
+            f"config generator.class_words has {len(given)} words, {context.benchmark.id_set} has"
+            f" {len(names)} classes; give one a class, in the order of the labels"
+        )
+    return given or class_names.words(names)
 
 
 def token_norms(context: Context) -> np.ndarray:
     """Norm of the token embedding of each class word, (C,)."""
-    sd, params = load(context)
-    names = context.images("validation", limit=1).class_names
-    return np.linalg.norm(conditioning.token_embeddings(sd, params, names), axis=-1)
+    sd, params = load(context, components=("text_encoder",))
+    words = class_words(context)
+    return np.linalg.norm(conditioning.token_embeddings(sd, params, words), axis=-1)
 
 
 def run(context: Context) -> list[Path]:
     """Write `source.json`: which generator, and the sha256 of its files; and a trained one."""
-    trained = context.config.generator.train and not context.config.generator.directory
+    config = context.config.generator
+    drawn = config.directory == GENERATED
+    trained = config.train and not config.directory
     if trained:
         _train(context)
-    where = directory(context)
-    load(context)  # what is missing or damaged is said here
-    found = sorted(p for p in where.rglob("*") if p.is_file())
+    elif drawn:
+        processes.on_main(lambda: _write_random(context))
+    where = Path(processes.on_main(lambda: str(directory(context))))
+    sd = stable_diffusion.check(where)  # what is missing or damaged is said here
+    injection = context.config.latents.injection
+    conditioning.class_tokens(sd, class_words(context), PROMPT, injection)
+    found = diffusers_directory.files(where)
     hashes = {str(p.relative_to(where)): artifacts.sha256(p) for p in found}
     kind = "shipped" if where == Path(str(SHIPPED)) else _TRAINED if trained else str(where)
+    kind = config.directory if hub.parse(config.directory) or drawn else kind
+    # What else of the config outliers and latents depend on, where it is given.
+    words = {"class_words": config.class_words} if config.class_words else {}
     path = context.directory("generator") / "source.json"
-    artifacts.write_json(path, {"directory": kind, "files": hashes})
-    return [path, *found] if trained else [path]
+    artifacts.write_json(path, {"directory": kind, "files": hashes, **words})
+    return [path, *found] if trained or drawn else [path]
 
 
-def encode(context: Context, sd, params, images: np.ndarray) -> np.ndarray:
-    """Scaled VAE latents (N, C, h, w) float32 of uint8 images."""
+def encode(context: Context, sd, params, images: np.ndarray, dtype=jnp.float32) -> np.ndarray:
+    """Scaled VAE latents (N, C, h, w) of uint8 images."""
 
     @jax.jit
     def forward(params, images):
         images = distributed.shard_batch(to_unit(images), context.mesh)
-        return (stable_diffusion.encode_images(sd, params, images),)
+        return (stable_diffusion.encode_images(sd, params, images).astype(dtype),)
 
-    placed = distributed.replicate({"vae": params["vae"]}, context.mesh)
-    return apply_in_batches(partial(forward, placed), images, 250, context.mesh)[0]
+    placed = distributed.place_parameters({"vae": params["vae"]}, context.mesh)
+    batch = max(1, _PIXELS // sd.image_size**2)
+    return apply_in_batches(partial(forward, placed), images, batch, context.mesh)[0]
 
 
 def decode(context: Context, sd, params, latents: np.ndarray, shape) -> np.ndarray:
@@ -77,13 +117,14 @@ def decode(context: Context, sd, params, latents: np.ndarray, shape) -> np.ndarr
     @jax.jit
     def forward(params, latents):
         latents = distributed.shard_batch(latents, context.mesh)
-        images = stable_diffusion.decode_latents(sd, params, latents, crop=shape[:2])
+        images = stable_diffusion.decode_latents(sd, params, latents, size=shape[:2])
         if images.shape[-1] != shape[-1]:
             images = jnp.mean(images, axis=-1, keepdims=True)
         return (jnp.round(images * 255).astype(jnp.uint8),)
 
-    placed = distributed.replicate({"vae": params["vae"]}, context.mesh)
-    return apply_in_batches(partial(forward, placed), latents, 250, context.mesh)[0]
+    placed = distributed.place_parameters({"vae": params["vae"]}, context.mesh)
+    batch = max(1, _PIXELS // sd.image_size**2)
+    return apply_in_batches(partial(forward, placed), latents, batch, context.mesh)[0]
 
 
 def _train(context: Context) -> None:
@@ -91,19 +132,19 @@ def _train(context: Context) -> None:
     config, stage = context.config.generator, context.directory("generator")
     target = stage / _TRAINED
     data = context.all_train_images()
-    create.create(target, data.class_names, width=context.config.teacher.width)
+    processes.on_main(lambda: _write_fresh(context, target))
     sd = stable_diffusion.build(target)
     key = named(context.key, "generator")
 
     vae_plan = loop.Plan(len(data.images), config.vae_batch_size, config.vae_epochs, log_every=50)
     init, step = make_vae_trainer(sd, key, steps=vae_plan.steps)
     vae_state = _fit(context, "vae", init, step, data.images, "image", data.labels, vae_plan)
-    params = {"vae": jax.device_get(vae_state.params["vae"])}
+    params = {"vae": jax.tree.map(distributed.to_host, vae_state.params["vae"])}
 
     latents = encode(context, sd._replace(scaling_factor=1.0), params, data.images)
     scale = latent_scale(latents)
     plan = loop.Plan(len(data.images), config.batch_size, config.diffusion_epochs, log_every=50)
-    prompts = conditioning.class_prompts(data.class_names, PROMPT)
+    prompts = conditioning.class_prompts(class_words(context), PROMPT)
     init, step = make_diffusion_trainer(
         sd,
         key,
@@ -112,8 +153,36 @@ def _train(context: Context) -> None:
         steps=plan.steps,
     )
     state = _fit(context, "diffusion", init, step, latents * scale, "latent", data.labels, plan)
-    params |= jax.device_get(state.ema_params)
-    diffusers_directory.save(target, params, scaling_factor=scale)
+    params |= jax.tree.map(distributed.to_host, state.ema_params)
+    processes.on_main(lambda: diffusers_directory.save(target, params, scaling_factor=scale))
+
+
+def _write_fresh(context: Context, target: Path) -> None:
+    """The configs and the tokenizer of a small Stable Diffusion for the ID images."""
+    channels = context.images("validation", limit=1).images.shape[-1]
+    create.create(
+        target,
+        class_words(context),
+        width=context.config.teacher.width,
+        overrides={"vae": {"in_channels": channels, "out_channels": channels}},
+    )
+
+
+def _write_random(context: Context) -> None:
+    """A small Stable Diffusion of random weights, for smoke runs: training one takes longer."""
+    target = directory(context)
+    _write_fresh(context, target)
+    init = partial(stable_diffusion.init_params, stable_diffusion.build(target))
+    rng = np.random.default_rng(context.config.seed)
+
+    def draw(path, leaf) -> np.ndarray:
+        if leaf.ndim == 1:
+            return np.full(leaf.shape, path[-1].key == "scale", np.float32)
+        fan_in = np.prod(leaf.shape[:-1])
+        return (rng.normal(size=leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(init, context.key))
+    diffusers_directory.save(target, params, scaling_factor=1.0)
 
 
 def _fit(context: Context, name: str, init, train_step, inputs, input_name, labels, plan):
@@ -130,7 +199,7 @@ def _fit(context: Context, name: str, init, train_step, inputs, input_name, labe
 
     return session.train(
         train_step,
-        jax.jit(init)(key),
+        distributed.init_parameters(init, key, context.mesh),
         {"inputs": inputs, "labels": labels},
         make_batch,
         plan,

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from oal_jax import artifacts
+from oal_jax import artifacts, processes
 from oal_jax.config import Evaluation, flatten, stages_before
 from oal_jax.evaluation import bootstrap, protocol
 from oal_jax.evaluation.report import ReportInputs, extremes, write_report
@@ -27,8 +27,7 @@ _SHOWN_OUTLIERS = 400
 
 def run(context: Context) -> list[Path]:
     """Write the tables, the thresholds, parameters and states of all scores, and `index.html`."""
-    config, stage = context.config, context.directory("report")
-    settings = config.evaluation
+    settings = context.config.evaluation
     sets = evaluate.inputs(context)
     params, trials = _search(settings, sets)
     result = protocol.evaluate(
@@ -38,6 +37,17 @@ def run(context: Context) -> list[Path]:
         keep=settings.keep_id,
         batch_size=settings.batch_size,
     )
+    written: list[Path] = []
+    processes.on_main(lambda: written.extend(_write(context, sets, trials, result)))
+    return written
+
+
+def _write(
+    context: Context, sets: evaluate.Sets, trials: list[Trial], result: protocol.Evaluation
+) -> list[Path]:
+    """All files of the stage, from what was computed on the devices."""
+    config, stage = context.config, context.directory("report")
+    settings = config.evaluation
     written = protocol.write_tables(stage, result) + protocol.write_detectors(stage, result)
     intervals = [
         interval
@@ -169,7 +179,7 @@ def _mapped_outliers(context: Context) -> np.ndarray | None:
         directions = (
             sample_random(key, count, config.teacher.width)
             if feature == "random"
-            else outliers.flat(context)[:: max(1, len(outliers.flat(context)) // count)]
+            else outliers.spread(context, count)
         )
         mapped.append(
             apply_group(

@@ -1,5 +1,12 @@
-"""Stage `teacher`: the frozen Vision Transformer, shipped or trained anew."""
+"""Stage `teacher`: the frozen classifier that is distilled; shipped, from a file, or trained.
 
+`teacher.weights` names a ViT or ResNet of somebody else, read by `oal_jax.pretrained.classifiers`.
+It keeps the size of its images and their normalisation; images of the ID set are resized inside
+the model. With `teacher.train` it is fine-tuned as arXiv 2406.16525's code does: Adam, the body at
+a rate far below the head's.
+"""
+
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,25 +17,57 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from oal_jax import artifacts, distributed
-from oal_jax.config import Config
+from oal_jax.config import GENERATED, Config
 from oal_jax.data.augment import augment
 from oal_jax.errors import UserError
+from oal_jax.generator import conditioning
 from oal_jax.keys import named
+from oal_jax.methods import alignment, base
 from oal_jax.methods.ce import cross_entropy
 from oal_jax.models.normalise import moments
+from oal_jax.models.resized import Resized
+from oal_jax.models.resnet import ResNet
 from oal_jax.models.vit import VisionTransformer
-from oal_jax.stages.context import Context, apply_in_batches, classifier
+from oal_jax.pretrained import classifiers
+from oal_jax.stages import generator, streams
+from oal_jax.stages.context import Context, apply_to_set, classifier
 from oal_jax.training import loop, session
-from oal_jax.training.optimizer import adamw
+from oal_jax.training.optimizer import adam_by_part, adamw
 from oal_jax.training.state import init_state, make_train_step
 
 SHIPPED = files("oal_jax") / "pretrained" / "weights" / "fashion_teacher.safetensors"
 _FILE = "teacher.safetensors"
+_CARD = "teacher.json"  # of weights: what network they are of
+_HEADS = ("head", "fc")  # by the network's names
+_FLOOR = 1e-4  # last multiplier of the rates of fine-tuning: 1e-8 of the head's 1e-4
 
 
-def model(config: Config, num_classes: int) -> VisionTransformer:
-    """The teacher's architecture, for images of the ID set's mean and standard deviation."""
-    t, (mean, std) = config.teacher, moments(config.data.id_set)
+def model(config: Config, num_classes: int) -> Any:
+    """The teacher's architecture by the config's sizes; it normalises its images itself.
+
+    Without `teacher.weights` for images of the ID set's mean and standard deviation.
+    """
+    t = config.teacher
+    if t.weights:
+        return Resized(_vit(config, num_classes, (0.5,) * 3, (0.5,) * 3), t.image_size or 224)
+    return _vit(config, num_classes, *moments(config.data.id_set))
+
+
+def network(context: Context, num_classes: int) -> Any:
+    """The teacher's architecture: `model`, or that which the stage found in `teacher.weights`."""
+    if not context.config.teacher.weights:
+        return model(context.config, num_classes)
+    card = artifacts.read_json(context.directory("teacher") / _CARD)
+    module = {"VisionTransformer": VisionTransformer, "ResNet": ResNet}[card["kind"]]
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in card["fields"].items()}
+    t = context.config.teacher
+    fields |= {"num_classes": num_classes, "dtype": jnp.dtype(t.dtype), "remat": t.remat}
+    net = module(**fields)
+    return Resized(net, card["image_size"], card["channels"])
+
+
+def _vit(config: Config, num_classes: int, mean, std) -> VisionTransformer:
+    t = config.teacher
     return VisionTransformer(
         num_classes=num_classes,
         patch=t.patch,
@@ -38,19 +77,33 @@ def model(config: Config, num_classes: int) -> VisionTransformer:
         mlp_ratio=t.mlp_ratio,
         mean=mean,
         std=std,
+        dtype=jnp.dtype(t.dtype),
+        remat=t.remat,
     )
 
 
 def run(context: Context) -> list[Path]:
-    """Write `teacher.safetensors`, its validation accuracy in the log when it is trained."""
-    path = context.directory("teacher") / _FILE
-    if context.config.teacher.train:
-        tensors = _train(context)
+    """Write `teacher.safetensors`, its validation accuracy in the log when it is trained.
+
+    Of weights from a file also `teacher.json`, which says what network they are of.
+    """
+    config, stage = context.config.teacher, context.directory("teacher")
+    path, written = stage / _FILE, []
+    if config.weights:
+        given, tensors = _given(context)
+        card = stage / _CARD
+        artifacts.write_json(card, _card(given))
+        written.append(card)
+        if config.train:
+            tensors = _train(context, tensors)
+    elif config.train:
+        # Half precision: the weights ship inside the package, and features do not notice.
+        tensors = {name: t.astype(np.float16) for name, t in _train(context).items()}
     else:
         tensors = artifacts.read_tensors(Path(str(SHIPPED)))
     artifacts.write_tensors(path, tensors)
     variables(context)  # a shape that does not fit the config is found here, not three stages later
-    return [path]
+    return [path, *written]
 
 
 def variables(context: Context) -> dict[str, Any]:
@@ -60,12 +113,12 @@ def variables(context: Context) -> dict[str, Any]:
       UserError: the weights are not those of the architecture in the config.
     """
     data = context.images("validation", limit=1)
-    net = model(context.config, len(data.class_names))
+    net = network(context, len(data.class_names))
     path = context.directory("teacher") / _FILE
     tensors = artifacts.read_tensors(path)
     image = jnp.zeros((1, *data.images.shape[1:]))
-    expected = jax.eval_shape(lambda k: net.init(k, image)["params"], context.key)
-    shapes = {".".join(k): v.shape for k, v in flatten_dict(expected).items()}
+    expected = jax.eval_shape(lambda k: net.init(k, image), context.key)
+    shapes = {name: leaf.shape for name, leaf in _flat(expected).items()}
     for name in sorted(shapes.keys() | tensors.keys()):
         have = tensors[name].shape if name in tensors else None
         if have != shapes.get(name):
@@ -73,54 +126,117 @@ def variables(context: Context) -> dict[str, Any]:
                 f"{path}: tensor {name} has shape {have}, the config's teacher wants"
                 f" {shapes.get(name)}; set teacher.train=True, or its sizes back"
             )
-    params = {tuple(k.split(".")): v.astype(np.float32) for k, v in tensors.items()}
-    return {"params": unflatten_dict(params)}
+    return _unflat({name: tensor.astype(np.float32) for name, tensor in tensors.items()})
 
 
 def load(context: Context):
     """The teacher as `uint8 images -> (logits, features)`."""
     data = context.images("validation", limit=1)
-    net = model(context.config, len(data.class_names))
+    net = network(context, len(data.class_names))
     return classifier(net, context.mesh)(variables(context))
 
 
-def _train(context: Context) -> dict[str, np.ndarray]:
+def _flat(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters by their path, other variables by COLLECTION/PATH."""
+    flat = flatten_dict(variables)
+    return {_prefix(path[0]) + ".".join(path[1:]): leaf for path, leaf in flat.items()}
+
+
+def _prefix(collection: str) -> str:
+    return "" if collection == "params" else f"{collection}/"
+
+
+def _unflat(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    flat = {}
+    for name, tensor in tensors.items():
+        collection, _, path = name.rpartition("/")
+        flat[(collection or "params", *path.split("."))] = tensor
+    return unflatten_dict(flat)
+
+
+def _given(context: Context) -> tuple[classifiers.Classifier, dict[str, np.ndarray]]:
+    """The network of `teacher.weights`, with a new head where the ID classes need one.
+
+    Raises:
+      UserError: the file can't be read; its head is of other classes and is not trained anew.
+    """
+    config = context.config.teacher
+    classes = len(context.images("validation", limit=1).class_names)
+    path = Path(config.weights).expanduser()
+    if config.weights == GENERATED:
+        path = _generate(context, classes)
+    found = classifiers.describe(path)["num_classes"]
+    if found != classes and not config.train:
+        raise UserError(
+            f"{path} has {f'a head of {found} classes' if found else 'no head'}, the ID set has"
+            f" {classes} classes; set teacher.train=True to fine-tune it with a new head"
+        )
+    key = named(context.key, "teacher head")
+    given = classifiers.load_classifier(
+        path,
+        num_classes=classes,
+        image_size=config.image_size or None,
+        new_head=None if found == classes else key,
+    )
+    return given, {name: np.asarray(leaf) for name, leaf in _flat(given.variables).items()}
+
+
+def _generate(context: Context, classes: int) -> Path:
+    """A ViT of random weights as timm keeps one: of twice the ID images' size.
+
+    Of a class more, where it is to get a new head.
+    """
+    side = 2 * context.images("validation", limit=1).images.shape[1]
+    net = _vit(context.config, classes + context.config.teacher.train, (0.5,) * 3, (0.5,) * 3)
+    image = jnp.zeros((1, side, side, 3))
+    params = jax.jit(net.init)(named(context.key, "generated teacher"), image)["params"]
+    path = context.directory("teacher") / "generated.safetensors"
+    return classifiers.save_timm(path, params, None, net, image_size=side)
+
+
+def _card(given: classifiers.Classifier) -> dict[str, Any]:
+    size, _, channels = given.config.image_shape
+    kind, fields = type(given.net).__name__, classifiers.fields(given.net)
+    return {"kind": kind, "fields": fields, "image_size": size, "channels": channels}
+
+
+def _train(
+    context: Context, start: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """Train from random weights, or fine-tune those of `start`; the tensors by name."""
     config, mesh = context.config.teacher, context.mesh
     distributed.check_batch("teacher.batch_size", config.batch_size, mesh)
-    data, validation = context.all_train_images(), context.images("validation")
-    net = model(context.config, len(data.class_names))
-    plan = loop.Plan(len(data.images), config.batch_size, config.epochs, log_every=50)
-    optimizer = adamw(
-        peak=config.learning_rate,
-        steps=plan.steps,
-        warmup=0.1,
-        floor=1e-3,
-        weight_decay=config.weight_decay,
-        clip=1.0,
-    )
-    method = cross_entropy(net, data.images.shape[1:])
+    data, validation = context.all_train_images(), context.opened("validation")
+    net = network(context, len(data.class_names))
+    plan = loop.Plan(data.examples, config.batch_size, config.epochs, log_every=50)
+    optimizer = _fine_tuning(context, plan.steps) if start else _from_scratch(context, plan.steps)
+    method = _method(context, net, data.image_shape)
     key = named(context.key, "teacher")
     shift, flip = context.config.data.shift, context.config.data.flip
     forward = classifier(net, mesh)
+    state = init_state(method, optimizer, key, mesh)
+    if start:
+        params, rest = base.split_variables(_unflat(start))
+        state = state.replace(params={"student": params}, model_state={"student": rest})
 
     def make_batch(arrays, indices, epoch, step):
         del step
         views = jnp.broadcast_to(epoch, indices.shape)
-        images = augment(
-            named(key, "views"), arrays["images"][indices], indices, views, shift=shift, flip=flip
-        )
-        return {"image": images, "label": arrays["labels"][indices]}
+        stored, labels = streams.drawn(arrays, indices)
+        images = augment(named(key, "views"), stored, indices, views, shift=shift, flip=flip)
+        return {"image": images, "label": labels}
+
+    def of(state):
+        return {"params": state.params["student"], **state.model_state["student"]}
 
     def evaluate(state):
-        logits, _ = apply_in_batches(
-            forward({"params": state.params["student"]}), validation.images, 500, mesh
-        )
-        return {"val_accuracy": float(np.mean(logits.argmax(-1) == validation.labels))}
+        (logits, _), labels = apply_to_set(forward(of(state)), validation, 500, mesh)
+        return {"val_accuracy": float(np.mean(logits.argmax(-1) == labels))}
 
     state = session.train(
         make_train_step(method, optimizer, key),
-        init_state(method, optimizer, key),
-        {"images": data.images, "labels": data.labels},
+        state,
+        streams.arrays(data),
         make_batch,
         plan,
         workdir=context.workdir,
@@ -129,7 +245,55 @@ def _train(context: Context) -> dict[str, np.ndarray]:
         evaluate=evaluate,
         key=key,
         mesh=mesh,
+        rows=streams.rows(data, key, plan),
     )
-    params = flatten_dict(state.params["student"])
-    # Half precision: the weights ship inside the package, and features do not notice.
-    return {".".join(k): distributed.to_host(v).astype(np.float16) for k, v in params.items()}
+    return {name: distributed.to_host(leaf) for name, leaf in _flat(of(state)).items()}
+
+
+def _from_scratch(context: Context, steps: int):
+    config = context.config.teacher
+    return adamw(
+        peak=config.learning_rate,
+        steps=steps,
+        warmup=0.1,
+        floor=1e-3,
+        weight_decay=config.weight_decay,
+        clip=1.0,
+    )
+
+
+def _fine_tuning(context: Context, steps: int):
+    config = context.config.teacher
+
+    def part_of(path) -> str:
+        return "head" if any(getattr(entry, "key", "") in _HEADS for entry in path) else "body"
+
+    rates = {"body": config.body_rate, "head": config.head_rate}
+    return adam_by_part(rates, part_of, steps=steps, floor=_FLOOR)
+
+
+def _method(context: Context, net: Any, image_shape) -> base.Method:
+    weight = context.config.teacher.alignment
+    if not weight:
+        return cross_entropy(net, image_shape)
+    words = _word_vectors(context)
+    width = context.config.teacher.width
+    if words.shape[1] != width:
+        raise UserError(
+            f"config teacher.alignment={weight} wants features of the generator's text width"
+            f" {words.shape[1]}, the teacher's have {width}; choose another teacher or generator"
+        )
+    return alignment.aligned_cross_entropy(net, image_shape, words, weight=weight)
+
+
+def _word_vectors(context: Context) -> np.ndarray:
+    """(C, d): of each class word the mean of its pieces' rows in the generator's token table.
+
+    The mean, since names such as "great white shark" and "great grey owl" share their first piece.
+    """
+    sd, params = generator.load(context, components=("text_encoder",))
+    table = params["text_encoder"]["text_model"]["embeddings"]["token_embedding"]["embedding"]
+    table = np.asarray(table).astype(np.float32)
+    words = [conditioning.prompt_word(word)[1] for word in generator.class_words(context)]
+    pieces = [sd.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+    return np.stack([table[ids].mean(axis=0) for ids in pieces])

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from oal_jax import artifacts, distributed
 from oal_jax.config import Config, stages_before
 from oal_jax.data.sources import ImageSet
+from oal_jax.data.stream import Streamed
 from oal_jax.errors import UserError
 from oal_jax.keys import named
 from oal_jax.methods import base, build
@@ -20,11 +21,11 @@ from oal_jax.models.densenet import DenseNet
 from oal_jax.models.normalise import moments
 from oal_jax.models.resnet import ResNet
 from oal_jax.models.wide_resnet import WideResNet
-from oal_jax.stages import batches, teacher
-from oal_jax.stages.context import Context, apply_in_batches, classifier
+from oal_jax.stages import batches, streams, teacher
+from oal_jax.stages.context import Context, apply_to_set, classifier
 from oal_jax.training import loop, session
 from oal_jax.training.optimizer import grouped_sgd
-from oal_jax.training.state import TrainState, init_state, make_train_step
+from oal_jax.training.state import TrainState, check_split, init_state, make_train_step
 
 STUDENT = "student.safetensors"
 CHECKPOINTS = "checkpoints"
@@ -36,7 +37,7 @@ def student(config: Config, num_classes: int) -> Any:
     """The student's architecture, for images of the ID set's mean and standard deviation."""
     s, (mean, std) = config.student, moments(config.data.id_set)
     common = {"num_classes": num_classes, "depth": s.depth, "affine_bn": s.affine_bn}
-    common |= {"mean": mean, "std": std}
+    common |= {"mean": mean, "std": std, "dtype": jnp.dtype(s.dtype), "remat": s.remat}
     if s.architecture == "densenet":
         return DenseNet(**common, growth=s.width, dropout=s.dropout)
     if s.architecture == "wide_resnet":
@@ -44,13 +45,34 @@ def student(config: Config, num_classes: int) -> Any:
     return ResNet(**common, width=s.width, stem=s.stem)
 
 
-def make_method(context: Context, net: Any, image_shape, arrays: dict[str, Any]) -> base.Method:
+def make_method(
+    context: Context,
+    net: Any,
+    image_shape,
+    arrays: dict[str, Any],
+    examples: int | None = None,
+) -> base.Method:
     """The method of the config, for arrays as `make_arrays` gives them."""
-    config = context.config
-    plan = make_plan(config, len(arrays["images"]))
     estimated = {}
-    if "estimate_loss" in stages_before(config):
+    if "estimate_loss" in stages_before(context.config):
         estimated = artifacts.read_json(context.directory("estimate_loss") / CONSTRAINT)
+    return assemble(context.config, net, image_shape, arrays, estimated, examples)
+
+
+def assemble(
+    config: Config,
+    net: Any,
+    image_shape,
+    arrays: dict[str, Any],
+    estimated: dict[str, float],
+    examples: int | None = None,
+) -> base.Method:
+    """The method of the config; of `arrays` the shapes alone matter.
+
+    `estimated` is what stage `estimate_loss` says, where the config has that stage; `examples` how
+    many images there are, where they are not among the arrays.
+    """
+    plan = make_plan(config, len(arrays["images"]) if examples is None else examples)
     parts = build.Parts(
         config,
         net,
@@ -103,31 +125,35 @@ def run(context: Context) -> list[Path]:
     `classifier.json` says what the student takes and gives, for those who have no data set.
     """
     config, mesh, directory = context.config, context.mesh, context.directory("train")
+    accumulate, devices = config.train.accumulate, mesh.shape["data"]
     distributed.check_batch("train.batch_size", config.train.batch_size, mesh)
-    data, validation = batches.labelled_images(context), context.images("validation")
+    check_split("train.batch_size", config.train.batch_size, accumulate, devices)
+    check_split("method.outlier_batch", config.method.outlier_batch, accumulate, devices)
+    data, validation = batches.labelled_images(context), context.opened("validation")
     net = student(config, len(data.class_names))
     arrays = batches.make_arrays(context, data)
-    method = make_method(context, net, data.images.shape[1:], arrays)
-    plan = make_plan(config, len(data.images))
+    method = make_method(context, net, data.image_shape, arrays, data.examples)
+    plan = make_plan(config, data.examples)
     key = named(context.key, "student")
     groups = list(jax.eval_shape(method.init, key)[0])
     optimizer = make_optimizer(config, groups, plan.steps)
     forward, finish = classifier(net, mesh), jax.jit(method.finish)
+    in_step = "teacher" in arrays
+    teacher_net = teacher.network(context, len(data.class_names)) if in_step else None
 
     def evaluate(state):
         variables = student_variables(finish(state.params), state.model_state)
-        logits, _ = apply_in_batches(
-            forward(variables), validation.images, config.evaluation.batch_size, mesh
-        )
-        accuracy = float(np.mean(logits.argmax(-1) == validation.labels))
+        batch = config.evaluation.batch_size
+        (logits, _), labels = apply_to_set(forward(variables), validation, batch, mesh)
+        accuracy = float(np.mean(logits.argmax(-1) == labels))
         _check_collapse(accuracy, logits.shape[-1], int(state.step), plan)
         return {"val_accuracy": accuracy}
 
     state = session.train(
-        make_train_step(method, optimizer, key),
-        _started(context, net, data, init_state(method, optimizer, key)),
+        make_train_step(method, optimizer, key, accumulate),
+        _started(context, net, data, init_state(method, optimizer, key, mesh)),
         arrays,
-        batches.make_batches(context, arrays, teacher.model(config, len(data.class_names))),
+        batches.make_batches(context, arrays, teacher_net),
         plan,
         workdir=context.workdir,
         directory=directory / CHECKPOINTS,
@@ -136,6 +162,7 @@ def run(context: Context) -> list[Path]:
         evaluate=evaluate,
         key=key,
         mesh=mesh,
+        rows=streams.rows(data, key, plan),
     )
     path = directory / STUDENT
     # Queues and multipliers of a method are for resuming alone: they stay in the checkpoints.
@@ -147,7 +174,7 @@ def run(context: Context) -> list[Path]:
     artifacts.write_json(
         card,
         {
-            "image_shape": data.images.shape[1:],
+            "image_shape": data.image_shape,
             "class_names": data.class_names,
             "architecture": _architecture(net),
         },
@@ -158,12 +185,15 @@ def run(context: Context) -> list[Path]:
 def _architecture(net: Any) -> dict[str, Any]:
     """Name and fields of a linen module: for readers outside of this package."""
     fields = {f.name: getattr(net, f.name) for f in dataclasses.fields(net)}
-    for inherited in ("parent", "name", "num_classes"):
-        del fields[inherited]
+    for left_out in ("parent", "name", "num_classes", "remat"):
+        del fields[left_out]
+    fields["dtype"] = jnp.dtype(net.dtype).name
     return {"name": type(net).__name__.lower(), **fields}
 
 
-def _started(context: Context, net: Any, data: ImageSet, fresh: TrainState) -> TrainState:
+def _started(
+    context: Context, net: Any, data: ImageSet | Streamed, fresh: TrainState
+) -> TrainState:
     """The fresh state, its student replaced by that of `train.start`, if there is one."""
     if not context.config.train.start:
         return fresh
@@ -180,7 +210,7 @@ def start_file(config: Config) -> Path:
     return path if path.suffix == ".safetensors" else path / "train" / STUDENT
 
 
-def start(context: Context, net: Any, data: ImageSet) -> tuple[dict, dict]:
+def start(context: Context, net: Any, data: ImageSet | Streamed) -> tuple[dict, dict]:
     """(params, model_state) of the student of `train.start`.
 
     Raises:
@@ -203,7 +233,7 @@ def start(context: Context, net: Any, data: ImageSet) -> tuple[dict, dict]:
         )
     params, model_state = _read(path)
     found = params.get("student", {}), model_state.get("student", {})
-    image = jnp.zeros((1, *data.images.shape[1:]))
+    image = jnp.zeros((1, *data.image_shape))
     wanted = base.split_variables(jax.eval_shape(net.init, context.key, image))
     shapes = [_shapes(*variables) for variables in (found, wanted)]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
@@ -213,11 +243,11 @@ def start(context: Context, net: Any, data: ImageSet) -> tuple[dict, dict]:
                 f"{path} has a student of another size than this config's: tensor {name} has"
                 f" shape {have}, not {want}; see student.*"
             )
-    # Strides leave no trace in the shapes. Dropout is not part of what was trained.
-    now = {"image_shape": data.images.shape[1:], **_architecture(net)}
+    # Strides leave no trace in the shapes. Dropout and precision are no part of what was trained.
+    now = {"image_shape": data.image_shape, **_architecture(net)}
     before = {"image_shape": said.get("image_shape"), **said.get("architecture", {})}
     for name, value in json.loads(json.dumps(now)).items():
-        if said and name != "dropout" and before.get(name, value) != value:
+        if said and name not in ("dropout", "dtype") and before.get(name, value) != value:
             raise UserError(
                 f"{path} has another architecture than this config's: {name} is"
                 f" {before[name]}, not {value}; see student.* and data.*"

@@ -1,4 +1,7 @@
-"""Checkpoints of a training state: Orbax behind one small class, asynchronous and atomic."""
+"""Checkpoints of a training state: Orbax behind one small class, asynchronous and atomic.
+
+Every process writes its shards, and reads what it needs, of a directory that all of them share.
+"""
 
 import gc
 import logging
@@ -13,6 +16,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from oal_jax import distributed
 from oal_jax.errors import UserError
 
 _LOGGER = logging.getLogger("absl")
@@ -96,12 +100,14 @@ class Checkpoints:
             ) from None
 
     def _read(self, step: int, like: Any) -> Any:
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        target, reason = jax.tree.map(ocp.utils.to_shape_dtype_struct, like), ""
         try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(target))
+            state = self._manager.restore(step, args=ocp.args.StandardRestore(target))
         except Exception as error:  # Orbax and TensorStore raise many kinds
             reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-            raise _Damaged(reason) from None
+        if not distributed.all_processes(not reason):
+            raise _Damaged(reason or "another process can't read its part")
+        return state
 
     def close(self) -> None:
         """Wait for writes that are under way, then let go of the directory."""

@@ -2,33 +2,26 @@
 
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 from tqdm import tqdm
 
-from oal_jax import distributed
-from oal_jax.errors import UserError
+from oal_jax import distributed, processes
+from oal_jax.errors import Preempted, TrainingFailed, UserError
 from oal_jax.keys import at_step
 from oal_jax.training.checkpoints import Checkpoints
 from oal_jax.training.log import MetricsLog
+from oal_jax.training.state import compiler_options
 
 Arrays = Mapping[str, Any]
 MakeBatch = Callable[[Arrays, Int[Array, " b"], Int[Array, ""], Int[Array, ""]], dict[str, Array]]
-
-
-class TrainingFailed(Exception):
-    """The loss or the parameters stopped being finite, or the model collapsed."""
-
-
-class Preempted(Exception):
-    """SIGTERM arrived; the state was saved."""
+Rows = Callable[[int], AbstractContextManager[Iterator[Mapping[str, np.ndarray]]]]
 
 
 class Plan(NamedTuple):
@@ -52,18 +45,32 @@ class Plan(NamedTuple):
 
 
 def compile_step(
-    train_step: Callable, make_batch: MakeBatch, plan: Plan, mesh: Mesh, steps_per_call: int = 1
-) -> Callable[[Any, Arrays, Int[Array, "s b"]], tuple[Any, dict[str, Array]]]:
+    train_step: Callable,
+    make_batch: MakeBatch,
+    plan: Plan,
+    mesh: Mesh,
+    steps_per_call: int = 1,
+    *,
+    shardings: Any = None,
+    streamed: bool = False,
+) -> Callable[[Any, Arrays, Any], tuple[Any, dict[str, Array]]]:
     """`(state, arrays, order) -> (state, metrics)`: draw the batch, take the step; state donated.
 
     Metrics have a leading axis: one entry a step. With `steps_per_call` > 1 that many steps run in
     one `lax.scan`: for accelerators. On CPU the gradient of a convolution inside a scan is about a
     hundred times slower than outside, so there a call is one step.
+
+    `shardings` are those that the state keeps; None: a copy on every device. In place of `order`,
+    (s, b) int32, a `streamed` step takes the batch's own rows, a dict with their "index".
     """
 
-    def one(state, arrays, order):
+    def one(state, arrays, source):
         epoch, row = state.step // plan.steps_per_epoch, state.step % plan.steps_per_epoch
-        batch = make_batch(arrays, order[row], epoch, state.step)
+        if streamed:
+            arrays, indices = dict(arrays) | {"rows": source}, source["index"]
+        else:
+            indices = source[row]
+        batch = make_batch(arrays, indices, epoch, state.step)
         return train_step(state, distributed.shard_batch(batch, mesh))
 
     def call(state, arrays, order):
@@ -72,7 +79,10 @@ def compile_step(
             return state, jax.tree.map(lambda m: m[None], metrics)
         return jax.lax.scan(lambda s, _: one(s, arrays, order), state, length=steps_per_call)
 
-    return jax.jit(call, donate_argnums=0)
+    copies = distributed.replicated(mesh)
+    kept = copies if shardings is None else shardings
+    options = compiler_options(mesh.devices.flat[0].platform)
+    return jax.jit(call, donate_argnums=0, out_shardings=(kept, copies), compiler_options=options)
 
 
 def fit(
@@ -89,6 +99,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     evaluate: Callable[[Any], Mapping[str, float]] | None = None,
     steps_per_call: int | None = None,
+    rows: Rows | None = None,
 ) -> Any:
     """Train from `state.step` to the end of the plan and return the last state.
 
@@ -97,21 +108,34 @@ def fit(
     `fold_in(key, epoch)`, so the step number alone says where to resume. `evaluate(state)` runs
     after every epoch, and its values are logged with those of the epoch's last step.
 
+    Images that do not fit on the devices are streamed: `rows(step)` is a context manager that
+    opens an iterator over this process's part of the batches of `step`, `step + 1`, ...: each a
+    dict {"index": int32 (b,), "image": uint8 (b, H, W, c), "label": int32 (b,)} with b =
+    batch_size / number of processes. `make_batch` then gets the whole batch, split over the
+    devices, as `arrays["rows"]`, and its "index" as `indices`; a call is one step. The host reads
+    the next batch while the devices work on this one.
+
+    Of several processes all call this alike; the state and `arrays` are equal on all of them.
+
     What a checkpoint's step and those before it log is on disk before the checkpoint is, so a
     resumed run leaves the same lines as one that was never stopped.
 
     Raises:
       TrainingFailed: a metric or the state is not finite; what was saved before stays.
-      Preempted: SIGTERM arrived; the state was saved first.
-      UserError: an epoch has not even one batch.
+      Preempted: SIGTERM arrived, on any process; the state was saved first. Several processes
+        agree on the step at the logged ones, so they stop up to two of `plan.log_every` later.
+      UserError: an epoch has not even one batch; streamed batches end early or have other sizes.
     """
     if not plan.steps_per_epoch:
         raise UserError(
             f"{name}: batch_size={plan.batch_size} is more than the {plan.examples} training images"
         )
     per_call = steps_per_call or (1 if jax.default_backend() == "cpu" else plan.log_every)
+    per_call = 1 if rows else per_call
     compiled: dict[int, Callable] = {}
-    state, arrays = distributed.replicate((state, dict(arrays)), mesh)
+    shardings = distributed.shardings(state, mesh)
+    state = distributed.place(state, shardings)
+    arrays = distributed.replicate(dict(arrays), mesh)
     step = int(state.step)
     saved = checkpoints.latest() if checkpoints else None
 
@@ -138,14 +162,21 @@ def fit(
         if "loss" in values:
             bar.set_postfix(loss=f"{values['loss']:.3f}")
 
+    def compile(count: int) -> Callable:
+        options = {"shardings": shardings, "streamed": rows is not None}
+        return compile_step(train_step, make_batch, plan, mesh, count, **options)
+
     with (
-        _sigterm() as stop,
+        _sigterm() as asked,
+        _streamed(rows, step, plan, mesh, name) as following,
         tqdm(total=plan.steps, initial=step, desc=name, unit="step", mininterval=1.0) as bar,
     ):
+        stop = _Stop(asked, mesh)
         while step < plan.steps:
             epoch = step // plan.steps_per_epoch
             start, end = epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch
-            order = distributed.replicate(_order(key, epoch, plan), mesh)
+            if rows is None:
+                source = distributed.replicate(epoch_order(key, epoch, plan), mesh)
             calls: list = []  # since the last logged step: (step after the call, metrics)
             due: list = []  # those up to the last logged step
             while step < end and not stop():
@@ -153,9 +184,13 @@ def fit(
                 # at most two lengths of a call to compile: the usual one and an epoch's last.
                 count = min(per_call, end - step, plan.log_every - (step - start) % plan.log_every)
                 if count not in compiled:
-                    compiled[count] = compile_step(train_step, make_batch, plan, mesh, count)
+                    compiled[count] = compile(count)
+                if rows is not None:
+                    if len(calls) > 1:
+                        jax.block_until_ready(calls[-2][1])  # two batches wait on the devices
+                    source = next(following)
                 with jax.transfer_guard("disallow"):
-                    state, metrics = compiled[count](state, arrays, order)
+                    state, metrics = compiled[count](state, arrays, source)
                 step += count
                 bar.update(count)
                 calls.append((step, metrics))
@@ -164,12 +199,15 @@ def fit(
                     if due:
                         write(due)
                     due, calls = calls, []
+                    stop.vote()
+            if step == plan.steps:
+                stop.settle()
             ended, stopping = step == end, stop()
             # Nothing that is not finite may reach a checkpoint.
             for unread in (due, calls):
                 if unread:
                     read(unread)
-            if not _all_finite(state):
+            if not distributed.is_finite(state):
                 fail(f"the state is not finite after step {step}")
             if due:
                 write(due, evaluate(state) if evaluate and ended else None)
@@ -186,17 +224,64 @@ def fit(
 
 
 @partial(jax.jit, static_argnames="plan")
-def _order(key: Key[Array, ""], epoch: int, plan: Plan) -> Int[Array, "s b"]:
+def epoch_order(key: Key[Array, ""], epoch: int, plan: Plan) -> Int[Array, "s b"]:
     """Which examples each step of an epoch draws."""
     order = jax.random.permutation(at_step(key, "order", epoch), plan.examples)
     used = plan.steps_per_epoch * plan.batch_size
     return order[:used].reshape(plan.steps_per_epoch, plan.batch_size)
 
 
-def _all_finite(state: Any) -> bool:
-    # On the host, where a checkpoint goes next anyway: nothing to compile.
-    leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return all(np.isfinite(distributed.to_host(x)).all() for x in leaves)
+@contextmanager
+def _streamed(
+    rows: Rows | None, step: int, plan: Plan, mesh: Mesh, name: str
+) -> Iterator[Iterator[dict[str, Array]]]:
+    """The whole batches of `step` and on, as global arrays; nothing where there is no stream."""
+    if rows is None:
+        yield iter(())
+        return
+    count = jax.process_count()
+    if plan.batch_size % count:
+        raise UserError(
+            f"{name}: batch_size={plan.batch_size} is not divisible by the {count} processes, which"
+            " stream a part of it each"
+        )
+
+    def whole(batches) -> Iterator[dict[str, Array]]:
+        for batch in batches:
+            sizes = {k: len(v) for k, v in batch.items()}
+            if set(sizes.values()) != {plan.batch_size // count}:
+                raise UserError(f"{name}: a streamed batch of {plan.batch_size} has parts {sizes}")
+            yield distributed.from_processes(batch, mesh)
+        raise UserError(f"{name}: the stream of training images ended before step {plan.steps}")
+
+    with rows(step) as batches:
+        yield whole(batches)
+
+
+class _Stop:
+    """Whether to stop: one process as soon as it is asked, several when all know of it.
+
+    Several vote at the same steps, and read at each what they had voted at the one before: that has
+    been counted meanwhile, so no device and no process waits for it.
+    """
+
+    def __init__(self, asked: Callable[[], bool], mesh: Mesh):
+        self._asked, self._mesh = asked, mesh
+        self._cast: Array | None = None
+        self._agreed = False
+
+    def __call__(self) -> bool:
+        return self._agreed if processes.several() else self._asked()
+
+    def vote(self) -> None:
+        if processes.several():
+            self._agreed = self._agreed or (self._cast is not None and bool(self._cast))
+            self._cast = distributed.any_process(self._asked(), self._mesh)
+
+    def settle(self) -> None:
+        """Count what was asked up to now; for the end, when nothing else is under way."""
+        self.vote()
+        self.vote()
 
 
 @contextmanager
@@ -212,3 +297,5 @@ def _sigterm() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(seen)
     finally:
         signal.signal(signal.SIGTERM, before)
+    if seen and processes.several():  # after the last vote: nobody knows of it yet
+        signal.raise_signal(signal.SIGTERM)

@@ -1,6 +1,7 @@
-"""SGD with a rate a group, on one schedule, as the reference trains; and AdamW for the teacher."""
+"""SGD with a rate a group, on one schedule, as the reference trains; Adam for teachers."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import optax
@@ -83,3 +84,24 @@ def adamw(
             mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
         ),
     )
+
+
+def adam_by_part(
+    rates: Mapping[str, float],
+    part_of: Callable[[tuple[Any, ...]], str],
+    *,
+    steps: int,
+    floor: float,
+) -> optax.GradientTransformation:
+    """Adam without weight decay, a rate a part of the network, on one cosine schedule.
+
+    `part_of(path)` names the part, a key of `rates`, of the parameter at a path of the tree. With
+    a low rate of the body and a high one of a new head it fine-tunes a teacher, as arXiv
+    2406.16525's code does.
+    """
+
+    def labels(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: part_of(path), params)
+
+    parts = {name: optax.adam(one_cycle(rate, steps, 0.0, floor)) for name, rate in rates.items()}
+    return optax.multi_transform(parts, labels)

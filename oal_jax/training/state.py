@@ -1,16 +1,20 @@
 """The state of a training run, and the step that every method shares."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Key
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
 
+from oal_jax import distributed
+from oal_jax.errors import UserError
 from oal_jax.keys import at_step
-from oal_jax.methods.base import Batch, Method, Metrics
+from oal_jax.methods.base import Batch, Groups, Method, Metrics, Part
 
 
 @flax.struct.dataclass
@@ -24,20 +28,33 @@ class TrainState:
 
 
 def init_state(
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    mesh: Mesh | None = None,
+) -> TrainState:
+    """Fresh parameters of every group of the method, at step 0; compiled as one program.
+
+    With a mesh every device makes only what it keeps of them.
+    """
+    init = partial(fresh_state, method, optimizer)
+    options = {"compiler_options": _quick_compilation()}
+    if mesh is None:
+        return jax.jit(init, **options)(key)
+    return distributed.init_parameters(init, key, mesh, **options)
+
+
+def fresh_state(
     method: Method, optimizer: optax.GradientTransformation, key: Key[Array, ""]
 ) -> TrainState:
-    """Fresh parameters of every group of the method, at step 0; compiled as one program."""
-
-    def init(key):
-        params, model_state = method.init(key)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            model_state=model_state,
-            opt_state=optimizer.init(params),
-        )
-
-    return jax.jit(init, compiler_options=_quick_compilation())(key)
+    """The state of `init_state`; under `jax.eval_shape` its shapes."""
+    params, model_state = method.init(key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        model_state=model_state,
+        opt_state=optimizer.init(params),
+    )
 
 
 def _quick_compilation() -> dict[str, Any] | None:
@@ -51,19 +68,45 @@ def _quick_compilation() -> dict[str, Any] | None:
 
 
 def make_train_step(
-    method: Method, optimizer: optax.GradientTransformation, key: Key[Array, ""]
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    accumulate: int = 1,
+    unroll: bool | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure step of a method: gradient of its loss, one optimizer update.
 
+    With `accumulate` > 1 the gradient is the mean of those of so many microbatches, which pass one
+    after another, so that the activations of one are in memory at a time:
+    - Batch statistics are those of a microbatch, and the running ones move once a microbatch.
+    - Metrics are means over the microbatches; `gradient_norm` is that of the mean gradient.
+    - A loss that is a function of the batch's means (Unleashing Mask's, WOODS's constraints) is
+      still that of the whole batch: where it reads them, a forward pass over all microbatches
+      comes first. Where no loss does, the compiler drops that pass.
+    - What a method draws or chooses in a step (virtual outliers, POEM's candidates, dropout), it
+      draws anew, or chooses among its own, for each microbatch, and its queues take them in turn.
+
     Jit, donation and sharding are applied by the loop.
+
+    Args:
+      accumulate: microbatches; row i of an array goes to number i % accumulate, so that each stays
+        spread over the devices where the batch is, and nothing moves between them.
+      unroll: microbatches as copies of one program instead of a `lax.scan`; None: on CPU, where a
+        gradient of a convolution inside a scan is about a hundred times slower.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradient = jax.value_and_grad(method.loss, has_aux=True)
         step_key = at_step(key, "step", state.step)
-        (loss, (model_state, metrics)), grads = gradient(
-            state.params, state.model_state, batch, state.step, step_key
-        )
+        if accumulate == 1:
+            gradient = jax.value_and_grad(method.loss, has_aux=True)
+            (loss, (model_state, metrics)), grads = gradient(
+                state.params, state.model_state, batch, state.step, step_key
+            )
+        else:
+            unrolled = jax.default_backend() == "cpu" if unroll is None else unroll
+            loss, model_state, metrics, grads = _accumulated(
+                method, state, split(batch, accumulate), step_key, unrolled
+            )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = metrics | {
@@ -75,3 +118,87 @@ def make_train_step(
         return TrainState(state.step + 1, params, model_state, opt_state), metrics
 
     return train_step
+
+
+def compiler_options(platform: str) -> dict[str, Any] | None:
+    """What to compile a step for a platform ("cpu", "gpu", "tpu") with.
+
+    XLA's CPU compiler drops optimization barriers before it orders the operations: then all
+    microbatches, and all that `remat` computes anew, are in memory at once. It compiles them well
+    if it is kept from that; where there are none, nothing changes.
+    """
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if platform == "cpu" else None
+
+
+def check_split(name: str, batch_size: int, accumulate: int, devices: int) -> None:
+    """Raise `UserError` when a batch's microbatches can't be split evenly over the devices."""
+    parts = accumulate * devices
+    if batch_size % parts:
+        raise UserError(
+            f"config {name}={batch_size} is not divisible by train.accumulate={accumulate} times"
+            f" the {devices} devices; use for example {max(1, batch_size // parts) * parts}"
+        )
+
+
+def split(batch: Batch, count: int) -> Batch:
+    """Every array (B, ...) as (count, B / count, ...): row i is in microbatch i % count.
+
+    Rows of a device that holds a contiguous piece of the batch stay on it: the new axis is taken
+    out of the middle, and the one that is spread over the devices stays first until it has gone.
+    """
+
+    def one(array):
+        rows = array.reshape(-1, count, *array.shape[1:])
+        return jnp.moveaxis(rows, 1, 0)
+
+    return jax.tree.map(one, batch)
+
+
+def _accumulated(
+    method: Method, state: TrainState, microbatches: Batch, key: Key[Array, ""], unroll: bool
+) -> tuple[Float[Array, ""], Groups, Metrics, Groups]:
+    """(loss, model_state, metrics, gradient) as means over the microbatches, one after another."""
+    count = jax.tree.leaves(microbatches)[0].shape[0]
+    each = _unrolled if unroll else _scanned
+
+    def arguments(model_state, microbatch, i):
+        return model_state, microbatch, state.step, at_step(key, "microbatch", i)
+
+    def look(model_state, microbatch, i):
+        _, aux = method.loss(state.params, *arguments(model_state, microbatch, i))
+        return aux
+
+    def learn(carry, microbatch, i):
+        model_state, grads = carry
+        part = Part(means, i == count - 1)
+        (loss, (model_state, metrics)), more = jax.value_and_grad(method.loss, has_aux=True)(
+            state.params, *arguments(model_state, microbatch | {"part": part}, i)
+        )
+        return (model_state, jax.tree.map(jnp.add, grads, more)), metrics | {"loss": loss}
+
+    # The barrier: or the compiler would find that both passes compute the same, and keep all
+    # activations of the first for the second.
+    _, means = each(look, state.model_state, jax.lax.optimization_barrier(microbatches), count)
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    (model_state, grads), metrics = each(learn, (state.model_state, zeros), microbatches, count)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    return metrics.pop("loss"), model_state, metrics, grads
+
+
+def _scanned(function: Callable, carry: Any, microbatches: Batch, count: int) -> tuple[Any, Any]:
+    """The last carry and the mean output of `carry, output = function(carry, microbatch, i)`."""
+    carry, outputs = jax.lax.scan(
+        lambda carry, x: function(carry, *x), carry, (microbatches, jnp.arange(count))
+    )
+    return carry, jax.tree.map(lambda x: jnp.mean(x, axis=0), outputs)
+
+
+def _unrolled(function: Callable, carry: Any, microbatches: Batch, count: int) -> tuple[Any, Any]:
+    """As `_scanned`, without a loop."""
+    outputs = []
+    for i in range(count):
+        carry, output = function(carry, jax.tree.map(lambda x, i=i: x[i], microbatches), i)
+        outputs.append(output)
+        # The barrier: no microbatch may begin before the one before it is through.
+        carry, microbatches = jax.lax.optimization_barrier((carry, microbatches))
+    return carry, jax.tree.map(lambda *x: jnp.mean(jnp.stack(x), axis=0), *outputs)

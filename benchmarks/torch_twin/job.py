@@ -1,0 +1,321 @@
+"""The whole OAL job in PyTorch: teacher features, k-NN outliers, latents, student, evaluation.
+
+    python -m benchmarks.torch_twin.job JOB.json OUTPUT.json
+
+JOB.json has `config` (a resolved config of ours, flat), `moments` (mean and standard deviation of
+the pixels), `form`, `device`, `dtype`, `eager`. OUTPUT.json gets `stages` (name to seconds),
+`compile_s` and `metrics`.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import oal_jax
+from benchmarks.torch_twin import data as batching
+from benchmarks.torch_twin import diffusion, forms, outliers, training
+from benchmarks.torch_twin.forms import Form
+from benchmarks.torch_twin.losses import Oal
+from benchmarks.torch_twin.models import Teacher, load_ours
+from oal_jax import artifacts
+from oal_jax.config import Config, unflatten
+from oal_jax.data import benchmarks, sources
+from oal_jax.data.sources import ImageSet
+from oal_jax.evaluation.metrics import ood_metrics
+
+_WEIGHTS = Path(oal_jax.__file__).parent / "pretrained" / "weights"
+# Where outliers come from, by outliers.source: features, latents.
+_SOURCES = {
+    "knn": ("pool", None),
+    "diffusion": ("pool", "pool"),
+    "random": ("random", "random"),
+    "mixed": ("half", "half"),
+    "none": (None, None),
+}
+
+
+class Job:
+    """One run of the job; a method a stage, in order, each leaving what the next ones read."""
+
+    def __init__(
+        self,
+        config: Config,
+        form: Form,
+        moments: tuple[Sequence[float], Sequence[float]],
+        device: torch.device,
+    ) -> None:
+        forms.check(config)
+        self.config, self.form, self.moments, self.device = config, form, moments, device
+        self.random = torch.Generator().manual_seed(config.seed)
+        torch.manual_seed(config.seed)
+        d = config.data
+        self.benchmark = benchmarks.resolve(d.id_set, d.near, d.far, d.validation, d.csid)
+        self.train_set = self._images("train", limit=d.train_images)
+        self.pixels = batching.as_tensor(self.train_set.images, device)
+        self.labels = torch.from_numpy(self.train_set.labels).long().to(device)
+
+    def stages(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """Name and function of each stage, in order."""
+        for stage in (self.features, self.outliers, self.latents, self.train, self.evaluate):
+            yield stage.__name__, stage
+
+    def _images(self, split: str, name: str = "", limit: int = 0) -> ImageSet:
+        d = self.config.data
+        limit = limit or (200 if self.config.smoke else 0)
+        name = name or d.id_set
+        return sources.load(
+            d.source, name, split, root=d.root or None, limit=limit, id_set=d.id_set
+        )
+
+    def _draws(self, views: int) -> batching.Draws:
+        shape = (views, len(self.labels))
+        return batching.Draws(shape, self.config.data, self.device, self.random)
+
+    def features(self) -> None:
+        """The teacher; unit features of each class; with cached views, its outputs on them."""
+        t, per_class = self.config.teacher, self.config.outliers.knn.features_per_class
+        shape, classes = self.train_set.images.shape[1:], len(self.train_set.class_names)
+        sizes = {n: getattr(t, n) for n in ("patch", "width", "depth", "heads", "mlp_ratio")}
+        self.teacher = Teacher(shape, classes, self.moments, **sizes).to(self.device).eval()
+        shipped = artifacts.read_tensors(_WEIGHTS / "fashion_teacher.safetensors")
+        load_ours(self.teacher.vit, shipped, t.patch)
+        look = forms.compiled(self.form, self.teacher)
+        if self.form.per_image:  # the whole training set, as it comes out of the loader
+            found, order = [], []
+            for images, indices in self._loader(128):
+                found.append(self._outputs(look, images.to(self.device))[1])
+                order.append(indices)
+            features, order = torch.cat(found), torch.cat(order)
+        else:
+            order = torch.arange(len(self.labels))
+            if self.form.augmented_features:
+                order = torch.randperm(len(order), generator=self.random)
+            of_order = self.labels[order.to(self.device)]
+            first = [(of_order == c).nonzero()[:per_class, 0].cpu() for c in range(classes)]
+            order = order[torch.cat(first)]
+            draws = self._draws(1) if self.form.augmented_features else None
+            features = self._in_batches(look, order, draws)[1]
+        of_order = self.labels[order.to(self.device)]
+        self.of_class = [
+            functional.normalize(features[of_order == c][:per_class]) for c in range(classes)
+        ]
+        if t.views:
+            self.views = self._draws(t.views)
+            everything = torch.arange(len(self.labels))
+            cached = [
+                self._in_batches(look, everything, self.views, view) for view in range(t.views)
+            ]
+            self.cached = [torch.stack(part).half() for part in zip(*cached, strict=True)]
+
+    def _loader(self, size: int):
+        workers = len(os.sched_getaffinity(0))
+        return batching.make_loader(self.train_set.images, self.config.data, size, workers)
+
+    def _outputs(self, look: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        with forms.inference(self.form, self.device):
+            logits, features = look(forms.images_as(self.form, images))
+        return logits.clone(), features.clone()
+
+    def _in_batches(
+        self, look: nn.Module, order: Tensor, draws: batching.Draws | None, view: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs for the training images `order`; the last batch is filled up: one program."""
+        size, parts = self.config.evaluation.batch_size, []
+        order = order.to(self.device)
+        for chunk in functional.pad(order, (0, -len(order) % size)).split(size):
+            images = self.pixels[chunk]
+            views = torch.full_like(chunk, view)
+            images = draws.augment(images, chunk, views) if draws else batching.to_unit(images)
+            parts.append(self._outputs(look, images))
+        logits, features = (torch.cat(part)[: len(order)] for part in zip(*parts, strict=True))
+        return logits, features
+
+    def outliers(self) -> None:
+        """Boundary outliers of every class, at the norm of its word's embedding: (K, n, T)."""
+        knn = self.config.outliers.knn
+        given = self.config.generator.directory
+        where = Path(given).expanduser() if given else _WEIGHTS / "fashion_sd"
+        self.generator = diffusion.load(where, self.device)
+        found = [
+            outliers.sample_class(of_class, knn, self.form.knn, self.random)
+            for of_class in self.of_class
+        ]
+        self.pool = torch.stack(found)
+        if knn.scale_by_token:
+            norms = diffusion.token_norms(self.generator, self.train_set.class_names)
+            self.pool = self.pool * norms[:, None, None]
+
+    def latents(self) -> None:
+        """Outlier latents (N, C, h, w); and those of the ID images, where the loss reads them."""
+        latents = self.config.latents
+        labels = torch.arange(len(self.pool)).repeat(latents.per_class)
+        self.sampled = diffusion.sample(
+            self.generator,
+            forms.compiled(self.form, self.generator.unet),
+            self.form,
+            latents,
+            self.train_set.class_names,
+            self.pool,
+            labels,
+            self.random,
+        )
+        if self.config.method.micl == "energy" and _SOURCES[self.config.outliers.source][1]:
+            parts = []
+            encode = forms.compiled(
+                self.form, lambda images: diffusion.encode_images(self.generator, images)
+            )
+            size = self.config.evaluation.batch_size
+            for start in range(0, len(self.pixels), size):
+                images = batching.to_unit(self.pixels[start : start + size])
+                count = len(images)
+                images = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, size - count))
+                with forms.inference(self.form, self.device):
+                    parts.append(encode(images)[:count].float().clone())
+            self.id_latents = torch.cat(parts)
+
+    def train(self) -> None:
+        """The student, with its accuracy on the validation images after every epoch."""
+        config, form = self.config, self.form
+        t = config.train
+        steps = len(self.labels) // t.batch_size * t.epochs
+        energy = config.method.micl == "energy"
+        latent_shape: tuple[int, ...] | None = tuple(self.sampled.shape[1:])
+        if not energy:  # mean over channels, then over the height, as the official code
+            self.sampled = self.sampled.mean((1, 2))
+            latent_shape = tuple(self.sampled.shape[1:])
+        elif not _SOURCES[config.outliers.source][1]:
+            latent_shape = None
+        channels, classes = self.pixels.shape[1], len(self.pool)
+        oal = Oal(config, channels, classes, self.moments, latent_shape, form.club)
+        self.oal = oal.to(self.device)
+        look = None if config.teacher.views else self.teacher
+        step = training.make_step(self.oal, look, config, form, steps)
+        self.look = forms.compiled(form, self.oal.student)
+        validation = self._images("validation")
+        for epoch in range(t.epochs):
+            self.oal.train()
+            for batch in self._epoch(epoch):
+                terms = step(batch)
+            logits = self._student_logits(validation.images)
+            accuracy = np.mean(logits.argmax(1) == validation.labels)
+            print(f"epoch {epoch}: loss {terms['loss']:.3f}, accuracy {accuracy:.3f}", flush=True)
+
+    def _epoch(self, epoch: int) -> Iterator[training.Batch]:
+        size, views = self.config.train.batch_size, self.config.teacher.views
+        if self.form.per_image:
+            for images, indices in self._loader(size):
+                yield self._batch(images.to(self.device), indices.to(self.device))
+            return
+        draws = self.views if views else self._draws(1)
+        for indices in batching.orders(len(self.labels), size, self.random):
+            indices = indices.to(self.device)
+            view = (epoch + indices) % max(views, 1)
+            batch = self._batch(draws.augment(self.pixels[indices], indices, view), indices)
+            if views:
+                logits, features = (part[view, indices] for part in self.cached)
+                batch |= {"teacher_logits": logits, "teacher_features": features}
+            yield batch
+
+    def _batch(self, images: Tensor, indices: Tensor) -> training.Batch:
+        config, count = self.config, self.config.method.outlier_batch or len(indices)
+        batch = {"image": images, "label": self.labels[indices]}
+        features = self.pool.flatten(0, 1)
+        if config.method.micl != "energy":
+            outlier, latent = (self._rows(pool, count) for pool in (features, self.sampled))
+            return batch | {"outlier": outlier, "outlier_latent": latent}
+        of_features, of_latents = _SOURCES[config.outliers.source]
+        if of_features:
+            batch["outlier"] = self._outliers(of_features, features, count)
+        if of_latents:
+            batch["outlier_latent"] = self._outliers(of_latents, self.sampled, count)
+            batch["latent"] = self.id_latents[indices]
+        return batch
+
+    def _rows(self, pool: Tensor, count: int) -> Tensor:
+        """Random rows of a pool, no row twice where there are enough."""
+        if len(pool) < count:
+            rows = torch.randint(len(pool), (count,), generator=self.random)
+        else:
+            rows = torch.randperm(len(pool), generator=self.random)[:count]
+        return pool[rows.to(pool.device)]
+
+    def _outliers(self, kind: str, pool: Tensor, count: int) -> Tensor:
+        drawn = {"pool": 0, "half": count - count // 2, "random": count}[kind]
+        random = torch.randn((drawn, *pool.shape[1:]), generator=self.random).to(self.device)
+        taken = self._rows(pool, count - drawn) if drawn < count else pool[:0]
+        if pool.ndim == 2:  # directions
+            random, taken = functional.normalize(random), functional.normalize(taken)
+        return torch.cat([taken, random])
+
+    def _student_logits(self, images: np.ndarray) -> np.ndarray:
+        self.oal.eval()
+        size, parts = self.config.evaluation.batch_size, []
+        for start in range(0, len(images), size):
+            chunk = images[start : start + size]
+            padded = np.pad(chunk, [(0, size - len(chunk)), (0, 0), (0, 0), (0, 0)])
+            pixels = batching.to_unit(batching.as_tensor(padded, self.device))
+            parts.append(self._outputs(self.look, pixels)[0][: len(chunk)].cpu().numpy())
+        return np.concatenate(parts)
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Metrics of the energy score for every near and far set, and the ID accuracy."""
+
+        def scores(data: ImageSet) -> np.ndarray:
+            return -torch.from_numpy(self._student_logits(data.images)).logsumexp(1).numpy()
+
+        test = self._images("test")
+        logits = self._student_logits(test.images)
+        id_scores = -torch.from_numpy(logits).logsumexp(1).numpy()
+        found = {"id": {"accuracy": float(np.mean(logits.argmax(1) == test.labels))}}
+        for name in (*self.benchmark.near, *self.benchmark.far):
+            found[name] = ood_metrics(id_scores, scores(self._images("test", name)))
+        return found
+
+
+def run(
+    config: Config,
+    form: Form,
+    moments: tuple[Sequence[float], Sequence[float]],
+    device: torch.device,
+) -> dict[str, Any]:
+    """All stages: their seconds, those of torch.compile among them, and the metrics."""
+    forms.prepare(form, device)
+    start = time.perf_counter()
+    job = Job(config, form, moments, device)
+    seconds = {"data": time.perf_counter() - start}
+    for name, stage in job.stages():
+        start = time.perf_counter()
+        metrics = stage()
+        forms.synchronise(device)
+        seconds[name] = time.perf_counter() - start
+        print(f"{name}: {seconds[name]:.1f} s", flush=True)
+    return {"stages": seconds, "compile_s": _compile_seconds(), "metrics": metrics}
+
+
+def _compile_seconds() -> float:
+    """What torch.compile took in this process: forward frames and the backward passes."""
+    from torch._dynamo.utils import calculate_time_spent
+
+    return calculate_time_spent()["total_wall_time"]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read JOB.json, run, write OUTPUT.json."""
+    order = json.loads(Path(argv[1]).read_text())
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    form = forms.make(order["form"], eager=order["eager"], dtype=order["dtype"])
+    config, device = unflatten(order["config"]), torch.device(order["device"])
+    Path(argv[2]).write_text(json.dumps(run(config, form, order["moments"], device)))
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,211 @@
+"""The suites that compare two frameworks: their JAX half on tiny sizes, their rows and flags."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import job, outliers, run, startup, step, timing
+from benchmarks.timing import Job
+from oal_jax import main
+from oal_jax.errors import UserError
+
+FIELDS = {
+    *("suite", "case", "framework", "median_s", "min_s", "max_s", "runs", "device", "versions"),
+    "warm_up_s",
+}
+TINY = {
+    "outliers": [
+        *("--classes=2", "--features=40", "--width=16", "--neighbour=20", "--anchors=8"),
+        "--noise-rows=16",
+    ],
+    "features": ["--side=32", "--depth=1", "--batch=2"],
+}
+
+
+@pytest.fixture
+def without_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+
+def rows_of(suite, flags, tmp_path) -> list[dict]:
+    output = tmp_path / "results.json"
+    assert main.guard(run.main, ["run", f"--suite={suite}", f"--output={output}", *flags]) == 0
+    rows = json.loads(output.read_text())
+    for row in rows:
+        assert row.keys() >= FIELDS
+        assert row["suite"] == suite
+        assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"]
+    return rows
+
+
+@pytest.mark.parametrize("suite", TINY)
+def test_our_half_runs_alone_without_torch(suite, without_torch, tmp_path, capsys):
+    rows = rows_of(suite, [*TINY[suite], "--runs=2", "--frameworks=jax,torch"], tmp_path)
+    assert {row["framework"] for row in rows} == {"jax"}
+    assert all(row["runs"] == 2 and row["per_s"] > 0 and row["versions"]["jax"] for row in rows)
+    said = capsys.readouterr().out.splitlines()
+    assert sum("missing" in line for line in said) == 1
+    assert "torch" in said[0] and said[0].endswith("our half runs alone")
+    if suite == "outliers":
+        assert 0 <= rows[0]["peak_bytes"] < 2**30
+
+
+def test_help_and_imports_are_timed_in_fresh_processes(tmp_path):
+    rows = rows_of("startup", ["--cases=help,imports", "--runs=1", "--frameworks=jax"], tmp_path)
+    assert [row["case"] for row in rows] == ["help", "imports"]
+    # The help must not start JAX, the pipeline does.
+    assert rows[0]["median_s"] < rows[1]["median_s"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("suite", "flags", "cases"),
+    [
+        ("latents", ["--latents=8", "--steps=2"], ["step", "default", "reference"]),
+        ("step", ["--cases=oal-teacher"], ["oal-teacher"]),
+    ],
+)
+def test_our_half_of_larger_suites(suite, flags, cases, tmp_path):
+    rows = rows_of(suite, [*flags, "--frameworks=jax", "--runs=1"], tmp_path)
+    assert [row["case"] for row in rows] == cases
+    assert all(row["compile_s"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_less(tmp_path):
+    flags = ["--config=configs/fashion.py", "--config.smoke=True", "--config.method.name=ce"]
+    starts = startup.Starts(tmp_path, [*flags, "--config.evaluation.scores=energy"])
+    for case in ("first", "second", "again"):
+        starts.take(case)()
+    spent = {case: seconds for case, (seconds,) in starts.compile_s.items()}
+    assert spent["first"] > 2 * spent["second"] > 0
+    assert spent["again"] < spent["second"]
+
+
+@pytest.mark.slow
+def test_our_side_of_the_job(tmp_path):
+    args = timing.parser("job").parse_args([])
+    args.warm_cache = False
+    results = {}
+    config = job.configs(smoke=True)["default"]
+    job._ours("default", config, tmp_path, args, results).run()
+    found = job.summary(results["jax", "default"])
+    assert list(found["stages"]) == [
+        *("teacher", "generator", "features", "outliers", "latents", "train", "evaluate", "score")
+    ]
+    assert found["compile_s"] > 0
+    assert found["metrics"].keys() >= {"id", "sandal", "bag", "mnist", "letters", "photos"}
+
+
+@pytest.mark.parametrize(
+    ("suite", "flags", "words"),
+    [
+        ("outliers", ["--frameworks=jaxx"], "framework 'jaxx' is unknown; known: jax, torch"),
+        ("features", ["--forms=fast"], "form 'fast' is unknown; known: reference, tuned"),
+        ("latents", ["--runs=0"], "--runs 0 must be 1 or more"),
+        ("step", ["--cases=oall"], "case 'oall' is unknown; known: ce"),
+        ("startup", ["--cases=third"], "case 'third' is unknown; known: help"),
+        ("features", ["--cases=vgg", "--frameworks=jax"], "case 'vgg' is unknown"),
+    ],
+)
+def test_a_mistake_is_one_line(suite, flags, words, tmp_path, capsys):
+    argv = ["run", "--suite", suite, "--output", str(tmp_path / "r.json"), *flags]
+    assert main.guard(run.main, argv) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only moves when `clock(seconds)` says so."""
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+
+    return wait
+
+
+def test_jobs_take_turns_and_ratios_are_of_the_same_turn(clock, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "where", lambda *_: {"device": "d", "versions": {}})
+    order, slower = [], {"ours": iter([9, 1, 2, 4]), "theirs": iter([50, 3, 2, 8])}
+
+    def job(name):
+        def take():
+            order.append(name)
+            clock(next(slower[name]))
+
+        return take
+
+    args = timing.parser("s").parse_args(["--runs=3"])
+    jobs = [
+        Job("case", "jax", job("ours"), items=10),
+        Job("case", "torch", job("theirs"), more={"form": "tuned"}),
+    ]
+    ours, theirs = timing.measure("s", jobs, args)
+    assert order == ["ours", "theirs"] * 4
+    assert (ours["median_s"], ours["min_s"], ours["max_s"], ours["runs"]) == (2, 1, 4, 3)
+    assert (ours["warm_up_s"], ours["compile_s"], ours["per_s"]) == (9, 7, 5)
+    assert (theirs["warm_up_s"], theirs["compile_s"], theirs["form"]) == (50, 47, "tuned")
+    # 3 / 1, 2 / 2, 8 / 4: not the ratio of the medians, 3 / 2.
+    assert theirs["ratios"] == {"case": [2.0, 1.0, 3.0]}
+    assert "ratios" not in ours
+    assert "2.00 x ours (1.00 to 3.00)" in capsys.readouterr().out
+
+
+def test_time_spans_within_others_count_once():
+    spent = startup.Spent()
+    for start, end in ((5, 9), (6, 7), (1, 2), (8, 10)):
+        spent("/jax/core/compile/backend_compile_duration", start, end, fun_name="f")
+    spent("/jax/checkpoint/write", 0, 100)
+    assert spent.seconds == 1 + 5
+
+
+def test_a_process_that_fails_is_said_in_one_line():
+    with pytest.raises(UserError, match=r"python -c .* failed \(1\): ValueError: of this$"):
+        timing.python(["-c", "raise ValueError('of this')"])
+
+
+def test_the_job_is_summed_up_by_medians():
+    found = [
+        {"stages": {"train": t}, "compile_s": c, "metrics": {"id": {"accuracy": t}}}
+        for t, c in ((1.0, 4.0), (5.0, 2.0), (2.0, 3.0))
+    ]
+    expected = {"stages": {"train": 2.0}, "compile_s": 3.0, "metrics": {"id": {"accuracy": 2.0}}}
+    assert job.summary(found) == expected
+
+
+def test_every_form_has_a_recipe_that_caches_views_as_it_expects():
+    recipes = job.configs(smoke=False)
+    assert set(job.RECIPE) == set(timing.FORMS)
+    for form, recipe in job.RECIPE.items():
+        assert bool(recipes[recipe].teacher.views) == (form == "shortcuts")
+        assert recipes[recipe].evaluation.scores == ("energy",)
+        assert recipes[recipe].data.csid == ("none",)
+
+
+def test_features_of_the_outlier_suite_are_unit_vectors_in_classes():
+    features = outliers.make_features({"classes": 3, "features": 20, "width": 32})
+    np.testing.assert_allclose(np.linalg.norm(features, axis=-1), 1, rtol=1e-6)
+    means = features.mean(1)
+    within = np.einsum("cnd,cd->cn", features, means).mean()
+    across = np.einsum("cnd,kd->cnk", features, means)[
+        ~np.eye(3, dtype=bool)[:, None].repeat(20, 1)
+    ]
+    assert within > 3 * abs(across.mean())
+
+
+def test_a_step_of_full_size_has_batches_of_its_networks():
+    args = timing.parser("step").parse_args([])
+    args.batch, args.side, args.teacher_depth = 3, 64, 2
+    for name, (recipe, large) in step.OAL_CASES.items():
+        config, classes, batch = step.make_problem(recipe, large, args)
+        size = config.train.batch_size
+        assert all(len(array) == size for array in batch.values()), name
+        assert batch["image"].shape[1:] == ((64, 64, 3) if large else (28, 28, 1))
+        assert batch["outlier"].shape[1] == config.teacher.width == (768 if large else 128)
+        assert batch["label"].max() < classes
+        assert ("teacher_logits" in batch) == bool(config.teacher.views)

@@ -1,0 +1,480 @@
+"""One program on any devices: meshes, shardings, the same draws and results, elastic restore."""
+
+import collections
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_methods
+from jax.sharding import PartitionSpec
+
+from oal_jax import distributed, processes
+from oal_jax import scores as post_hoc
+from oal_jax.config import Config
+from oal_jax.data.augment import augment
+from oal_jax.errors import UserError
+from oal_jax.methods import build, ce
+from oal_jax.outliers import knn
+from oal_jax.scores import Head, Outputs
+from oal_jax.stages import generator, latents
+from oal_jax.stages.context import Context, apply_in_batches, classifier
+from oal_jax.training import loop
+from oal_jax.training.checkpoints import Checkpoints
+from oal_jax.training.optimizer import grouped_sgd
+from oal_jax.training.state import init_state, make_train_step
+
+KEY = jax.random.key(5)
+SIZES = (1, 2, 4)  # and 8 in a process of its own
+QUICK = {"xla_backend_optimization_level": 0}  # the programs are tiny: compiling is the cost
+IMAGE, CLASSES = test_methods.IMAGE, test_methods.CLASSES
+
+
+def mesh_of(data, model=1):
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    devices = jax.devices()[: data * model]
+    return jax.make_mesh((data, model), ("data", "model"), axes, devices=devices)
+
+
+def test_a_mesh_has_all_devices():
+    assert dict(distributed.make_mesh().shape) == {"data": 4, "model": 1}
+    assert dict(distributed.make_mesh(2).shape) == {"data": 2, "model": 2}
+    assert dict(distributed.make_mesh(4).shape) == {"data": 1, "model": 4}
+    for model, near in ((3, 2), (8, 4), (0, 1)):
+        with pytest.raises(
+            UserError, match=rf"mesh.model={model} must divide the 4 devices .* example {near}"
+        ):
+            distributed.make_mesh(model)
+
+
+def test_large_tensors_alone_are_split():
+    shapes = {
+        "kernel": jax.ShapeDtypeStruct((3, 3, 512, 1024), jnp.float32),
+        "square": jax.ShapeDtypeStruct((512, 512), jnp.float32),
+        "odd": jax.ShapeDtypeStruct((1001, 999), jnp.float32),
+        "bias": jax.ShapeDtypeStruct((1024,), jnp.float32),
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+    }
+    specs = jax.tree.map(lambda s: s.spec, distributed.shardings(shapes, mesh_of(2, 2)))
+    assert specs == {
+        "kernel": PartitionSpec(None, None, None, "model"),
+        "square": PartitionSpec(None, "model"),
+        "odd": PartitionSpec(),
+        "bias": PartitionSpec(),
+        "step": PartitionSpec(),
+    }
+    whole = distributed.shardings(shapes, mesh_of(4))
+    assert {s.spec for s in jax.tree.leaves(whole)} == {PartitionSpec()}
+
+
+def test_finite_is_told_of_every_float():
+    good = {"a": jnp.ones((4, 2)), "n": jnp.array([1]), "half": jnp.ones(3, jnp.bfloat16)}
+    assert distributed.is_finite(good)
+    for name in ("a", "half"):
+        for value in (jnp.nan, -jnp.inf):
+            bad = good | {name: good[name].at[-1].set(value)}
+            assert not distributed.is_finite(bad)
+            spread = distributed.place(jnp.ones((8, 2)).at[7].set(value), rows_over(4))
+            assert not distributed.is_finite({"x": spread})
+
+
+def rows_over(size):
+    return distributed.over_data(mesh_of(size))
+
+
+def test_one_process_is_the_first_and_waits_for_nobody():
+    assert processes.is_main() and not processes.several() and processes.index() == 0
+    assert processes.on_main(lambda: {"a": (1, 2)}) == {"a": (1, 2)}  # as it is, not through JSON
+    processes.wait_for_all()
+    assert distributed.all_processes(True) and not distributed.all_processes(False)
+    assert bool(distributed.any_process(True, distributed.make_mesh()))
+    with processes.only_main_prints():
+        assert sys.stdout is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("host", 2, 0), "--coordinator 'host' must be HOST:PORT"),
+        ((":1234", 2, 0), "--coordinator ':1234' must be HOST:PORT"),
+        (("host:0", 2, 0), "must be HOST:PORT, such as 10.0.0.1:1234"),
+        (("host:65536", 2, 0), "must be HOST:PORT"),
+        (("host:x", 2, 0), "must be HOST:PORT"),
+        (("host:1", 0, 0), "--num-processes 0 must be at least 1"),
+        (("host:1", 2, 2), "--process-id 2 must lie in 0..1"),
+        (("host:1", 2, -1), "--process-id -1 must lie in 0..1"),
+        ((None, 2, 0), "go together: give all"),
+    ],
+)
+def test_impossible_processes_are_refused(arguments, said):
+    with pytest.raises(UserError) as refused:
+        distributed.initialize(*arguments)
+    assert said in str(refused.value)
+
+
+def test_no_time_to_join_is_refused():
+    for name in ("join", "heartbeat"):
+        with pytest.raises(UserError, match=f"--{name}-timeout 0 must be at least 1"):
+            distributed.initialize("host:1", 2, 1, **{f"{name}_timeout": 0})
+    distributed.initialize()  # nothing given: nothing to join
+
+
+# What every draw of the project is made of, on a batch that is split over the devices.
+def draws(mesh):
+    images = jax.random.randint(KEY, (8, 12, 12, 3), 0, 256, jnp.int32).astype(jnp.uint8)
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def drawn(images):
+        images = distributed.shard_batch(images, mesh)
+        rows = jnp.arange(8)
+        return distributed.shard_batch(
+            {
+                "augmented": augment(KEY, images, rows, rows, shift=2, flip=True),
+                "normal": jax.random.normal(KEY, (8, 5)),
+                "rows": jax.random.choice(KEY, 100, (8,), replace=False),
+                "directions": knn.sample_random(KEY, 8, 7),
+                "permutation": jax.random.permutation(KEY, 64).reshape(8, 8),
+                "bernoulli": jax.random.bernoulli(KEY, 0.3, (8, 50)),
+            },
+            mesh,
+        )
+
+    return jax.tree.map(np.asarray, drawn(distributed.replicate(images, mesh)))
+
+
+def test_draws_are_the_same_bits_on_any_number_of_devices():
+    assert jax.config.jax_threefry_partitionable
+    one, *others = (draws(mesh_of(size)) for size in SIZES)
+    for other in others:
+        for name, values in one.items():
+            if name == "directions":  # a sum for the length: its order is the compiler's choice
+                np.testing.assert_allclose(other[name], values, rtol=1e-6)
+            else:
+                np.testing.assert_array_equal(other[name], values, err_msg=name)
+
+
+PLAN = loop.Plan(examples=26, batch_size=8, epochs=2, log_every=2)
+NET = test_methods.Net(feature_width=8)
+
+
+def sgd(groups, rate):
+    settings = {"momentum": 0.9, "weight_decay": 5e-4, "clip": 1.0}
+    return grouped_sgd(
+        dict.fromkeys(groups, rate), steps=PLAN.steps, warmup=0.1, floor=0.0, **settings
+    )
+
+
+def images_of(count):
+    return np.random.default_rng(0).integers(0, 256, (count, *IMAGE), np.uint8)
+
+
+class Trained(NamedTuple):
+    logged: np.ndarray  # (step, loss, norm of the gradient)
+    state: Any
+    outputs: list[np.ndarray]  # of all images, the last batch of them not full
+
+
+def train(mesh, plan=PLAN, checkpoints=None) -> Trained:
+    """Train a small classifier through the loop, on as many devices as the mesh has."""
+    labels = (np.arange(plan.examples) % CLASSES).astype(np.int32)
+    arrays = {"images": images_of(plan.examples), "labels": labels}
+    method = ce.cross_entropy(NET, IMAGE)
+    optimizer = sgd(["student"], 0.05)
+    state = init_state(method, optimizer, KEY, mesh)
+    state = (checkpoints and checkpoints.restore(state)) or state
+
+    def make_batch(arrays, indices, epoch, step):
+        del step
+        views = jnp.broadcast_to(epoch, indices.shape)
+        images = augment(KEY, arrays["images"][indices], indices, views, shift=1, flip=True)
+        return {"image": images, "label": arrays["labels"][indices]}
+
+    logged = []
+
+    class Log:
+        def write(self, step, metrics):
+            logged.append((step, metrics["loss"], metrics["gradient_norm"]))
+
+        def sync(self):
+            pass
+
+    state = loop.fit(
+        make_train_step(method, optimizer, KEY),
+        state,
+        arrays,
+        make_batch,
+        plan,
+        key=KEY,
+        mesh=mesh,
+        name="tiny",
+        log=Log(),
+        checkpoints=checkpoints,
+    )
+    variables = {"params": state.params["student"], **state.model_state["student"]}
+    forward = classifier(NET, mesh)(variables)
+    return Trained(np.array(logged), state, apply_in_batches(forward, arrays["images"], 8, mesh))
+
+
+def assert_alike(one: Trained, other: Trained) -> None:
+    np.testing.assert_allclose(other.logged, one.logged, rtol=5e-4)
+    states = [jax.tree.map(distributed.to_host, trained.state) for trained in (one, other)]
+    chex.assert_trees_all_close(*states, rtol=5e-4, atol=1e-5)
+    for a, b in zip(one.outputs, other.outputs, strict=True):
+        assert len(a) == len(b) == PLAN.examples
+        np.testing.assert_allclose(b, a, rtol=5e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained_on_one():
+    return train(mesh_of(1))
+
+
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_training_and_evaluation_are_alike_on_any_number_of_devices(trained_on_one, size):
+    assert_alike(trained_on_one, train(mesh_of(size)))
+
+
+@pytest.fixture
+def split_small(monkeypatch):
+    """Tensors of a few elements are split as large ones are."""
+    monkeypatch.setattr(distributed, "_SPLIT_FROM", 8)
+
+
+def test_training_is_alike_with_split_parameters(trained_on_one, split_small):
+    other = train(mesh_of(2, 2))
+    assert_alike(trained_on_one, other)
+    # They were made split, and stayed so, the momentum with them.
+    kernels = [x for x in jax.tree.leaves(other.state) if x.shape == (3, 3, 1, 8)]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 3, 1, 4)}
+
+
+@pytest.mark.slow
+def test_the_generator_samples_alike_with_split_parameters(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "_SPLIT_FROM", 4096)
+    config, sampled = Config(), []
+    config.latents.steps, config.latents.chunk = 4, 8
+    for model in (1, 2):
+        context = Context(config, tmp_path, distributed.make_mesh(model), KEY)
+        sd, params = generator.load(context)
+        where = jax.tree.leaves(distributed.shardings(params, context.mesh))
+        assert sum("model" in s.spec for s in where) == (0 if model == 1 else 79)
+        sample = latents._sampler(context, sd, params, generator.class_words(context))
+        vectors = np.random.default_rng(0).normal(size=(8, sd.text_width)).astype(np.float32)
+        numbers = np.arange(8)
+        sampled.append(sample(vectors, numbers.astype(np.int32), numbers, "latents"))
+    np.testing.assert_allclose(sampled[1], sampled[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def half_way(tmp_path_factory):
+    """A directory with a checkpoint of the first epoch, of split parameters; and that state."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    with pytest.MonkeyPatch.context() as patch, closing(Checkpoints(directory)) as checkpoints:
+        patch.setattr(distributed, "_SPLIT_FROM", 8)
+        return directory, train(mesh_of(2, 2), PLAN._replace(epochs=1), checkpoints).state
+
+
+@pytest.mark.parametrize("onto", [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)])
+def test_a_checkpoint_is_read_onto_other_devices(half_way, split_small, onto):
+    directory, saved = half_way
+    like = distributed.place_parameters(jax.tree.map(np.zeros_like, saved), mesh_of(*onto))
+    with closing(Checkpoints(directory)) as checkpoints:
+        state = checkpoints.restore(like)
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(saved))
+    assert jax.tree.map(lambda x: x.sharding, state) == distributed.shardings(like, mesh_of(*onto))
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_on_other_devices(half_way, trained_on_one, tmp_path):
+    directory, saved = half_way
+    shutil.copytree(directory, tmp_path / "checkpoints")
+    with closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+        other = train(mesh_of(4), PLAN, checkpoints)
+    rows = trained_on_one.logged
+    assert_alike(trained_on_one._replace(logged=rows[rows[:, 0] > int(saved.step)]), other)
+
+
+SCORES = ("energy", "knn", "mahalanobis", "react")
+
+
+def scores_of(mesh, monkeypatch):
+    """Outputs of 21 images in batches of 8, and what scores fitted on them say."""
+    monkeypatch.setattr(distributed, "make_mesh", lambda: mesh)
+    rng = np.random.default_rng(1)
+    kernel = rng.normal(size=(np.prod(IMAGE), 12)).astype(np.float32)
+    head = Head(rng.normal(size=(12, CLASSES)).astype(np.float32), np.ones(CLASSES, np.float32))
+
+    def forward(images):
+        features = jax.nn.relu(images.reshape(len(images), -1) / 255 @ kernel)
+        return Outputs(features @ head.kernel + head.bias[None], features)
+
+    images = images_of(81)
+    outputs = post_hoc.compute(forward, images[:60], 8, ("features",))
+    others = post_hoc.compute(forward, images[60:], 8, ("features",))
+    assert others.logits.shape == (21, CLASSES)
+    found = {"logits": others.logits}
+    for name in SCORES:
+        score = post_hoc.make(name)
+        state = post_hoc.fit(score, outputs, np.arange(60) % CLASSES, head)
+        found[name] = post_hoc.apply(score, state, others, 8)
+        assert found[name].shape == (21,)
+    return found
+
+
+def test_scores_are_alike_on_any_number_of_devices(monkeypatch):
+    one, four = (scores_of(mesh_of(size), monkeypatch) for size in (1, 4))
+    for name, values in one.items():
+        np.testing.assert_allclose(four[name], values, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def method_of(name):
+    """(method, batch) of a name of the registry, made as stage `train` makes it."""
+    config = Config()
+    config.method.name = name
+    config.teacher.width = 6
+    config.method.exposure.poem_buffer = 16
+    virtual = config.method.virtual
+    virtual.queue, virtual.samples, virtual.candidates = 4, 16, 8
+    virtual.neighbour, virtual.boundary, virtual.npos_keep, virtual.start = 2, 4, 2, 0.0
+    rng, rows, latent = np.random.default_rng(0), 16, (5, 5, 4)
+    recipe = build.METHODS[name]
+    each = rows * recipe.outliers_per_image(config)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    batch = {
+        "image": rng.uniform(size=(rows, *IMAGE)).astype(np.float32),
+        "label": (np.arange(rows) % CLASSES).astype(np.int32),
+        "teacher_logits": normal(rows, CLASSES),
+        "teacher_features": normal(rows, 6),
+        "latent": normal(rows, *latent),
+        "outlier": normal(rows, 6),
+        "outlier_latent": normal(rows, *latent),
+        "outlier_image": rng.uniform(size=(each, *IMAGE)).astype(np.float32),
+        "wild_image": rng.uniform(size=(each, *IMAGE)).astype(np.float32),
+    }
+    parts = build.Parts(
+        config,
+        NET,
+        IMAGE,
+        shapes={"latents": (rows, *latent)},
+        steps=10,
+        epoch_steps=5,
+        start_loss=1.0,
+        ce_transform=None,
+    )
+    return build.make(parts, constraint=0.5), batch
+
+
+def steps_of_methods(mesh, names) -> dict[str, list[float]]:
+    """Loss, gradient norm and parameter norm of two steps of every method."""
+    found = {}
+    for name in names:
+        method, batch = method_of(name)
+        groups = list(jax.eval_shape(method.init, KEY)[0])
+        optimizer = sgd(groups, 0.01)
+        step = jax.jit(
+            make_train_step(method, optimizer, KEY),
+            compiler_options=QUICK,
+        )
+        state = init_state(method, optimizer, KEY, mesh)
+        batch = distributed.place(batch, distributed.over_data(mesh))
+        found[name] = []
+        for _ in range(2):
+            state, metrics = step(state, batch)
+            keys = ("loss", "gradient_norm", "parameter_norm")
+            found[name] += [float(metrics[key]) for key in keys]
+    return found
+
+
+def outliers_of_a_class():
+    rows = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    sizes = {"k": 5, "count": 8, "anchors": 4, "noise_rows": 16, "keep": 2, "repeats": 2}
+    return knn.sample_class(KEY, knn.unit(rows), sigma=0.1, selection="top", **sizes)
+
+
+def flat(trained: Trained, drawn, steps) -> dict[str, np.ndarray]:
+    leaves = [*jax.tree.leaves(trained.state), trained.logged, *trained.outputs]
+    named = {f"train {i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
+    named |= {f"draw {name}": value for name, value in drawn.items()}
+    return named | {f"method {name}": np.array(values) for name, values in steps.items()}
+
+
+def write_results(path: Path) -> None:
+    """What the test below compares, on all devices of the process that it runs in."""
+    mesh = distributed.make_mesh()
+    assert mesh.size == 8
+    steps = steps_of_methods(mesh, build.METHODS)
+    results = flat(train(mesh), draws(mesh), steps)
+    np.savez(path, **results, outliers=np.asarray(outliers_of_a_class()))
+
+
+@pytest.mark.slow
+def test_every_method_is_alike_on_one_two_and_eight_devices(tmp_path, trained_on_one):
+    code = "import sys, test_distributed as t; t.write_results(t.Path(sys.argv[1]))"
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", code, str(tmp_path / "eight.npz")]
+    child = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        one, two = (steps_of_methods(mesh_of(size), build.METHODS) for size in (1, 2))
+        here = flat(trained_on_one, draws(mesh_of(1)), one)
+        _, err = child.communicate(timeout=300)
+    finally:
+        child.kill()
+        child.wait()
+    assert child.returncode == 0, err
+    eight = dict(np.load(tmp_path / "eight.npz"))
+    np.testing.assert_allclose(eight.pop("outliers"), outliers_of_a_class(), rtol=1e-5, atol=1e-6)
+    assert eight.keys() == here.keys()
+    for name, value in here.items():
+        if name.startswith("draw") and name != "draw directions":
+            np.testing.assert_array_equal(eight[name], value, err_msg=name)
+        else:
+            np.testing.assert_allclose(eight[name], value, rtol=2e-3, atol=1e-4, err_msg=name)
+    for name, values in one.items():
+        np.testing.assert_allclose(two[name], values, rtol=2e-3, err_msg=name)
+
+
+def test_on_one_device_the_program_is_that_of_plain_jit():
+    """What the mesh adds is free: the compiled programs have the same instructions."""
+    mesh, plan = mesh_of(1), PLAN
+    method = ce.cross_entropy(NET, IMAGE)
+    optimizer = sgd(["student"], 0.05)
+    state = init_state(method, optimizer, KEY)
+    train_step = make_train_step(method, optimizer, KEY)
+    arrays = {"image": images_of(plan.examples) / np.float32(255), "label": np.zeros(26, np.int32)}
+    order = np.arange(24, dtype=np.int32).reshape(3, 8)
+
+    def make_batch(arrays, indices, epoch, step):
+        del epoch, step
+        return {name: array[indices] for name, array in arrays.items()}
+
+    def plain(state, arrays, order):
+        row = state.step % plan.steps_per_epoch
+        state, metrics = train_step(state, make_batch(arrays, order[row], None, None))
+        return state, jax.tree.map(lambda m: m[None], metrics)
+
+    one = jax.devices()[0]
+    sharded = loop.compile_step(train_step, make_batch, plan, mesh)
+    arguments = distributed.replicate((state, arrays, order), mesh)
+    programs = [
+        jax.jit(plain, donate_argnums=0).lower(*jax.device_put((state, arrays, order), one)),
+        sharded.lower(*arguments),
+    ]
+    counts = [instructions(program.compile().as_text()) for program in programs]
+    assert counts[0] == counts[1] and counts[0].total() > 100
+
+
+def instructions(text: str) -> collections.Counter:
+    """How often each kind of instruction stands in a compiled program."""
+    return collections.Counter(re.findall(r" = \S+ ([a-z-]+)\(", text))

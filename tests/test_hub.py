@@ -1,0 +1,213 @@
+"""Models of the Hugging Face hub: from a local server that answers as it does, and from its cache.
+
+Each call is a process of its own: the hub's library reads its environment once.
+"""
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import oal_jax.pretrained
+from oal_jax.config import Config
+from oal_jax.config_checks import validate
+from oal_jax.errors import UserError
+from oal_jax.generator import stable_diffusion as stable
+from oal_jax.pretrained import diffusers_directory, hub
+
+SHIPPED = Path(oal_jax.pretrained.__file__).parent / "weights" / "fashion_sd"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+MODEL = f"hub:org/small-sd@{COMMIT}"
+SNAPSHOT = Path("models--org--small-sd", "snapshots", COMMIT)
+# What real repositories have beside the files that are read.
+UNWANTED = (
+    *("v1-4.ckpt", "v1-4.safetensors", "README.md", "safety_checker/model.safetensors"),
+    *("unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors"),
+    *("unet/diffusion_pytorch_model.non_ema.safetensors", "text_encoder/pytorch_model.bin"),
+    *("vae/diffusion_flax_model.msgpack", "feature_extractor/preprocessor_config.json"),
+)
+# Repositories that the server refuses: status, the hub's own word for it.
+REFUSED = {
+    "org/gated": (403, "GatedRepo"),
+    "org/nowhere": (404, "RepoNotFound"),
+    "org/other-commit": (404, "RevisionNotFound"),
+    "org/broken": (503, ""),
+}
+WANTED = sorted(p.relative_to(SHIPPED).as_posix() for p in SHIPPED.rglob("*") if p.is_file())
+
+_LOCATE = """
+import sys
+from oal_jax.errors import UserError
+from oal_jax.pretrained import hub
+for name in sys.argv[1:]:
+    try:
+        print(hub.locate(name))
+    except UserError as error:
+        print("UserError", error)
+"""
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self.wfile.write(self._answer())
+
+    def _answer(self) -> bytes:
+        path = self.path.partition("?")[0]
+        repository = "/".join(path.removeprefix("/api/models").split("/")[1:3])
+        headers, body, status = {}, b"", 200
+        if repository in REFUSED:
+            status, word = REFUSED[repository]
+            headers = {"X-Error-Code": word} if word else {}
+        elif path.startswith("/api/models/"):
+            files = [{"rfilename": name} for name in (*WANTED, *UNWANTED)]
+            answer = {"id": repository, "sha": COMMIT, "siblings": files}
+            body = json.dumps(answer).encode()
+        else:
+            name = path.split(f"/resolve/{COMMIT}/")[1]
+            body = (SHIPPED / name).read_bytes() if name in WANTED else b"not to be fetched"
+            headers = {"ETag": f'"{name.replace("/", "-")}"', "X-Repo-Commit": COMMIT}
+            if self.command == "GET":
+                self.server.fetched.append(name)
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        return body
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as running:
+        running.fetched = []
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def address(server) -> str:
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+def locate(cache: Path, endpoint: str, *names: str, **more: str) -> list[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_HOME": str(cache.parent), "HF_HUB_CACHE": str(cache)}
+    environment |= {"HF_ENDPOINT": endpoint, "NO_PROXY": "*", **more}
+    run = subprocess.run(
+        [sys.executable, "-c", _LOCATE, *names],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return run.stdout.splitlines()
+
+
+def test_fetches_what_is_read_and_then_never_asks_again(server, tmp_path):
+    cache = tmp_path / "cache"
+    first, second = locate(cache, address(server), MODEL, MODEL)
+    assert Path(first) == Path(second) == cache / SNAPSHOT
+    found = sorted(p.relative_to(first).as_posix() for p in Path(first).rglob("*") if p.is_file())
+    assert found == sorted(server.fetched) == WANTED
+    assert all(Path(first, name).read_bytes() == (SHIPPED / name).read_bytes() for name in WANTED)
+    stable.check(Path(first))
+
+    # What a download that was interrupted left is completed.
+    Path(first, "vae", "config.json").unlink()
+    shutil.rmtree(cache / "models--org--small-sd" / "blobs")
+    for name in WANTED:
+        target = Path(first, name)
+        target.unlink(missing_ok=True)
+        if not name.startswith("vae/"):
+            shutil.copy(SHIPPED / name, target)
+    server.fetched.clear()
+    locate(cache, address(server), MODEL)
+    assert sorted(server.fetched) == [name for name in WANTED if name.startswith("vae/")]
+
+
+def test_refusals_of_the_hub_are_one_line(server, tmp_path):
+    names = [f"hub:{repository}@{COMMIT}" for repository in REFUSED]
+    lines = locate(tmp_path / "cache", address(server), *names)
+    assert len(lines) == len(names) and all(line.startswith("UserError hub:") for line in lines)
+    for line, word in zip(lines, ("licence", "no such", "no such", "HTTP 503"), strict=True):
+        assert word in line
+
+
+def test_a_cache_is_enough_and_without_one_there_is_one_line(tmp_path):
+    """No server at all: offline by choice, and cut off."""
+    cache = tmp_path / "cache"
+    shutil.copytree(SHIPPED, cache / SNAPSHOT)
+    other = f"hub:org/other@{COMMIT}"
+    found, missing = locate(cache, "http://127.0.0.1:9", MODEL, other, HF_HUB_OFFLINE="1")
+    assert Path(found) == cache / SNAPSHOT
+    assert other in missing and str(cache) in missing and "HF_HUB_OFFLINE" in missing
+    found, missing = locate(cache, "http://127.0.0.1:9", MODEL, other)
+    assert Path(found) == cache / SNAPSHOT
+    assert other in missing and "can't be reached (Connection refused)" in missing
+
+
+def test_the_command_ends_with_one_line_and_status_2(tmp_path):
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "oal_jax.main", "--config", "configs/fashion.py"]
+    flags = ["--stage", "generator", f"--config.generator.directory={MODEL}"]
+    run = subprocess.run(
+        [*command, "--workdir", str(tmp_path / "run"), *flags],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1 and MODEL in run.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("hub:", "hub:small-sd", "hub:org/small-sd", "hub:org/small-sd@main"),
+        *(f"hub:org/small-sd@{COMMIT[:-1]}", f"hub:../x/y@{COMMIT}", f"hub:org@{COMMIT}"),
+    ],
+)
+def test_a_name_without_a_commit_is_refused(name):
+    config = Config()
+    config.generator.directory = name
+    with pytest.raises(UserError, match="hub:ORG/NAME@COMMIT"):
+        validate(config)
+
+
+def test_names_and_paths():
+    assert hub.parse("~/models/sd") is None and hub.parse("") is None
+    assert str(hub.parse(MODEL)) == MODEL
+    assert hub.locate("~/models") == Path.home() / "models"
+
+
+def test_needed_files():
+    needed = diffusers_directory.needed
+    assert needed((*WANTED, *UNWANTED), "here") == WANTED
+    unet = "unet/diffusion_pytorch_model"
+    without = [name for name in WANTED if name != f"{unet}.safetensors"]
+    half = [f"{unet}.fp16.safetensors", f"{unet}.bin"]
+    assert f"{unet}.fp16.safetensors" in needed([*without, *half], "here")
+    shards = [f"{unet}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    sharded = [*shards, f"{unet}.safetensors.index.json"]
+    others = [f"{unet}.fp16-00001-of-00002.safetensors", f"{unet}.safetensors.index.fp16.json"]
+    assert set(needed([*without, *sharded, *others], "here")) == {*without, *sharded}
+    assert set(needed([*without, *others], "here")) == {*without, *others}
+    with pytest.raises(UserError, match=r"pickled.*pretrained.convert --input \S+\.bin --output"):
+        needed([*without, f"{unet}.bin"], "here")
+    with pytest.raises(UserError, match=r"no tokenizer/vocab\.json"):
+        needed([name for name in WANTED if "vocab" not in name], "here")

@@ -1,0 +1,379 @@
+"""Streamed image sets: the same batches as of sets in memory, workers, damage, bounded memory."""
+
+import functools
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import tracemalloc
+from pathlib import Path
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tfds_sets import a_class, an_image, png, write
+
+from oal_jax import distributed
+from oal_jax.data import manifest, sources, stream
+from oal_jax.errors import UserError
+from oal_jax.training import loop
+
+KEY = jax.random.key(3)
+PLAN = loop.Plan(examples=22, batch_size=4, epochs=4, log_every=2)  # 5 steps an epoch
+SIDE = 10
+
+
+def pixels(count: int, height: int = SIDE, width: int = SIDE) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def in_folder(root: Path, count: int) -> dict:
+    for i, image in enumerate(pixels(count, width=SIDE + 3)):
+        path = root / f"mine/train/{('cat', 'dog')[i % 2]}/{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return {"source": "folder", "name": "mine", "image_size": SIDE}
+
+
+def in_list(root: Path, count: int) -> dict:
+    lines = []
+    for i, image in enumerate(pixels(count, height=SIDE + 5)):
+        path = root / f"images_classic/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+        lines.append(f"{i}.png {i % 10}")
+    listed = root / "benchmark_imglist/cifar10/train_cifar10.txt"
+    listed.parent.mkdir(parents=True)
+    listed.write_text("\n".join(lines))
+    return {"source": "imglist", "name": "cifar10", "image_size": SIDE}
+
+
+def in_records(root: Path, count: int) -> dict:
+    examples = [{"image": png(image), "label": i % 3} for i, image in enumerate(pixels(count))]
+    features = {"image": an_image((SIDE, SIDE, 3)), "label": a_class(3)}
+    write(root, "pets", {"train": examples}, features, shards=2)
+    return {"source": "tfds", "name": "pets"}
+
+
+KINDS = {"folder": in_folder, "imglist": in_list, "tfds": in_records}
+
+
+@pytest.fixture(params=KINDS)
+def made(request, tmp_path):
+    return KINDS[request.param](tmp_path, PLAN.examples) | {"root": str(tmp_path)}
+
+
+@pytest.fixture
+def mine(tmp_path):
+    return in_folder(tmp_path, PLAN.examples) | {"root": str(tmp_path)}
+
+
+def opened(made: dict, workers: int = 0, **more) -> stream.Streamed:
+    return stream.open_stream(sources.open_stored(split="train", **made, **more), workers)
+
+
+def order(epoch: int) -> np.ndarray:
+    """What the loop draws of a set in memory."""
+    return jax.device_get(loop.epoch_order(KEY, epoch, PLAN))
+
+
+def rows(data: stream.Streamed, step: int = 0, **processes) -> list[dict]:
+    open_rows = stream.rows(data, order, PLAN.steps_per_epoch, PLAN.steps, **processes)
+    with open_rows(step) as batches:
+        return list(batches)
+
+
+def same(a: list[dict], b: list[dict]) -> None:
+    assert len(a) == len(b)
+    for one, other in zip(a, b, strict=True):
+        assert one.keys() == other.keys() == {"index", "image", "label"}
+        for name in one:
+            assert one[name].dtype == other[name].dtype
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_batches_are_those_of_a_set_in_memory(made):
+    held, found = sources.load(split="train", **made), rows(opened(made))
+    assert len(found) == PLAN.steps
+    for step, row in enumerate(found):
+        wanted = order(step // PLAN.steps_per_epoch)[step % PLAN.steps_per_epoch]
+        np.testing.assert_array_equal(row["index"], wanted)
+        np.testing.assert_array_equal(row["image"], held.images[wanted])
+        np.testing.assert_array_equal(row["label"], held.labels[wanted])
+        assert (row["image"].dtype, row["label"].dtype) == (np.uint8, np.int32)
+    assert {int(i) for row in found[:5] for i in row["index"]} <= set(range(PLAN.examples))
+    assert len({row["index"].tobytes() for row in found}) == PLAN.steps
+
+
+def test_a_step_number_is_enough_to_go_on(mine):
+    whole = rows(opened(mine))
+    for step in (1, 5, 7, PLAN.steps):  # in an epoch, at its start, at the end of the training
+        same(rows(opened(mine), step), whole[step:])
+
+
+def test_processes_have_parts_of_the_same_batches(mine):
+    whole = rows(opened(mine))
+    for count, step in ((2, 0), (2, 7), (4, 13)):  # also where another number of them began
+        parts = [
+            rows(opened(mine), step, process_index=i, process_count=count) for i in range(count)
+        ]
+        joined = [
+            {name: np.concatenate([part[name] for part in of_step]) for name in of_step[0]}
+            for of_step in zip(*parts, strict=True)
+        ]
+        same(joined, whole[step:])
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    weights: jax.Array
+
+
+def train(arrays: dict, start: State | None = None, **options) -> State:
+    """A few steps whose result depends on every pixel, and on the order of the batches."""
+
+    def make_batch(arrays, indices, epoch, step):
+        del epoch, step
+        drawn = arrays.get("rows") or {name: a[indices] for name, a in arrays.items()}
+        return {"x": drawn["image"].reshape(len(indices), -1) / 255.0, "y": drawn["label"]}
+
+    def train_step(state, batch):
+        error = batch["x"] @ state.weights - batch["y"]
+        weights = state.weights - 1e-3 * jnp.mean(error[:, None] * batch["x"], axis=0)
+        return State(state.step + 1, weights), {"loss": jnp.mean(error**2)}
+
+    fresh = State(jnp.zeros((), jnp.int32), jnp.zeros(SIDE * SIDE * 3))
+    return loop.fit(
+        train_step,
+        fresh if start is None else start,
+        arrays,
+        make_batch,
+        PLAN,
+        key=KEY,
+        mesh=distributed.make_mesh(),
+        name="toy",
+        **options,
+    )
+
+
+def test_streamed_training_equals_training_in_memory(mine):
+    held = sources.load(split="train", **mine)
+    in_memory = train({"image": held.images, "label": held.labels})
+    open_rows = stream.rows(opened(mine), order, PLAN.steps_per_epoch, PLAN.steps)
+    streamed = train({}, rows=open_rows)
+    assert int(streamed.step) == PLAN.steps and float(jnp.abs(streamed.weights).max()) > 0
+    np.testing.assert_array_equal(streamed.weights, in_memory.weights)
+
+
+def script(body: str) -> str:
+    """A program whose main module other processes can import."""
+    return (
+        "import multiprocessing, sys, time\n"
+        "from pathlib import Path\n"
+        "import numpy as np\n"
+        "from oal_jax.data import sources, stream\n"
+        "def order(epoch):\n"
+        "    return np.random.default_rng(epoch).permutation(22)[:20].reshape(5, 4)\n"
+        "def opened(workers, **more):\n"
+        "    held = sources.open_stored('folder', 'mine', 'train', root=sys.argv[1],"
+        f" image_size={SIDE}, **more)\n"
+        "    return stream.open_stream(held, workers)\n"
+        f"def main():\n{textwrap.indent(textwrap.dedent(body), '    ')}\n"
+        "if __name__ == '__main__':\n    main()\n"
+    )
+
+
+def program(tmp_path: Path, body: str) -> list[str]:
+    path = tmp_path / "program.py"
+    path.write_text(script(body))
+    return [sys.executable, "-W", "error", str(path), str(tmp_path)]
+
+
+def test_worker_processes_give_the_same_and_end(mine, tmp_path):
+    body = """
+        with stream.rows(opened(0), order, 5, 15)(0) as batches:
+            whole = list(batches)
+        with stream.rows(opened(2), order, 5, 15)(3) as batches:
+            found = [next(batches)]
+            children = multiprocessing.active_children()
+            assert len(children) == 2
+            for child in children:
+                tasks = Path(f'/proc/{child.pid}/task').glob('*/comm')
+                assert 'python' in (names := {task.read_text().strip() for task in tasks})
+                assert 'tf_XLAEigen' not in names  # JAX has not started there
+            found += batches
+        assert len(found) == 12
+        assert not multiprocessing.active_children()
+        last = int(whole[4]['index'][0])
+        opened(0).stored.encodings.path(last).write_bytes(b'nothing')
+        with stream.rows(opened(1), order, 5, 15)(3) as batches:
+            try:
+                for row in batches:
+                    found.append(row)
+            except Exception as error:
+                print(type(error).__name__, error)
+        assert len(found) == 13
+        for a, b in zip(found, [*whole[3:], whole[3]], strict=True):
+            for name in a:
+                assert type(a[name]) is np.ndarray and a[name].dtype == b[name].dtype
+                np.testing.assert_array_equal(a[name], b[name])
+        print(multiprocessing.active_children())
+    """
+    run = subprocess.run(program(tmp_path, body), capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    said, left = run.stdout.splitlines()
+    assert said.startswith(f"UserError {tmp_path}/mine/train/") and left == "[]"
+    assert ".png is damaged (not an image): replace it, or set data.on_corrupt=skip" in said
+
+
+@pytest.mark.slow
+def test_a_killed_training_leaves_no_workers(mine, tmp_path):
+    body = """
+        with stream.rows(opened(2), order, 5, 10**6)(0) as batches:
+            next(batches)
+            print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+            time.sleep(60)
+    """
+    with subprocess.Popen(program(tmp_path, body), stdout=subprocess.PIPE, text=True) as process:
+        children = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(children) == 2
+        for child in children:
+            os.kill(child, signal.SIGTERM)  # for the training, which lets them end in its own time
+        time.sleep(0.5)
+        assert all(alive(child) for child in children)
+        process.kill()
+    deadline = time.monotonic() + 20
+    while any(alive(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(alive(child) for child in children)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_leaving_early_ends_the_threads_and_the_files(mine, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream.tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    open_rows = stream.rows(opened(mine), order, PLAN.steps_per_epoch, PLAN.steps)
+    with open_rows(2) as batches:
+        next(batches)
+        assert list((tmp_path / "scratch").iterdir())
+    with pytest.raises(ZeroDivisionError), open_rows(2) as batches:
+        next(batches)
+        raise ZeroDivisionError
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def damage(mine: dict, *numbers: int) -> list[str]:
+    held = sources.open_stored(split="train", **mine)
+    paths = [held.encodings.path(number) for number in numbers]
+    for path in paths:
+        path.write_bytes(b"nothing")
+    return [str(path) for path in paths]
+
+
+def test_damaged_images_are_named(mine):
+    (name,) = damage(mine, 4)
+    for read in (rows, lambda data: list(data.chunks(3))):
+        with pytest.raises(UserError, match=f"{name} is damaged .not an image.: replace") as error:
+            read(opened(mine))
+        assert "\n" not in str(error.value)
+
+
+def test_damaged_images_are_replaced_and_counted_once_when_asked(mine, caplog):
+    held = sources.load(split="train", **mine)
+    damage(mine, 0, 4, 5)
+    data = opened(mine, on_corrupt="skip")
+    with caplog.at_level(logging.WARNING, "absl"):
+        found = rows(data)
+    assert [r.getMessage() for r in caplog.records] == ["mine/train: skipped 3 of 22 images"]
+    instead = {0: 1, 4: 6, 5: 6}
+    for step, row in enumerate(found):
+        wanted = order(step // PLAN.steps_per_epoch)[step % PLAN.steps_per_epoch]
+        drawn = [instead.get(int(i), int(i)) for i in wanted]
+        assert row["index"].tolist() == drawn
+        np.testing.assert_array_equal(row["image"], held.images[drawn])
+        np.testing.assert_array_equal(row["label"], held.labels[drawn])
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "absl"):
+        chunks = list(data.chunks(2))
+    assert [r.getMessage() for r in caplog.records] == ["mine/train: skipped 3 of 22 images"]
+    sound = np.delete(np.arange(22), [0, 4, 5])
+    np.testing.assert_array_equal(np.concatenate([c.images for c in chunks]), held.images[sound])
+    np.testing.assert_array_equal(np.concatenate([c.labels for c in chunks]), held.labels[sound])
+    damage(mine, *range(22))
+    with pytest.raises(UserError, match="all 22 images of mine/train are damaged"):
+        opened(mine, on_corrupt="skip")
+
+
+def test_chunks_are_the_set_in_order(made):
+    held, data = sources.load(split="train", **made), opened(made)
+    assert data.image_shape == held.image_shape == (SIDE, SIDE, 3)
+    assert (data.examples, data.name) == (held.examples, held.name)
+    assert data.class_names == held.class_names
+    np.testing.assert_array_equal(data.labels, held.labels)
+    for rows_ in (None, np.array([20, 3, 3, 0, 8])):
+        for size in (4, 22, 50):
+            a, b = list(held.chunks(size, rows_)), list(data.chunks(size, rows_))
+            assert [len(c.labels) for c in a] == [len(c.labels) for c in b]
+            for one, other in zip(a, b, strict=True):
+                np.testing.assert_array_equal(one.images, other.images)
+                np.testing.assert_array_equal(one.labels, other.labels)
+
+
+def test_faults_while_streaming_are_named(mine, tmp_path):
+    manifest.write(tmp_path)
+    data = opened(mine)
+    held = data.stored.encodings
+    Image.fromarray(pixels(1)[0]).save(held.path(3))
+    with pytest.raises(UserError, match=rf"{held.path(3)} differs from its sha256 in .*SHA256SUMS"):
+        rows(data)
+    (tmp_path / "SHA256SUMS").unlink()
+    data = opened(mine)
+    held.path(3).unlink()
+    with pytest.raises(UserError, match="cannot be read .No such file.*mend the folder"):
+        rows(data)
+    as_stored = opened(mine | {"image_size": 0}, limit=3)
+    Image.fromarray(pixels(1)[0]).save(held.path(2))
+    with pytest.raises(
+        UserError, match="10 x 10 pixels, the first .* 13 x 10: set data.image_size"
+    ):
+        list(as_stored.chunks(4))
+
+
+def in_order_of(count: int, epoch: int) -> np.ndarray:
+    return np.arange(count).reshape(-1, 8)
+
+
+def test_memory_does_not_grow_with_the_set(tmp_path):
+    side, peaks = 64, []
+    for count in (64, 512):
+        image = pixels(1, side, side)[0]
+        first = tmp_path / f"{count}/mine/train/cat/0.png"
+        first.parent.mkdir(parents=True)
+        Image.fromarray(image).save(first, compress_level=1)
+        for i in range(1, count):
+            os.link(first, first.with_name(f"{i}.png"))
+        data = opened({"source": "folder", "name": "mine", "root": str(tmp_path / str(count))})
+        in_order = functools.partial(in_order_of, count)
+        open_rows = stream.rows(data, in_order, count // 8, count // 8)
+        seen = 0
+        tracemalloc.start()
+        with open_rows(0) as batches:
+            seen += sum(len(row["image"]) for row in batches)
+        seen += sum(len(chunk.images) for chunk in data.chunks(8))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert seen == 2 * count
+    assert peaks[1] < 1.3 * peaks[0] + 200_000 < count * image.nbytes / 2

@@ -1,0 +1,256 @@
+"""Teachers from files: what they compute, how they are fine-tuned and aligned, and every fault."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file
+
+from oal_jax import distributed, main
+from oal_jax.config import Config, Data, Generator, Teacher, expand
+from oal_jax.config_checks import validate
+from oal_jax.errors import UserError
+from oal_jax.methods.alignment import aligned_cross_entropy
+from oal_jax.models.resized import Resized
+from oal_jax.models.resnet import ResNet
+from oal_jax.models.vit import VisionTransformer
+from oal_jax.pipeline import plan
+from oal_jax.pretrained.classifiers import load_classifier, save_timm
+from oal_jax.stages import generator, teacher
+from oal_jax.stages.context import Context
+from oal_jax.training.optimizer import adam_by_part
+
+CONFIG = Path(__file__).parent.parent / "configs" / "cifar10_32px.py"
+# The programs are tiny: compiling them is the cost.
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+SIZES = {"patch": 8, "width": 16, "depth": 1, "heads": 2, "mlp_ratio": 2.0}
+
+
+def random_variables(net, side):
+    """Weights in which nothing is zero, drawn without compiling the network's own init."""
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        values = rng.normal(size=leaf.shape).astype(np.float32)
+        if path[-1].key in ("scale", "var"):
+            return 1 + 0.2 * np.abs(values)
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 25
+        return values * np.float32(1 / np.sqrt(fan_in))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def vit_file(path, classes=10, **sizes):
+    """A ViT of random weights for 16 pixels, as timm keeps one."""
+    net = VisionTransformer(classes, **SIZES | sizes, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    return save_timm(path, random_variables(net, 16)["params"], None, net, image_size=16)
+
+
+def resnet_file(path, classes=10):
+    net = ResNet(classes, width=2, stem="imagenet", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    variables = random_variables(net, 32)
+    return save_timm(path, variables["params"], variables["batch_stats"], net, image_size=32)
+
+
+def context_of(tmp_path, teacher_config, **fields):
+    data = Data(source="generated", id_set="cifar10", image_size=8, train_images=64, shift=1)
+    config = Config(smoke=True, data=data, teacher=teacher_config, **fields)
+    mesh = distributed.make_mesh()
+    return Context(config, tmp_path / "run", mesh, jax.random.key(0))
+
+
+def enlarged(images, size):
+    """Bilinear, corners not aligned, edges repeated: row by row, then column by column."""
+    old = images.shape[1]
+    at = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
+    low = np.floor(at).astype(int)
+    high, part = np.minimum(low + 1, old - 1), at - low
+    rows = images[:, low] * (1 - part)[:, None, None] + images[:, high] * part[:, None, None]
+    return rows[:, :, low] * (1 - part)[:, None] + rows[:, :, high] * part[:, None]
+
+
+@pytest.mark.parametrize("kind", [vit_file, pytest.param(resnet_file, marks=pytest.mark.slow)])
+def test_a_file_s_network_sees_enlarged_images(tmp_path, kind):
+    path = kind(tmp_path / "weights.safetensors")
+    context = context_of(tmp_path, Teacher(weights=str(path), image_size=24))
+    teacher.run(context)
+    images = context.images("test", limit=8).images
+    logits, features = teacher.load(context)(images)
+    given = load_classifier(path, image_size=24)
+    larger = enlarged(images / 255, 24).astype(np.float32)
+    expected = quick(given.net.apply)(given.variables, larger)
+    np.testing.assert_allclose(logits, expected[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(features, expected[1], rtol=1e-4, atol=1e-4)
+    assert np.std(features) > 0.05
+
+
+def test_gray_images_become_those_of_three_channels():
+    net = Resized(VisionTransformer(3, **SIZES), 16)
+    gray = np.random.default_rng(0).uniform(size=(2, 16, 16, 1)).astype(np.float32)
+    variables = random_variables(net, 16)
+    both = [quick(net.apply)(variables, images) for images in (gray, np.repeat(gray, 3, 3))]
+    for ours, theirs in zip(*both, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_config_gets_the_sizes_of_the_file(tmp_path):
+    path = vit_file(tmp_path / "weights.safetensors", width=32, depth=2, mlp_ratio=3.0)
+    found = expand(Config(teacher=Teacher(weights=str(path)))).teacher
+    assert (found.patch, found.width, found.depth, found.heads) == (8, 32, 2, 2)
+    assert found.mlp_ratio == 3.0
+    path = resnet_file(tmp_path / "resnet.safetensors")
+    assert expand(Config(teacher=Teacher(weights=str(path)))).teacher.width == 16
+    config = Config(teacher=Teacher(weights="nowhere.safetensors"))
+    config.method.name = "ce"  # without a teacher
+    assert expand(config) == config
+
+
+def test_a_head_of_other_classes_is_replaced_only_where_it_is_trained(tmp_path):
+    path = vit_file(tmp_path / "weights.safetensors", classes=7)
+    with pytest.raises(UserError, match=r"a head of 7 classes, the ID set has 10.*teacher\.train"):
+        teacher.run(context_of(tmp_path, Teacher(weights=str(path))))
+
+
+def test_fine_tuning_moves_the_head_and_the_body_at_their_rates(tmp_path):
+    path = vit_file(tmp_path / "weights.safetensors", classes=7)
+    tuned = Teacher(
+        weights=str(path), train=True, epochs=1, batch_size=32, body_rate=1e-5, head_rate=1e-3
+    )
+    context = context_of(tmp_path, tuned)
+    teacher.run(context)
+    tensors = load_file(context.directory("teacher") / "teacher.safetensors")
+    before = load_file(path)
+    assert tensors["head.kernel"].shape == (16, 10)
+    assert tensors["blocks_0.attn.qkv.kernel"].dtype == np.float32
+    moved = np.abs(tensors["blocks_0.attn.qkv.kernel"].T - before["blocks.0.attn.qkv.weight"])
+    # Six steps of 32 of the 200 images, and an Adam step is about as long as its rate, at most.
+    assert 0.5e-5 < moved.max() < 6.5e-5
+    # The bias of a new head is zero before.
+    assert 0.5e-3 < np.abs(tensors["head.bias"]).max() < 6.5e-3
+    logits, _ = teacher.load(context)(context.images("test", limit=4).images)
+    assert logits.shape == (4, 10)
+
+
+@pytest.mark.slow
+def test_a_resnet_keeps_and_trains_its_statistics(tmp_path):
+    path = resnet_file(tmp_path / "weights.safetensors")
+    tuned = Teacher(weights=str(path), train=True, epochs=1, batch_size=32)
+    context = context_of(tmp_path, tuned)
+    teacher.run(context)
+    tensors = load_file(context.directory("teacher") / "teacher.safetensors")
+    before = load_file(path)["bn1.running_mean"]
+    assert np.abs(tensors["batch_stats/bn1.mean"] - before).max() > 1e-3
+
+
+def test_adam_by_part_against_a_transcription():
+    rng = np.random.default_rng(0)
+    params = {"student": {"body": rng.normal(size=4), "head": rng.normal(size=3)}}
+    params = jax.tree.map(np.float32, params)
+    rates, steps, floor = {"body": 0.01, "head": 0.5}, 5, 0.1
+    optimizer = adam_by_part(rates, lambda path: path[-1].key, steps=steps, floor=floor)
+    state, current = optimizer.init(params), params
+    moments = {name: (0.0, 0.0) for name in rates}
+    expected = {name: params["student"][name].astype(np.float64) for name in rates}
+    for step in range(steps):
+        grads = {"student": {n: rng.normal(size=p.shape).astype(np.float32) for n, p in
+                             params["student"].items()}}  # fmt: skip
+        updates, state = optimizer.update(grads, state, current)
+        current = optax.apply_updates(current, updates)
+        multiplier = floor + (1 - floor) * (1 + np.cos(np.pi * step / steps)) / 2
+        for name, g in grads["student"].items():
+            m, v = moments[name]
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g.astype(np.float64) ** 2
+            moments[name] = m, v
+            unbiased = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+            rate = rates[name] * multiplier
+            expected[name] = expected[name] - rate * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8)
+    for name, values in expected.items():
+        np.testing.assert_allclose(current["student"][name], values, rtol=1e-4, atol=1e-6)
+
+
+class Given:
+    """A model whose outputs are its parameters."""
+
+    def init(self, key, images):
+        return {"params": {"logits": jnp.zeros((1, 3)), "features": jnp.zeros((1, 4))}}
+
+    def apply(self, variables, images, **options):
+        return (variables["params"]["logits"], variables["params"]["features"]), {}
+
+
+def test_alignment_is_the_cross_entropy_of_cosines_over_a_temperature():
+    rng = np.random.default_rng(0)
+    logits, features, words = (rng.normal(size=s) for s in ((5, 3), (5, 4), (3, 4)))
+    labels = np.array([0, 1, 2, 2, 0])
+    method = aligned_cross_entropy(Given(), (8, 8, 3), words, weight=0.3, temperature=0.2)
+    params = {"student": {"logits": jnp.asarray(logits), "features": jnp.asarray(features)}}
+    batch = {"image": jnp.zeros((5, 8, 8, 3)), "label": labels}
+    value, (_, metrics) = method.loss(params, {"student": {}}, batch, 0, jax.random.key(0))
+
+    def cross_entropy(scores):
+        log_p = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+        return -log_p[np.arange(5), labels].mean()
+
+    lengths = np.linalg.norm(features, axis=1)[:, None] * np.linalg.norm(words, axis=1)[None]
+    cosines = features @ words.T / lengths
+    np.testing.assert_allclose(metrics["alignment"], cross_entropy(cosines / 0.2), rtol=1e-5)
+    expected = cross_entropy(logits) + 0.3 * cross_entropy(cosines / 0.2)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["word_accuracy"], (cosines.argmax(1) == labels).mean())
+
+
+@pytest.mark.slow
+def test_an_aligned_teacher_s_features_come_near_their_words(tmp_path):
+    config = Teacher(
+        train=True, alignment=1.0, epochs=12, batch_size=32, learning_rate=5e-3, **SIZES
+    )
+    context = context_of(tmp_path, config, generator=Generator(directory="generated"))
+    generator.run(context)
+    teacher.run(context)
+    data = context.images("test")
+    _, features = teacher.load(context)(data.images)
+    words = teacher._word_vectors(context)
+    features = features / np.linalg.norm(features, axis=1, keepdims=True)
+    cosines = features @ (words / np.linalg.norm(words, axis=1, keepdims=True)).T
+    assert (cosines.argmax(1) == data.labels).mean() > 0.7  # one of ten
+
+
+def test_alignment_wants_a_generator_before_the_teacher_and_features_of_its_width(tmp_path):
+    config = Config(teacher=Teacher(train=True, alignment=0.5))
+    assert [stage.name for stage in plan(config)][:3] == ["generator", "teacher", "features"]
+    config.method.name = "kd"
+    names = [stage.name for stage in plan(config)]
+    assert names == ["generator", "teacher", "features", "train", "evaluate", "report"]
+    with pytest.raises(UserError, match=r"teacher\.alignment=0\.5 is of the teacher's training"):
+        validate(Config(teacher=Teacher(alignment=0.5)))
+    narrow = Teacher(train=True, alignment=0.5, **SIZES)  # the shipped generator has 128
+    context = context_of(tmp_path, narrow, generator=Generator(class_words=("shirt",) * 10))
+    with pytest.raises(UserError, match=r"text width 128, the teacher's have 16"):
+        teacher.run(context)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.data.root=."], "teacher.weights=vit_base_patch16_224.safetensors: there is no"),
+        (["--config.data.root=.", "--config.teacher.weights={pickle}"], "is a pickle"),
+        (["--config.data.root=.", "--config.teacher.weights={other}"], "no ViT and no ResNet"),
+        (["--config.teacher.weights={vit}"], "config data.root is empty"),
+    ],
+)
+def test_a_missing_file_is_one_line(tmp_path, capsys, flags, message):
+    (tmp_path / "x.ckpt").write_bytes(b"\x80")
+    other = tmp_path / "x.safetensors"
+    other.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ")
+    paths = {"pickle": tmp_path / "x.ckpt", "other": other}
+    paths["vit"] = vit_file(tmp_path / "vit.safetensors")
+    argv = ["main", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}"]
+    assert main.guard(main.run, argv + [flag.format(**paths) for flag in flags]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
