@@ -32,7 +32,8 @@ import numpy as np
 from benchmarks import timing
 from benchmarks.cases import load_config
 from benchmarks.timing import Job
-from oal_jax.config import Config, flatten, shrink, unflatten
+from oal_jax.config import Config, flatten, unflatten
+from oal_jax.smoke import shrink
 
 _CONFIGS = {"default": "fashion", "reference": "fashion_reference"}
 # Of the twin's forms: the recipe, the case, and the cases of ours that it is compared with.

@@ -30,10 +30,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from oal_jax import topologies
-from oal_jax.config import GENERATED, Config, shrink
+from oal_jax.config import GENERATED, Config
 from oal_jax.config_checks import validate
 from oal_jax.errors import UserError
 from oal_jax.main import guard, parse
+from oal_jax.smoke import shrink
 
 STAGES = ("train", "latents", "features")
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from oal_jax.data import generated
-from oal_jax.data.benchmarks import CLASS_NAMES
 from oal_jax.errors import UserError
 
 
@@ -422,64 +420,3 @@ def unknown_key(path: str) -> str:
     below = [key for key in keys if key.startswith(f"{path}.")]
     near = below or difflib.get_close_matches(path, keys, n=1, cutoff=0.0)
     return f"config key '{path}' is unknown; nearest: '{near[0]}'"
-
-
-def shrink(config: Config) -> Config:
-    """The same pipeline on tiny sizes: what `smoke` asks for. Every stage runs.
-
-    Of files nothing is needed: data without a `data.root` are generated, and small random networks
-    stand for a teacher and a Stable Diffusion that are given.
-    """
-    replace = dataclasses.replace
-    data, teacher, generator = config.data, config.teacher, config.generator
-    bundled = data.source == "bundled"
-    if not bundled and not data.root:
-        data = replace(data, source=GENERATED, image_size=32, stream=False)
-    # Of few classes 32 images each stand for a class, of many 8.
-    classes = 16 if bundled or data.id_set not in CLASS_NAMES else len(CLASS_NAMES[data.id_set])
-    if data.source == GENERATED:
-        classes = len(generated.names(data.id_set))
-    each = min(32, max(8, 512 // classes))
-    knn = replace(
-        config.outliers.knn,
-        features_per_class=each,
-        neighbour=each * 5 // 8,
-        boundary=each // 4,
-        anchors=each // 4,
-        noise_rows=32,
-        repeats=1,
-    )
-    if teacher.weights:
-        sizes = {"patch": 16, "width": 64, "depth": 2, "heads": 2, "mlp_ratio": 2.0}
-        teacher = replace(teacher, weights=GENERATED, batch_size=64, image_size=0, **sizes)
-    if generator.directory:
-        generator = replace(generator, directory=GENERATED)
-    virtual = replace(
-        config.method.virtual,
-        queue=8,
-        samples=50,
-        neighbour=4,
-        boundary=4,
-        candidates=16,
-        npos_keep=4,
-    )
-    exposure = replace(config.method.exposure, poem_buffer=64, poem_refresh=2)
-    return replace(
-        config,
-        data=replace(data, train_images=max(512, each * classes)),
-        teacher=replace(teacher, epochs=1, views=min(teacher.views, 1)),
-        generator=replace(generator, vae_epochs=1, diffusion_epochs=1),
-        outliers=replace(config.outliers, knn=knn),
-        latents=replace(
-            config.latents, per_class=4 if bundled else 1, steps=4, chunk=32, pictures=4
-        ),
-        method=replace(config.method, virtual=virtual, exposure=exposure),
-        student=_shrink_student(config.student),
-        train=replace(config.train, epochs=1, log_every=1),
-    )
-
-
-def _shrink_student(student: Student) -> Student:
-    tiny = {"densenet": {"width": 4, "depth": 10}, "wide_resnet": {"width": 1, "depth": 10}}
-    resnet = {"width": 8, "depth": 18}
-    return dataclasses.replace(student, **tiny.get(student.architecture, resnet))

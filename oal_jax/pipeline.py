@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import jax
 
 from oal_jax import artifacts, distributed, processes
-from oal_jax.config import Config, expand, flatten, shrink, stages_before, unflatten
+from oal_jax.config import Config, expand, flatten, stages_before, unflatten
 from oal_jax.config_checks import validate
 from oal_jax.errors import UserError
 from oal_jax.pretrained import hub
+from oal_jax.smoke import shrink
 from oal_jax.stages.context import Context
 
 

@@ -13,9 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from oal_jax import compile as command
 from oal_jax import distributed, main, pipeline, program_costs, programs, topologies
-from oal_jax.config import Config, shrink
+from oal_jax.config import Config
 from oal_jax.data.sources import load
 from oal_jax.errors import UserError
+from oal_jax.smoke import shrink
 from oal_jax.training import loop
 
 ROOT = Path(__file__).parent.parent

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from oal_jax import artifacts, main, pipeline
-from oal_jax.config import Config, flatten, shrink, unflatten
+from oal_jax.config import Config, flatten, unflatten
 from oal_jax.errors import UserError
+from oal_jax.smoke import shrink
 
 ALL = [stage.name for stage in pipeline.plan(Config())]
 
