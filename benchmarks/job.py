@@ -45,7 +45,7 @@ def configs(*, smoke: bool) -> dict[str, Config]:
     """The config of each recipe, evaluated by the energy score on the near and far sets."""
     found = {}
     for recipe, name in _CONFIGS.items():
-        config = load_config(Path(__file__).parent.parent / "configs" / f"{name}.py")
+        config = load_config(Path("configs") / f"{name}.py")
         changes = {"smoke": smoke, "data.csid": ["none"], "evaluation.scores": ["energy"]}
         found[recipe] = unflatten(flatten(config) | changes)
     return found
