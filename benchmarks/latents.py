@@ -32,17 +32,6 @@ from benchmarks.timing import Job
 from oal_jax.config import Latents
 
 SHIPPED = Path(oal_jax.__file__).parent / "pretrained" / "weights" / "fashion_sd"
-SD_V1 = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-}
 _TOKENS = 77
 # Of the twin's forms: its case of sampling.
 _CASE = {"reference": "reference-official", "tuned": "reference", "shortcuts": "default"}
@@ -201,11 +190,11 @@ def _their_step(form, unet, device, inputs) -> None:
 def _our_large_step(args: argparse.Namespace) -> Callable[[], Any]:
     import jax
 
-    from oal_jax.generator import flax_models
+    from oal_jax.generator import flax_models, stable_diffusion_v1
 
-    unet = flax_models.make_unet(SD_V1)
+    unet = stable_diffusion_v1.build().unet
     params = jax.jit(partial(flax_models.init_unet, unet))(jax.random.key(0))
-    inputs = _inputs(args.batch, (4, 64, 64), _TOKENS, SD_V1["cross_attention_dim"])
+    inputs = _inputs(args.batch, (4, 64, 64), _TOKENS, unet.cross_attention_dim)
     x, cond, uncond = jax.device_put(inputs)
     step = jax.jit(partial(_our_step, partial(flax_models.apply_unet, unet)))
     return lambda: jax.block_until_ready(step(params, x, cond, uncond))
@@ -216,9 +205,10 @@ def _their_large_step(args: argparse.Namespace) -> Callable[[], Any]:
     from diffusers import UNet2DConditionModel
 
     from benchmarks.torch_twin import forms
+    from oal_jax.generator.stable_diffusion_v1 import UNET
 
     device = torch.device(args.device)
     form = forms.make("tuned", eager=args.twin_eager, dtype=args.twin_dtype)
-    unet = UNet2DConditionModel(**SD_V1).to(device).eval().requires_grad_(False)
-    inputs = _inputs(args.batch, (4, 64, 64), _TOKENS, SD_V1["cross_attention_dim"])
+    unet = UNet2DConditionModel(**UNET).to(device).eval().requires_grad_(False)
+    inputs = _inputs(args.batch, (4, 64, 64), _TOKENS, UNET["cross_attention_dim"])
     return partial(_their_step, form, forms.compiled(form, unet), device, inputs)

@@ -162,7 +162,7 @@ def _states(
     """(step, variables of the student) at the end of every epoch."""
     config = context.config
     arrays = batches.make_arrays(context, data)
-    method = train.make_method(context, net, data.images.shape[1:], arrays)
+    method = train.make_method(context, net, data.image_shape, arrays, data.examples)
     plan = train.make_plan(config, len(data.images))
     key = named(context.key, "student")
     groups = list(jax.eval_shape(method.init, key)[0])

@@ -61,24 +61,14 @@ def ours(sizes: dict[str, int]) -> Callable[[], Any]:
     import jax
 
     from oal_jax.outliers.knn import sample_class
+    from oal_jax.stages.outliers import sampling
 
     knn, key = make_config(sizes, "top"), jax.random.key(0)
     classes = jax.device_put(list(make_features(sizes)))
 
     def job():
         found = [
-            sample_class(
-                jax.random.fold_in(key, c),
-                features,
-                k=knn.neighbour,
-                count=knn.boundary,
-                anchors=knn.anchors,
-                sigma=knn.sigma,
-                noise_rows=knn.noise_rows,
-                keep=knn.keep,
-                repeats=knn.repeats,
-                selection=knn.selection,
-            )
+            sample_class(jax.random.fold_in(key, c), features, **sampling(knn))
             for c, features in enumerate(classes)
         ]
         return jax.block_until_ready(found)

@@ -363,7 +363,7 @@ def test_the_constraint_comes_from_the_config_or_from_the_estimate(tmp_path):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(build, "make", made)
-            train.make_method(context, train.student(context.config, 3), (8, 8, 1), arrays)
+            train.make_method(context, train.student(context.config, 3), (8, 8, 1), arrays, 16)
         return logged[0]
 
     artifacts.write_json(tmp_path / "estimate_loss" / train.CONSTRAINT, {"constraint": 0.42})

@@ -12,6 +12,7 @@ file: no worker starts JAX on a device.
 
 import contextlib
 import functools
+import itertools
 import math
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +37,8 @@ from oal_jax.data.stored import Damaged, Stored
 
 _WORKER_BUFFER = 2  # finished batches that a worker process keeps
 _POLL = 0.01  # seconds between two looks for the order of an epoch
+# For the main process alone, which ends its workers in its own time.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Order = Callable[[int], Int[np.ndarray, "s b"]]
 
@@ -282,9 +286,24 @@ def _running(read: Callable[[int], Any], numbers: range, workers: int) -> Iterat
     with folder.quiet():
         batches = iter(data)
         try:
-            yield batches
+            yield _from_workers(batches) if workers else batches
         finally:
             batches.close()
+
+
+def _from_workers(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches; the workers, which the first one starts, never hear of `_SIGNALS`.
+
+    They inherit what is blocked here: one that comes while a worker starts would end it.
+    """
+    resource_tracker.ensure_running()  # whoever starts it later unblocks them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        first = list(itertools.islice(batches, 1))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    yield from first
+    yield from batches
 
 
 def _start_worker(index: int, count: int) -> None:
@@ -294,9 +313,6 @@ def _start_worker(index: int, count: int) -> None:
 
     # Grain imports JAX; should anything use it here, it is not the accelerator of the training.
     jax.config.update("jax_platforms", "cpu")
-    # Ctrl-C and SIGTERM are for the main process, which ends its workers in its own time.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     folder.silence()
     parent = multiprocessing.parent_process()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

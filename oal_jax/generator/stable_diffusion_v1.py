@@ -26,7 +26,7 @@ _TEXT_ENCODER = {
     "eos_token_id": 49407,
     "pad_token_id": 49407,
 }
-_UNET = {
+UNET = {
     "sample_size": 64,
     "in_channels": 4,
     "out_channels": 4,
@@ -59,7 +59,7 @@ def build(dtype: Any = jnp.float32) -> StableDiffusion:
     return StableDiffusion(
         tokenizer=None,
         text_encoder=flax_models.make_text_encoder(_TEXT_ENCODER, dtype),
-        unet=flax_models.make_unet(_UNET, dtype),
+        unet=flax_models.make_unet(UNET, dtype),
         vae=flax_models.make_vae(_VAE),
         schedule=NoiseSchedule(),
         scaling_factor=_SCALING_FACTOR,

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from tqdm import tqdm
 
 from oal_jax import artifacts
-from oal_jax.config import Config
+from oal_jax.config import Config, Knn
 from oal_jax.errors import UserError
 from oal_jax.generator import conditioning, stable_diffusion
 from oal_jax.keys import at_step
@@ -71,6 +71,20 @@ def _redrawn(pool: LazyOutliers, rows: Int[Array, " q"]) -> Float[Array, "q d"]:
     return jax.vmap(one)(classes, numbers)
 
 
+def sampling(knn: Knn) -> dict[str, Any]:
+    """What `sample_class` and `select_class` are told, by the config."""
+    return {
+        "k": knn.neighbour,
+        "count": knn.boundary,
+        "anchors": knn.anchors,
+        "sigma": knn.sigma,
+        "noise_rows": knn.noise_rows,
+        "keep": knn.keep,
+        "repeats": knn.repeats,
+        "selection": knn.selection,
+    }
+
+
 def run(context: Context) -> list[Path]:
     """Write `outliers.safetensors`: `outliers` (C, n, d) float32 and `labels` (C,) int32.
 
@@ -85,18 +99,7 @@ def run(context: Context) -> list[Path]:
     sample = select_class if config.lazy else sample_class
     sampled = []
     for key, features in zip(keys, tqdm(classes, desc="k-NN outliers", unit="class"), strict=True):
-        drawn = sample(
-            key,
-            unit(features),
-            k=knn.neighbour,
-            count=knn.boundary,
-            anchors=knn.anchors,
-            sigma=knn.sigma,
-            noise_rows=knn.noise_rows,
-            keep=knn.keep,
-            repeats=knn.repeats,
-            selection=knn.selection,
-        )
+        drawn = sample(key, unit(features), **sampling(knn))
         sampled.append(jax.tree.map(np.asarray, drawn))
     if config.lazy:
         points, anchor, noise_row, factor = map(np.stack, zip(*sampled, strict=True))

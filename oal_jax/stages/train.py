@@ -50,9 +50,9 @@ def make_method(
     net: Any,
     image_shape,
     arrays: dict[str, Any],
-    examples: int | None = None,
+    examples: int,
 ) -> base.Method:
-    """The method of the config, for arrays as `make_arrays` gives them."""
+    """The method of the config, for `examples` images and arrays as `make_arrays` gives them."""
     estimated = {}
     if "estimate_loss" in stages_before(context.config):
         estimated = artifacts.read_json(context.directory("estimate_loss") / CONSTRAINT)
@@ -65,14 +65,13 @@ def assemble(
     image_shape,
     arrays: dict[str, Any],
     estimated: dict[str, float],
-    examples: int | None = None,
+    examples: int,
 ) -> base.Method:
     """The method of the config; of `arrays` the shapes alone matter.
 
-    `estimated` is what stage `estimate_loss` says, where the config has that stage; `examples` how
-    many images there are, where they are not among the arrays.
+    `estimated` is what stage `estimate_loss` says, where the config has that stage.
     """
-    plan = make_plan(config, len(arrays["images"]) if examples is None else examples)
+    plan = make_plan(config, examples)
     parts = build.Parts(
         config,
         net,
