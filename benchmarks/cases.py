@@ -4,6 +4,7 @@ import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from oal_jax import artifacts, pipeline
 from oal_jax.config import Config, flatten, unflatten, unknown_key
 from oal_jax.errors import UserError
 from oal_jax.evaluation.tables import Row, read_csv
+from oal_jax.training.log import read
 
 Tables = dict[tuple[str, int], list[Row]]  # case and seed to near, far and validation rows
 
@@ -33,8 +35,15 @@ class Plan(NamedTuple):
     workdir: Path
 
 
-def parse(suite: str, cases: Mapping[str, Case], argv: Sequence[str]) -> Plan:
+def parse(
+    suite: str,
+    cases: Mapping[str, Case],
+    argv: Sequence[str],
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> Plan:
     """The flags `--config --seeds --cases --workdir --config.a.b=VALUE`.
+
+    `settings` change the config of the file; the flags change both.
 
     Raises:
       UserError: an unknown case or config key, or a value of the wrong type.
@@ -49,7 +58,8 @@ def parse(suite: str, cases: Mapping[str, Case], argv: Sequence[str]) -> Plan:
     for case in chosen:
         if case not in cases:
             raise UserError(f"case '{case}' is unknown; known: {', '.join(cases)}")
-    base = _with_overrides(load_config(args.config), overrides)
+    given = unflatten(flatten(load_config(args.config)) | dict(settings))
+    base = _with_overrides(given, overrides)
     return Plan(base, [int(s) for s in args.seeds.split(",")], chosen, args.workdir)
 
 
@@ -95,6 +105,26 @@ def run(
 def _most_stages(workdirs: list[Path]) -> Path | None:
     """The run with most finished stages: what another could need is there."""
     return max(workdirs, key=lambda d: len(list(d.glob("*/manifest.json"))), default=None)
+
+
+def epoch_seconds(workdir: Path) -> float | None:
+    """Median seconds of an epoch of the student's training, without the first; None of only one.
+
+    From the log: validation is in it, compilation is not.
+    """
+    from tensorboardX.proto.event_pb2 import Event
+
+    ends = {r["step"] for r in read(workdir / "metrics.jsonl", "train") if "val_accuracy" in r}
+    times: dict[int, float] = {}
+    for path in sorted((workdir / "tensorboard" / "train").glob("events*")):
+        data = path.read_bytes()
+        while data:  # a record: its length, a checksum, itself, a checksum
+            size = int.from_bytes(data[:8], "little")
+            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            if event.HasField("summary") and event.step in ends:
+                times[event.step] = event.wall_time
+    each = np.diff([times[step] for step in sorted(times)])
+    return float(np.median(each)) if len(each) else None
 
 
 def columns(table: list[Row]) -> dict[str, list[str]]:

@@ -24,38 +24,44 @@ from benchmarks.run import row
 from oal_jax import artifacts
 from oal_jax.errors import UserError
 
-# A batch of 128 is shared by 4 and by 8 devices; 256 chips want at least 256 images: 16 each.
-_TOPOLOGIES = {"v5e:2x2": 128, "v5e:16x16": 4096, "v4:2x2x1": 128, "h100:8": 128}
+_DEVICES = {"v5e:2x2": 4, "v5e:16x16": 256, "v4:2x2x1": 4, "h100:8": 8}
 _CONFIGS = ("cifar10", "cifar100", "imagenet1k")
+# Microbatches that a batch of 4096 passes in: what the memory of these devices asks for. On 256
+# chips, of which each has 16 images then, it is the only batch.
+_LARGE, _MICROBATCHES = 4096, {"v5e:2x2": 16, "v4:2x2x1": 8, "h100:8": 1}
+# CLUB as shipped pairs the whole batch at once; the energy loss takes microbatches.
+_ENERGY = ["--config.method.micl=energy", "--config.outliers.source=diffusion"]
 
 
 def _cases() -> dict[str, list[str]]:
     """Name to the arguments of `oal_jax.compile`."""
     cases = {}
-    for config in _CONFIGS:
-        for topology, batch in _TOPOLOGIES.items():
-            options = [f"--config.train.batch_size={batch}"]
-            # 193 GB of bytes; and 7.5 GB, which a v5e has no room for beside their copy in the
-            # layout that rows are taken from.
-            if config == "imagenet1k" or topology.startswith("v5e"):
-                options.append("--config.data.stream=True")
-            cases[f"train {config} {topology}"] = [
-                f"--config=configs/{config}.py",
-                f"--topology={topology}",
-                *options,
-            ]
-    for topology in _TOPOLOGIES:
+    for topology, devices in _DEVICES.items():
+        for config in _CONFIGS:
+            batch = 128 if devices < 128 else _LARGE
+            cases[f"train {config} {topology}"] = _train(config, topology, batch)
+        if topology in _MICROBATCHES:
+            more = f"--config.train.accumulate={_MICROBATCHES[topology]}"
+            arguments = [*_train("cifar10", topology, _LARGE), *_ENERGY, more]
+            cases[f"train cifar10 {topology} {_LARGE}"] = arguments
         # One latent of 64 x 64 a device, or four: the default bounds the memory of a laptop.
-        each = 1 if topology.endswith("16x16") else 4
-        devices = {"v5e:2x2": 4, "v5e:16x16": 256, "v4:2x2x1": 4, "h100:8": 8}[topology]
+        each = 4 if devices < 128 else 1
         cases[f"latents cifar10 {topology}"] = [
-            "--config=configs/cifar10.py",
-            f"--topology={topology}",
+            *_of("cifar10", topology),
             "--stage=latents",
             "--config.generator.dtype=bfloat16",
             f"--config.latents.chunk={64 * each * devices}",
         ]
     return cases
+
+
+def _train(config: str, topology: str, batch: int) -> list[str]:
+    streamed = ["--config.data.stream=True"] if config == "imagenet1k" else []  # 193 GB of bytes
+    return [*_of(config, topology), f"--config.train.batch_size={batch}", *streamed]
+
+
+def _of(config: str, topology: str) -> list[str]:
+    return [f"--config=configs/{config}.py", f"--topology={topology}"]
 
 
 CASES = _cases()

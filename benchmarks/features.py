@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import timing
+from benchmarks.plots import draw as draw
 from benchmarks.timing import Job
 from oal_jax.errors import UserError
 

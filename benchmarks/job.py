@@ -2,6 +2,7 @@
 
     python -m benchmarks.run --suite job --output results.json [--frameworks jax,torch]
         [--forms reference,tuned,shortcuts] [--runs 5] [--smoke] [--warm-cache] [--device auto]
+        [--profile DIR]
 
 Every run is a process of its own that starts with nothing but the package: imports, compilation
 and data count. The programs take turns; one turn before the first fills the files' cache and does
@@ -15,7 +16,8 @@ not count. Cases:
 Ours goes to the end of stage `evaluate`, and the energy score is computed: beside the twin's work
 that is pictures of latents, outputs for the training and validation sets, and checksums of all
 files. Rows have `stages` (name to median seconds) and `compile_s` (within the time); a compiled
-program is found again from one run to the next with --warm-cache alone.
+program is found again from one run to the next with --warm-cache alone. With --profile ours runs
+once more, which does not count, and DIR/CASE gets where its time went (`oal_jax.profiling`).
 """
 
 import argparse
@@ -31,6 +33,7 @@ import numpy as np
 
 from benchmarks import timing
 from benchmarks.cases import load_config
+from benchmarks.plots import draw as draw
 from benchmarks.timing import Job
 from oal_jax.config import Config, flatten, unflatten
 from oal_jax.smoke import shrink
@@ -56,6 +59,7 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
     parser = timing.parser("job")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
     parser.add_argument("--warm-cache", action="store_true", help="compiled programs stay on disk")
+    parser.add_argument("--profile", type=Path, help="directory for profiles of our side")
     args = parser.parse_args(argv)
     timing.settle(args, ("torch", "timm", "faiss"))
     recipes = configs(smoke=args.smoke)
@@ -68,6 +72,10 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
         if "torch" in args.frameworks:
             jobs += [_theirs(form, recipes, folder, args, results) for form in args.forms]
         rows = timing.measure("job", jobs, args)
+        for recipe in recipes if args.profile and "jax" in args.frameworks else ():
+            into = args.profile / recipe
+            _ours(recipe, recipes[recipe], folder, args, {}, into).run()
+            print(f"{recipe}: profile: {into}", flush=True)
     for row in rows:
         row |= summary(results[row["framework"], row["case"]][1:])
         print(_stages(row), flush=True)
@@ -91,11 +99,12 @@ def _stages(row: dict[str, Any]) -> str:
     return f"{line} s; compilation {row['compile_s']:.1f} s of these"
 
 
-def _ours(recipe, config, folder, args, results) -> Job:
+def _ours(recipe, config, folder, args, results, profile: Path | None = None) -> Job:
     kept = results.setdefault(("jax", recipe), [])
 
     def job():
-        order = {"config": flatten(config), "device": args.device}
+        into = str(profile.absolute()) if profile else None
+        order = {"config": flatten(config), "device": args.device, "profile": into}
         kept.append(_process("benchmarks.job", order, folder, f"jax-{recipe}", args))
 
     return Job(recipe, "jax", job, more={"recipe": recipe})
@@ -103,12 +112,14 @@ def _ours(recipe, config, folder, args, results) -> Job:
 
 def _theirs(form, recipes, folder, args, results) -> Job:
     from oal_jax.models.normalise import moments
+    from oal_jax.stages import latents
 
     recipe, case = RECIPE[form], _CASE[form]
     config = recipes[recipe]
     kept = results.setdefault(("torch", case), [])
+    config = shrink(config) if args.smoke else config
     order = {
-        "config": flatten(shrink(config) if args.smoke else config),
+        "config": flatten(config) | {"latents.per_class": latents.per_class(config)},
         "moments": moments(config.data.id_set),
         "form": form,
         "device": args.device,
@@ -147,15 +158,19 @@ def main(argv: Sequence[str]) -> None:
     order = json.loads(Path(argv[1]).read_text())
     if order["device"] == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    from benchmarks.startup import watch_compilation
-    from oal_jax import artifacts, pipeline
+    from oal_jax import artifacts, host_memory, pipeline, profiling
     from oal_jax.evaluation import protocol
     from oal_jax.stages import evaluate
 
-    spent = watch_compilation()
+    host_memory.keep_freed()  # as the command does
+    spent = profiling.watch_compilation()
     config = unflatten(order["config"])
     with tempfile.TemporaryDirectory() as workdir:
-        pipeline.run(config, Path(workdir), only="evaluate")
+        if order["profile"]:
+            with profiling.profile(Path(order["profile"])) as watch:
+                pipeline.run(config, Path(workdir), only="evaluate", watch=watch)
+        else:
+            pipeline.run(config, Path(workdir), only="evaluate")
         context = pipeline.resolve(Path(workdir))
         names = [s.name for s in pipeline.plan(config) if (Path(workdir) / s.name).is_dir()]
         manifests = {n: artifacts.read_json(Path(workdir) / n / "manifest.json") for n in names}

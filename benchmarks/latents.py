@@ -28,6 +28,7 @@ import numpy as np
 import oal_jax
 from benchmarks import timing
 from benchmarks.job import configs
+from benchmarks.plots import draw as draw
 from benchmarks.timing import Job
 from oal_jax.config import Latents
 

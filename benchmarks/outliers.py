@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import timing
+from benchmarks.plots import draw as draw
 from benchmarks.timing import Job
 from oal_jax.config import Knn
 

@@ -21,8 +21,8 @@ from oal_jax.errors import UserError
 from oal_jax.main import guard
 
 SUITES = (
-    *("ablation", "compile", "features", "folder", "job", "latents"),
-    *("methods", "middle_stage", "outliers", "scores", "startup", "step"),
+    *("ablation", "compile", "features", "folder", "job", "latents", "latent_outliers"),
+    *("methods", "middle_stage", "outliers", "scaling", "scores", "startup", "step"),
 )
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.plots import draw as draw
 from benchmarks.run import row
 from oal_jax import scores as post_hoc
 from oal_jax.errors import UserError

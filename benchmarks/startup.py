@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import timing
+from benchmarks.plots import draw as draw
 from benchmarks.timing import Job
 from oal_jax.errors import UserError
 
@@ -30,36 +31,6 @@ _IMPORTS = {
     "jax": "import oal_jax.main, oal_jax.pipeline, oal_jax.stages.train, oal_jax.stages.latents",
     "torch": "import torch, timm, diffusers, transformers",
 }
-
-
-class Spent:
-    """When JAX was at work on making programs, as its own events tell."""
-
-    def __init__(self) -> None:
-        self.spans: list[tuple[float, float]] = []
-
-    def __call__(self, event: str, start: float, end: float, **_: Any) -> None:
-        """Keeps the time span of one of JAX's events."""
-        if event.startswith("/jax/core/compile/"):
-            self.spans.append((start, end))
-
-    @property
-    def seconds(self) -> float:
-        """Length of all spans: those of a function called by another lie within that one's."""
-        total = last = 0.0
-        for start, end in sorted(self.spans):
-            total += max(0.0, end - max(start, last))
-            last = max(last, end)
-        return total
-
-
-def watch_compilation() -> Spent:
-    """What JAX spends on tracing, lowering and compiling from now on."""
-    import jax
-
-    spent = Spent()
-    jax.monitoring.register_event_time_span_listener(spent)
-    return spent
 
 
 class Starts:
@@ -134,6 +105,8 @@ def _job(case: str, framework: str, starts: Starts) -> Callable[[], None]:
 
 def main(argv: Sequence[str]) -> None:
     """One start of the main job with flags `argv[2:]`; `argv[1]` gets what compilation took."""
+    from oal_jax.profiling import watch_compilation
+
     spent = watch_compilation()
     from oal_jax import main as command
 

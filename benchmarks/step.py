@@ -11,6 +11,7 @@ OAL in two frameworks, in turns too, on the student and batch size of the two re
 `job`, and with ViT-B/16 and ResNet-18 at --side pixels (random weights, --batch images):
 
     oal, oal-large                  our default: the teacher's outputs are cached
+    oal-sharded                     beside oal, as training calls it: sharded over one device
     oal-teacher, oal-large-teacher  the published recipe: the teacher runs in the step; and
     ...-official                    the same in PyTorch as the official code does it
 
@@ -26,18 +27,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from benchmarks import timing
 from benchmarks.cases import load_config
 from benchmarks.job import RECIPE, configs
+from benchmarks.plots import draw as draw
 from benchmarks.run import row
 from benchmarks.timing import Job
+from oal_jax import distributed
 from oal_jax.config import Config, flatten, unflatten
 from oal_jax.data.benchmarks import CLASS_NAMES
 from oal_jax.errors import UserError
 from oal_jax.methods import build
 from oal_jax.models.normalise import moments
 from oal_jax.stages import teacher, train
+from oal_jax.training import loop
 from oal_jax.training.state import init_state, make_train_step
 
 BASELINE = "ce"
@@ -54,6 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
     "vos": {"method.name": "vos", "method.virtual.start": 0.0},
     "npos": {"method.name": "npos", "method.virtual.start": 0.0},
 }
+_STEPS = 1000  # of a training that the steps stand in
 _FILLED = 70  # steps until the queues of 1,000 features a class are full, and the loss begins
 _IMAGE_SHAPES = {"fashion": (28, 28, 1), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3)}
 
@@ -135,6 +141,9 @@ def _oal(name: str, args: argparse.Namespace) -> list[Job]:
     jobs, size = [], problem.config.train.batch_size
     if "jax" in args.frameworks:
         jobs.append(Job(name, "jax", ours(problem), items=size))
+        if name == "oal":
+            mesh = distributed.make_mesh(devices=jax.devices()[:1])
+            jobs.append(Job("oal-sharded", "jax", ours(problem, mesh), (name,), items=size))
     if "torch" in args.frameworks:
         for form in args.forms:
             if RECIPE[form] == recipe:
@@ -176,14 +185,17 @@ def make_problem(recipe: str, large: bool, args: argparse.Namespace) -> Problem:
     return Problem(config, classes, batch)
 
 
-def ours(problem: Problem) -> Callable[[], None]:
-    """A function that takes the next step of OAL in JAX, and waits for it."""
+def ours(problem: Problem, mesh: Mesh | None = None) -> Callable[[], None]:
+    """A function that takes the next step of OAL in JAX, and waits for it.
+
+    Without a mesh the step is jitted as it is; with one, it is sharded over it as in training.
+    """
     config, classes, batch = problem
     net, seen = train.student(config, classes), teacher.model(config, classes)
     shapes = {"latents": batch["outlier_latent"].shape} | {k: v.shape for k, v in batch.items()}
-    parts = build.Parts(config, net, problem.image_shape, shapes, 1000, 100, None, None)
+    parts = build.Parts(config, net, problem.image_shape, shapes, _STEPS, 100, None, None)
     method, key = build.make(parts, None), jax.random.key(0)
-    optimizer = train.make_optimizer(config, list(jax.eval_shape(method.init, key)[0]), 1000)
+    optimizer = train.make_optimizer(config, list(jax.eval_shape(method.init, key)[0]), _STEPS)
     train_step, variables = make_train_step(method, optimizer, key), {}
     if not config.teacher.views:
         variables = jax.jit(seen.init)(key, jnp.zeros((1, *problem.image_shape)))
@@ -194,12 +206,21 @@ def ours(problem: Problem) -> Callable[[], None]:
             batch = batch | dict(zip(("teacher_logits", "teacher_features"), outputs, strict=True))
         return train_step(state, batch)
 
-    compiled = jax.jit(step, donate_argnums=0)
-    batch, state = jax.device_put(batch), init_state(method, optimizer, key)
+    if mesh is None:
+        batch, state = jax.device_put(batch), init_state(method, optimizer, key)
+        compiled = jax.jit(step, donate_argnums=0)
+        arguments = variables, batch
+    else:
+        assert not variables, "the teacher in the step is of the plain form alone"
+        state = init_state(method, optimizer, key, mesh)
+        plan = loop.Plan(_STEPS * config.train.batch_size, config.train.batch_size, 1, 1, 1)
+        compiled = loop.compile_step(train_step, lambda arrays, *_: arrays, plan, mesh)
+        order = jnp.zeros((_STEPS, config.train.batch_size), jnp.int32)
+        arguments = distributed.replicate((batch, order), mesh)
 
     def take() -> None:
         nonlocal state
-        state, metrics = compiled(state, variables, batch)
+        state, metrics = compiled(state, *arguments)
         jax.block_until_ready((state, metrics))
 
     return take

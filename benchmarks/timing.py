@@ -31,7 +31,8 @@ class Job(NamedTuple):
     case: str
     framework: str
     run: Callable[[], Any]
-    against: tuple[str, ...] = ()  # cases of JAX that it is compared with; empty: its own
+    # Cases of JAX that it is compared with; empty: of PyTorch its own, of JAX none.
+    against: tuple[str, ...] = ()
     more: Mapping[str, Any] = MappingProxyType({})  # further fields of its row
     items: int = 0  # a call handles so many (images, latents): the row has `per_s`
 
@@ -153,7 +154,7 @@ def rows_of(
         }
         if job.items:
             more["per_s"] = round(job.items / middle, 3)
-        if job.framework != "jax":
+        if job.framework != "jax" or job.against:
             more["ratios"] = {
                 case: _ratio(times, ours[case])
                 for case in job.against or (job.case,)

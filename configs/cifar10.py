@@ -72,4 +72,5 @@ def get_config() -> Config:
         clip=0.0,
         log_every=100,
     )
+    config.evaluation.batch_size = 512
     return config

@@ -54,4 +54,5 @@ def get_config() -> Config:
     config.method = Method(name="oal")
     config.student = Student(depth=18, width=64, stem="cifar")
     config.train = Train(epochs=100, learning_rate=0.1, floor=1e-5, log_every=100)
+    config.evaluation.batch_size = 512
     return config

@@ -35,4 +35,5 @@ def get_config() -> Config:
         floor=0.0,
         clip=0.0,
     )
+    config.evaluation.batch_size = 512
     return config

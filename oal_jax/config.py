@@ -6,6 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from oal_jax.config_outliers import Adapter as Adapter
+from oal_jax.config_outliers import Crossing as Crossing
+from oal_jax.config_outliers import Guide as Guide
+from oal_jax.config_outliers import Knn as Knn
+from oal_jax.config_outliers import Latents as Latents
+from oal_jax.config_outliers import Outliers as Outliers
+from oal_jax.config_outliers import Select as Select
+from oal_jax.config_outliers import guided, selected
 from oal_jax.errors import UserError
 
 
@@ -26,6 +34,9 @@ class Data:
     # Of "tfds": what the ID set's train, validation and test splits are called, as TFDS writes it:
     # train[:-5000],train[-5000:],test; empty: these three names. Of another set: NAME@SPLIT.
     id_splits: tuple[str, ...] = ()
+    # Classes that are taken out of the ID set, by name; their images become the near-OOD set
+    # left_out (of the test split) and the validation OOD set val_left_out.
+    leave_out: tuple[str, ...] = ()
     # Side in pixels; 0: 32 or 224 ("imglist"), as stored ("folder"), the ID set's ("tfds").
     image_size: int = 0
     on_corrupt: str = "error"  # of damaged images: "error", or "skip" them
@@ -68,41 +79,6 @@ class Teacher:
 
 
 @dataclass
-class Knn:
-    """Boundary sampling around each class in the teacher's feature space (after NPOS)."""
-
-    features_per_class: int = 500  # ID features that stand for a class, first in data order
-    neighbour: int = 300  # K: distance to the K-th nearest, the point itself counted
-    boundary: int = 50  # points of a class with the largest such distance
-    anchors: int = 50  # of these, how many are perturbed a repeat
-    sigma: float = 0.07  # standard deviation of the Gaussian noise, a coordinate
-    noise_rows: int = 1500  # noise vectors a repeat, shared by its anchors
-    keep: int = 2  # perturbed points kept an anchor
-    repeats: int = 10
-    selection: str = "top"  # "top": the furthest of each anchor; "reference": the row mix-up
-    scale_by_token: bool = True  # multiply by the norm of the class's token embedding
-    # That is a row of the token table ("input_table"), or the mean over all positions of the text
-    # encoder's last hidden states of the bare class name ("hidden_mean").
-    token: str = "input_table"
-
-
-@dataclass
-class Outliers:
-    """Which outliers the method trains on."""
-
-    # Of method.micl=energy: knn, diffusion (k-NN, and latents sampled from them), random (isotropic
-    # directions, N(0, 1) latents), mixed (half and half), none. The other methods that use
-    # outliers take the k-NN ones and their latents.
-    source: str = "random"
-    # Of the methods that see outlier images: an image set (its split "train"), such as the
-    # embedded "procedural", or "decoded": the latents of k-NN outliers as images.
-    images: str = "procedural"
-    # k-NN outliers as a few numbers each, computed when they are drawn: where there are millions.
-    lazy: bool = False
-    knn: Knn = field(default_factory=Knn)
-
-
-@dataclass
 class Generator:
     """The small Stable Diffusion."""
 
@@ -119,23 +95,6 @@ class Generator:
     vae_batch_size: int = 16  # small: the autoencoder needs many steps more than large batches
     diffusion_epochs: int = 8
     batch_size: int = 128  # of the diffusion
-
-
-@dataclass
-class Latents:
-    """How outliers are sampled as latents."""
-
-    per_class: int = 200  # latents a class, evenly
-    sampler: str = "dpm_solver_pp_2m"  # or pndm (as the paper), ddim
-    steps: int = 20
-    guidance: float = 2.0  # classifier-free guidance scale; 1: none
-    injection: str = "all_pieces"  # or first_piece: only the first BPE piece, as the reference
-    reduction: str = "channel_height_mean"  # of a latent, for the CLUB term
-    # Latents of 8 x 8 sampled at once, or as many larger ones as have that area (3 of 64 x 64):
-    # bounds the memory.
-    chunk: int = 200
-    # Latents a class that are decoded for the report (all, where a method trains on the images).
-    pictures: int = 8
 
 
 @dataclass
@@ -189,6 +148,15 @@ class Wild:
 
 
 @dataclass
+class Adapt:
+    """How the latent outliers of a step follow the student that is trained (micl=energy)."""
+
+    of: int = 1  # of so many the one that the student finds most like ID is kept
+    steps: int = 0  # of its energy's gradient, by which latents are moved before
+    rate: float = 0.05  # length of a step in lengths of a latent; above 0: towards ID
+
+
+@dataclass
 class Method:
     """What the student is trained with."""
 
@@ -202,6 +170,7 @@ class Method:
     latent_club: float = 0.2  # weight of CLUB on latents
     energy: float = 0.1  # weight of the energy loss on mapped outliers
     adapter: float = 0.05  # weight of the adapter's regression on ID pairs
+    adapt: Adapt = field(default_factory=Adapt)
     ramp_start: float = 0.19  # fraction of training at which the energy loss begins
     ramp_end: float = 0.31  # ... and at which it has its full weight
     outlier_batch: int = 0  # outliers a step; 0: as many as ID images
@@ -263,6 +232,9 @@ class Train:
     warmup: float = 0.15  # fraction of the steps of linear warm-up
     floor: float = 2e-6  # last multiplier of the cosine schedule
     clip: float = 1.0  # global norm of the gradient; 0: none
+    # Decay of the moving average of weights and batch statistics that is evaluated and kept in
+    # place of the last ones (training/state.py); 0: none.
+    ema: float = 0.0
     log_every: int = 20  # steps
     checkpoint_every: int = 1  # epochs
     keep_checkpoints: int = 2  # newest ones on disk; 0: all
@@ -274,7 +246,9 @@ class Evaluation:
 
     # Keys of oal_jax.scores.SCORES, or "all"; the first is the headline and a detector's default.
     scores: tuple[str, ...] = ("energy", "msp", "max_logit", "gen", "knn", "vim", "mahalanobis")
-    batch_size: int = 500
+    # Images that pass through a classifier at once. On CPU few of them, which stay in the cache: at
+    # 500 the teacher takes a third more time an image. Accelerators want more.
+    batch_size: int = 125
     keep_id: float = 0.95  # share of ID validation images that the threshold keeps
     # True: the parameters of each score that has a grid are chosen on the validation OOD sets.
     search: bool = False
@@ -294,11 +268,15 @@ class Config:
     """One experiment, whole."""
 
     seed: int = 0
+    # Of all that comes before the student's training: teacher, generator, cached views, outliers
+    # and latents, which runs of several seeds then share; -1: `seed`.
+    stages_seed: int = -1
     smoke: bool = False  # shrink every stage to seconds
     data: Data = field(default_factory=Data)
     teacher: Teacher = field(default_factory=Teacher)
     generator: Generator = field(default_factory=Generator)
     outliers: Outliers = field(default_factory=Outliers)
+    adapter: Adapter = field(default_factory=Adapter)
     latents: Latents = field(default_factory=Latents)
     method: Method = field(default_factory=Method)
     student: Student = field(default_factory=Student)
@@ -325,7 +303,8 @@ METHOD_STAGES = {
 }
 EXPOSED = ("oe", "energy", "poem", "doe", "woods")  # those that read outliers.images
 GENERATED = "generated"  # value of data.source, teacher.weights and generator.directory
-DECODED, PROCEDURAL = "decoded", "procedural"  # values of outliers.images
+PROCEDURAL = "procedural"  # values of outliers.images
+DECODED = ("decoded", "decoded_random", "decoded_half")
 
 
 def expand(config: Config) -> Config:
@@ -375,12 +354,21 @@ def stages_before(config: Config) -> tuple[str, ...]:
     """The stages that the method reads from, in order."""
     method = config.method
     stages = METHOD_STAGES[method.name]
-    if method.name in EXPOSED and config.outliers.images == DECODED:
+    if method.name in EXPOSED and config.outliers.images in DECODED:
         stages = (*_TEACHER, *_SAMPLED)
+    if "latents" in stages and (guided(config.latents) or selected(config.latents)):
+        stages = (*stages[:-1], "adapter", "latents")
     if config.teacher.alignment and "teacher" in stages:
         stages = ("generator", *(stage for stage in stages if stage != "generator"))
     estimated = unleashed(config) and method.constraint < 0
     return (*stages, "estimate_loss") if estimated or method.name == "woods" else stages
+
+
+def sees_images(config: Config) -> bool:
+    """Whether the student is shown `outliers.images`."""
+    m = config.method
+    mapped = m.name == "oal" and m.micl == "energy"
+    return m.name in EXPOSED or (mapped and config.outliers.image_share > 0)
 
 
 def unleashed(config: Config) -> bool:

@@ -8,13 +8,17 @@ from typing import Any
 
 from oal_jax.config import (
     DECODED,
-    EXPOSED,
     METHOD_STAGES,
     PROCEDURAL,
     SCORES,
     Config,
+    Latents,
+    Outliers,
     Student,
     flatten,
+    guided,
+    sees_images,
+    selected,
     stages_before,
     unknown_key,
 )
@@ -27,7 +31,15 @@ _FINE_TUNINGS = ("um", "umap", "woods")  # methods that are nothing without a st
 CHOICES: dict[str, tuple[str, ...]] = {
     "data.source": ("bundled", "tfds", "imglist", "folder", "generated"),
     "data.on_corrupt": ("error", "skip"),
-    "outliers.source": ("knn", "diffusion", "random", "mixed", "none"),
+    "outliers.source": (
+        *("knn", "diffusion", "random", "mixed", "none"),
+        *("latents", "latents_mixed", "half_random"),
+    ),
+    "outliers.boundary": ("knn", "crossing"),
+    "adapter.architecture": ("conv", "residual"),
+    "latents.kind": ("outliers", "class", "noised", "partial", "mixture"),
+    "latents.interpolation": ("spherical", "linear"),
+    "latents.guide.by": ("none", "energy", "knn", "both"),
     "outliers.knn.selection": ("top", "reference"),
     "outliers.knn.token": ("input_table", "hidden_mean"),
     "generator.dtype": ("float32", "bfloat16"),
@@ -56,7 +68,7 @@ def validate(config: Config) -> None:
                 known = f"one of {', '.join(choices)}" if len(choices) < 20 else "known"
                 raise UserError(f"config {path}='{value}' is not {known}; nearest: '{near[0]}'")
     data = config.data
-    resolve(data.id_set, data.near, data.far, data.validation, data.csid)
+    resolve(data.id_set, data.near, data.far, data.validation, data.csid, data.leave_out)
     _check_splits(config)
     if data.source in ("imglist", "folder") and not data.root and not config.smoke:
         raise UserError(
@@ -89,6 +101,8 @@ def validate(config: Config) -> None:
         for path in paths:
             if not right(flat[path]):
                 raise UserError(f"config {path}={flat[path]} must {wanted}")
+    _check_crossing(config.outliers)
+    _check_latents(config.latents)
     _check_accumulated(config)
     _check_streamed(config)
     if config.teacher.alignment and not config.teacher.train:
@@ -139,11 +153,54 @@ def _check_streamed(config: Config) -> None:
             " another, such as 'energy'"
         )
     paired = method.name == "oal" and method.micl == "energy"
-    paired = paired and config.outliers.source in ("diffusion", "random", "mixed")
-    if paired and data.on_corrupt == "skip":
+    paired = paired and config.outliers.source not in ("knn", "none")
+    from_id = "latents" in stages and config.latents.kind in ("noised", "partial", "mixture")
+    if (paired or from_id or "adapter" in stages) and data.on_corrupt == "skip":
+        who = "method.name='oal'" if paired else "what is asked of latents"
         raise UserError(
-            "config data.on_corrupt='skip' leaves images without latents, which method.name='oal'"
+            f"config data.on_corrupt='skip' leaves images without latents, which {who}"
             " pairs with them by number; with data.stream=True set it to 'error'"
+        )
+
+
+def _check_crossing(outliers: Outliers) -> None:
+    crossing, most = outliers.crossing, outliers.knn.features_per_class
+    if outliers.boundary != "crossing":
+        return
+    if outliers.lazy:
+        raise UserError(
+            "config outliers.lazy=True is of outliers.boundary='knn'; set it to False: those of"
+            " 'crossing' are few"
+        )
+    if crossing.points > most:
+        raise UserError(
+            f"config outliers.crossing.points={crossing.points} must be at most"
+            f" outliers.knn.features_per_class={most}"
+        )
+
+
+def _check_latents(latents: Latents) -> None:
+    guide, select = latents.guide, latents.select
+    if guided(latents):
+        if latents.kind == "noised":
+            raise UserError(
+                f"config latents.guide.by='{guide.by}' steers a sampler, latents.kind='noised' has"
+                " none; set one of them to another value"
+            )
+        if guide.start >= guide.end:
+            raise UserError(
+                f"config latents.guide.start={guide.start} must be less than"
+                f" latents.guide.end={guide.end}"
+            )
+    if selected(latents) and select.oversample == 1:
+        raise UserError(
+            "config latents.select chooses among more latents than are kept; set"
+            " latents.select.oversample above 1, for example 2"
+        )
+    if not selected(latents) and select.oversample > 1:
+        raise UserError(
+            f"config latents.select.oversample={select.oversample} samples more than is kept and"
+            " nothing chooses; set latents.select.max_msp, max_energy_percentile or diverse"
         )
 
 
@@ -175,6 +232,13 @@ def _check_accumulated(config: Config) -> None:
                 f"config {path}={size} is not divisible by train.accumulate={count};"
                 f" use for example {max(1, size // count) * count}"
             )
+    drawn = m.outlier_batch or config.train.batch_size
+    if m.name == "oal" and config.outliers.source == "half_random" and drawn % (2 * count):
+        raise UserError(
+            f"config outliers.source='half_random' halves the {drawn} outliers of a step, and"
+            f" train.accumulate={count} does not divide that; set method.outlier_batch to a"
+            f" multiple of {2 * count}"
+        )
     whole = {
         "method.name='doe'": m.name == "doe",  # the square of a mean's slope, then another pass
         f"method.micl='{m.micl}'": m.name == "oal" and m.micl != "energy",  # all pairs of rows
@@ -203,14 +267,15 @@ def _check_unleashed(config: Config) -> None:
 
 def _check_outliers(config: Config) -> None:
     m, images = config.method, config.outliers.images
-    if m.name in EXPOSED and images != DECODED:
+    if sees_images(config) and images not in DECODED:
         data = config.data
         if images == PROCEDURAL and data.source != "bundled":
             raise UserError(
                 f"config outliers.images='{images}' is drawn for the bundled sets alone; give an"
                 f" image set of data.source='{data.source}'"
             )
-        benchmark = resolve(data.id_set, data.near, data.far, data.validation, data.csid)
+        groups = data.near, data.far, data.validation, data.csid
+        benchmark = resolve(data.id_set, *groups, data.leave_out)
         for group, names in benchmark._asdict().items():
             if images == names or (group != "id_set" and images in names):
                 raise UserError(
@@ -275,14 +340,16 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
                 "generator.batch_size",
                 "generator.vae_batch_size",
             ),
-            *("latents.per_class", "latents.steps", "latents.chunk"),
+            *("latents.per_class", "latents.steps", "latents.chunk", "latents.guide.neighbour"),
+            *("outliers.crossing.points", "outliers.crossing.step", "adapter.epochs"),
+            *("adapter.batch_size", "adapter.learning_rate", "adapter.bank"),
             *("evaluation.batch_size", "outliers.knn.repeats", "student.width"),
             *("method.beta", "method.n_masks", "method.logit_temperature"),
             *("method.exposure.poem_ratio", "method.exposure.poem_buffer"),
             *("method.exposure.poem_refresh", "method.virtual.refresh", "method.virtual.queue"),
             *("method.virtual.samples", "method.virtual.keep", "method.virtual.neighbour"),
             *("method.virtual.anchors", "method.virtual.npos_keep", "method.wild.ce_tolerance"),
-            *("method.wild.penalty_growth",),
+            *("method.wild.penalty_growth", "method.adapt.of"),
         ),
         "be greater than 0",
         lambda value: value > 0,
@@ -292,26 +359,48 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
             *("data.train_images", "data.shift", "data.image_size", "data.workers"),
             *("teacher.views", "teacher.image_size", "teacher.alignment", "outliers.knn.sigma"),
             *("latents.pictures", "method.outlier_batch", "train.clip", "train.weight_decay"),
-            "train.keep_checkpoints",
+            *("train.keep_checkpoints", "outliers.crossing.steps_after", "latents.noise"),
+            *("latents.guide.strength", "adapter.images", "adapter.noise", "method.adapt.steps"),
         ),
         "be 0 or greater",
         lambda value: value >= 0,
     ),
-    (("evaluation.keep_id",), "lie between 0 and 1", lambda value: 0 < value < 1),
     (
-        ("method.estimate_keep", "method.mask_keep"),
+        ("evaluation.keep_id", "latents.partial"),
+        "lie between 0 and 1",
+        lambda value: 0 < value < 1,
+    ),
+    (("latents.select.oversample",), "be 1 or greater", lambda value: value >= 1),
+    (
+        ("latents.select.max_energy_percentile",),
+        "lie in 0..100",
+        lambda value: 0 <= value <= 100,
+    ),
+    (
+        ("adapter.hidden",),
+        "be a multiple of 16, greater than 0",
+        lambda value: value > 0 and value % 16 == 0,
+    ),
+    (
+        ("method.estimate_keep", "method.mask_keep", "latents.select.max_msp"),
         "be greater than 0 and at most 1",
         lambda value: 0 < value <= 1,
     ),
     (
         (
             *("method.exposure.doe_start", "method.virtual.start"),
-            *("method.wild.share", "method.wild.id_limit"),
+            *("latents.guide.start", "latents.guide.end"),
+            *("method.wild.share", "method.wild.id_limit", "outliers.image_share"),
         ),
         "lie in 0..1",
         lambda value: 0 <= value <= 1,
     ),
-    (("student.dropout",), "be 0 or greater, and less than 1", lambda value: 0 <= value < 1),
+    (
+        ("student.dropout", "train.ema"),
+        "be 0 or greater, and less than 1",
+        lambda value: 0 <= value < 1,
+    ),
+    (("stages_seed",), "be -1 or greater", lambda value: value >= -1),
     (
         ("train.warmup", "train.floor", "train.momentum", "method.ramp_start", "method.ramp_end"),
         "lie in 0..1",

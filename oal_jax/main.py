@@ -20,7 +20,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from oal_jax import processes
+from oal_jax import host_memory, processes
 from oal_jax.config import Config, expand, flatten, unknown_key
 from oal_jax.config_checks import validate
 from oal_jax.errors import Preempted, TrainingFailed, UserError
@@ -55,6 +55,12 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     )
     flags.DEFINE_bool(
         "force", False, "go on where another config ran; redo what is damaged", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "profile",
+        False,
+        "write a trace of each stage and where its time went to WORKDIR/profile",
+        flag_values=values,
     )
     flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
 
@@ -204,7 +210,14 @@ def _run(values: flags.FlagValues) -> None:
     name = Path(config_flags.get_config_filename(values["config"])).stem
     workdir = Path(values.workdir or Path("runs") / name)
     reuse = Path(values.reuse) if values.reuse else None
-    pipeline.run(values.config, workdir, only=values.stage, force=values.force, reuse=reuse)
+    options = {"only": values.stage, "force": values.force, "reuse": reuse}
+    if values.profile and processes.is_main():
+        from oal_jax.profiling import profile
+
+        with profile(workdir / "profile") as watch:
+            pipeline.run(values.config, workdir, **options, watch=watch)
+    else:
+        pipeline.run(values.config, workdir, **options)
     table = workdir / "report" / "ood.csv"
     if processes.is_main() and (not values.stage or values.stage == "report"):
         print(format_table(read_csv(table)))
@@ -216,6 +229,7 @@ def guard(command, argv: Sequence[str]) -> int:
 
     Of several processes, each ends with the code of the first that failed.
     """
+    host_memory.keep_freed()
     try:
         command(argv)
     except BaseException as error:

@@ -4,8 +4,8 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -75,6 +75,13 @@ def _generator_files(config: Config) -> dict[str, Any]:
     return _data_files(config) | _hashes(shipped, not config.generator.train)
 
 
+def _latents_reads(config: Config) -> dict[str, Any]:
+    # Where the training reads none, only those of the report are sampled.
+    from oal_jax.methods import build
+
+    return _data_files(config) | {"sampled_for_training": build.reads_sampled(config)}
+
+
 def _evaluate_reads(config: Config) -> dict[str, Any]:
     # Beside the features, outputs that no score reads are not kept: another list can ask for more.
     from oal_jax.scores import needed
@@ -118,6 +125,8 @@ def _hashes(path: Path, wanted: bool) -> dict[str, str]:
 # The ID images: which sets the detector is tested on changes nothing before the evaluation.
 _IMAGES = ("data", "-data.workers", "-data.near", "-data.far", "-data.validation", "-data.csid")
 _FREE = ("mesh", "data.workers")  # keys that change nothing of what a run gives
+# The stages whose seed is `stages_seed`, where that is given.
+_PREPARED = ("teacher", "generator", "features", "outliers", "adapter", "latents")
 STAGES = (
     Stage(
         "teacher",
@@ -143,16 +152,23 @@ STAGES = (
     ),
     Stage(
         "outliers",
-        ("outliers.knn", "outliers.lazy", "seed"),
-        ("features", "generator"),
+        ("outliers.boundary", "outliers.knn", "outliers.lazy", "outliers.crossing", "seed"),
+        ("teacher", "features", "generator"),
         _read_by_method("outliers"),
+    ),
+    Stage(
+        "adapter",
+        ("adapter", *_IMAGES, "seed", "smoke"),
+        ("teacher", "features", "generator"),
+        _read_by_method("adapter"),
+        _data_files,
     ),
     Stage(
         "latents",
         ("latents", "-latents.reduction", "generator.dtype", *_IMAGES, "seed", "smoke"),
-        ("outliers", "generator"),
+        ("outliers", "generator", "adapter"),
         _read_by_method("latents"),
-        _data_files,
+        _latents_reads,
     ),
     Stage(
         "estimate_loss",
@@ -168,8 +184,9 @@ STAGES = (
         "train",
         (
             *("method", "student", "-student.remat", "train", "-train.keep_checkpoints"),
-            *(*_IMAGES, "seed", "smoke"),
-            *("outliers", "-outliers.knn", "latents.reduction"),
+            *(*_IMAGES, "seed", "stages_seed", "smoke"),
+            *("outliers", "-outliers.knn", "-outliers.crossing", "-outliers.boundary"),
+            "latents.reduction",
         ),
         ("teacher", "features", "outliers", "latents", "estimate_loss"),
         reads_files=_train_files,
@@ -199,6 +216,7 @@ def plan(config: Config) -> list[Stage]:
 
 def inputs_of(stage: Stage, context: Context, planned: set[str]) -> dict[str, Any]:
     """The config values and the files that a stage depends on, as JSON."""
+    context = _as_seen_by(stage, context)
     excluded = [prefix[1:] for prefix in stage.reads_config if prefix.startswith("-")]
     values = {
         key: value
@@ -214,6 +232,10 @@ def inputs_of(stage: Stage, context: Context, planned: set[str]) -> dict[str, An
     }
 
 
+def _as_seen_by(stage: Stage, context: Context) -> Context:
+    return context.prepared if stage.name in _PREPARED else context
+
+
 def _below(key: str, prefix: str) -> bool:
     return not prefix or key == prefix or key.startswith(prefix + ".")
 
@@ -224,7 +246,8 @@ def run(
     *,
     only: str | None = None,
     force: bool = False,
-    reuse: Path | None = None,
+    reuse: Path | Sequence[Path] | None = None,
+    watch: Callable[[str, str], AbstractContextManager[None]] = lambda stage, said: nullcontext(),
 ) -> Path:
     """Run every stage of a config that is not done yet; returns the working directory.
 
@@ -233,7 +256,8 @@ def run(
       workdir: where everything is written.
       only: run the stages up to this one alone.
       force: go on in a directory that another config made, and redo damaged stages.
-      reuse: another run's directory; a stage that is done there on the same inputs is copied.
+      reuse: directories of other runs; a stage that is done there on the same inputs is copied.
+      watch: `watch(stage, why it need not run or "")` is entered around each stage.
 
     Raises:
       UserError: an impossible config, a directory of another config, a damaged file.
@@ -253,9 +277,10 @@ def run(
     _check_alike(config)
     processes.on_main(lambda: _claim(workdir, config, force))
     context = Context(config, workdir, mesh, jax.random.key(config.seed))
+    reuse = [reuse] if isinstance(reuse, Path) else list(reuse or ())
     with _alone(workdir):
         for stage in stages:
-            _run_stage(stage, context, {s.name for s in stages}, force, reuse)
+            _run_stage(stage, context, {s.name for s in stages}, force, reuse, watch)
     return workdir
 
 
@@ -272,7 +297,12 @@ def _check_alike(config: Config) -> None:
 
 
 def _run_stage(
-    stage: Stage, context: Context, planned: set[str], force: bool, reuse: Path | None
+    stage: Stage,
+    context: Context,
+    planned: set[str],
+    force: bool,
+    reuse: Sequence[Path],
+    watch: Callable[[str, str], AbstractContextManager[None]],
 ) -> None:
     directory, inputs = context.directory(stage.name), {}
 
@@ -281,20 +311,23 @@ def _run_stage(
         inputs.update(inputs_of(stage, context, planned))
         if _done(directory, inputs, force):
             return "done already, skipped"
-        if reuse and artifacts.is_done(reuse / stage.name, inputs):
-            artifacts.copy_stage(reuse / stage.name, directory)
-            return f"taken from {reuse}"
+        for other in reuse:
+            if artifacts.is_done(other / stage.name, inputs):
+                artifacts.copy_stage(other / stage.name, directory)
+                return f"taken from {other}"
         artifacts.begin(directory, inputs)
         return ""
 
-    if said := processes.on_main(prepare):
-        print(f"{stage.name}: {said}", flush=True)
-        return
-    start = time.monotonic()
-    outputs = import_module(f"oal_jax.stages.{stage.name}").run(context)
-    seconds = time.monotonic() - start
-    processes.on_main(lambda: artifacts.finish(directory, stage.name, inputs, outputs, seconds))
-    print(f"{stage.name}: {seconds:.1f} s", flush=True)
+    said = processes.on_main(prepare)
+    with watch(stage.name, said):
+        if said:
+            print(f"{stage.name}: {said}", flush=True)
+            return
+        start = time.monotonic()
+        outputs = import_module(f"oal_jax.stages.{stage.name}").run(_as_seen_by(stage, context))
+        seconds = time.monotonic() - start
+        processes.on_main(lambda: artifacts.finish(directory, stage.name, inputs, outputs, seconds))
+        print(f"{stage.name}: {seconds:.1f} s", flush=True)
 
 
 @contextmanager

@@ -21,10 +21,10 @@ from oal_jax.generator import create, stable_diffusion, stable_diffusion_v1
 from oal_jax.generator.stable_diffusion import StableDiffusion
 from oal_jax.keys import named
 from oal_jax.methods import build
-from oal_jax.stages import batches, generator, latents, outliers, teacher, train
+from oal_jax.stages import batches, generator, latents, outliers, streams, teacher, train
 from oal_jax.stages.context import Context, forward_pass
 from oal_jax.training import loop
-from oal_jax.training.state import check_split, fresh_state, make_train_step
+from oal_jax.training.state import fresh_state, make_train_step, with_average
 
 
 class Images(NamedTuple):
@@ -71,6 +71,11 @@ def images_of(config: Config) -> Images:
       UserError: a set whose sizes are not known here.
     """
     data = config.data
+    if data.leave_out:
+        raise UserError(
+            "config data.leave_out: how many images are left is known from the files alone; compile"
+            " the config without it"
+        )
     if data.source == GENERATED:
         side, names = data.image_size or generated.SIZE, generated.names(data.id_set)
         return Images(names, (side, side, 3), data.train_images or 10 * len(names))
@@ -126,10 +131,8 @@ def _train(context: Context, platform: str) -> Program:
     config, mesh, known = context.config, context.mesh, images_of(context.config)
     if config.method.name == "woods":
         known = known._replace(count=known.count - known.count // 2)  # the others lose their labels
-    size, accumulate, devices = config.train.batch_size, config.train.accumulate, mesh.shape["data"]
-    distributed.check_batch("train.batch_size", size, mesh)
-    check_split("train.batch_size", size, accumulate, devices)
-    check_split("method.outlier_batch", config.method.outlier_batch, accumulate, devices)
+    size, accumulate = config.train.batch_size, config.train.accumulate
+    train.check_batches(config, mesh)
     arrays = _arrays(context, known)
     net = train.student(config, known.classes)
     # Numbers of the stage before, which change no shape.
@@ -140,11 +143,15 @@ def _train(context: Context, platform: str) -> Program:
     groups = list(jax.eval_shape(method.init, key)[0])
     optimizer = train.make_optimizer(config, groups, plan.steps)
     state = jax.eval_shape(partial(fresh_state, method, optimizer), key)
+    if config.train.ema:
+        state = jax.eval_shape(with_average, state)
     shardings = distributed.shardings(state, mesh)
     in_scan = platform != "cpu" and not config.data.stream
     repeats = min(plan.log_every, plan.steps_per_epoch) if in_scan else 1
     step = loop.compile_step(
-        make_train_step(method, optimizer, key, accumulate, unroll=platform == "cpu"),
+        make_train_step(
+            method, optimizer, key, accumulate, unroll=platform == "cpu", ema=config.train.ema
+        ),
         batches.make_batches(context, arrays, teacher.model(config, known.classes)),
         plan,
         mesh,
@@ -175,8 +182,10 @@ def _ints(*shape: int) -> jax.ShapeDtypeStruct:
 def _arrays(context: Context, known: Images) -> dict[str, Any]:
     """Shapes of what `batches.make_arrays` makes."""
     config, count = context.config, known.count
-    stored = _images(count, known)
-    arrays = {} if config.data.stream else {"images": stored["image"], "labels": stored["label"]}
+    arrays = {}
+    if not config.data.stream:
+        stored = _images(count, known)
+        arrays = {"images": _in_lines(stored["image"]), "labels": stored["label"]}
     recipe, width = build.METHODS[config.method.name], config.teacher.width
     if recipe.teacher and config.teacher.views:
         views = (config.teacher.views, count)
@@ -184,7 +193,7 @@ def _arrays(context: Context, known: Images) -> dict[str, Any]:
         arrays["teacher_features"] = jax.ShapeDtypeStruct((*views, width), jnp.float16)
     elif recipe.teacher:
         arrays["teacher"] = _teacher(context, known)
-    sampled = known.classes * config.latents.per_class
+    sampled = known.classes * latents.per_class(config)
 
     def shape_of(content: str) -> Any:
         if content == "knn":
@@ -195,7 +204,7 @@ def _arrays(context: Context, known: Images) -> dict[str, Any]:
             return jax.ShapeDtypeStruct((drawn, *known.shape), jnp.uint8)
         if content == "unlabelled images":
             return jax.ShapeDtypeStruct((images_of(config).count // 2, *known.shape), jnp.uint8)
-        if content == "decoded latents":
+        if content.endswith(("decoded latents", "decoded random latents")):
             return jax.ShapeDtypeStruct((sampled, *known.shape), jnp.uint8)
         channels, height, wide = generator_of(config)[0].latent_shape
         if content == "latents":
@@ -206,7 +215,12 @@ def _arrays(context: Context, known: Images) -> dict[str, Any]:
         rows = 1 if config.latents.reduction == "channel_height_mean" else height
         return jax.ShapeDtypeStruct((sampled, rows * wide), jnp.float32)
 
-    return arrays | {name: shape_of(what) for name, what in recipe.arrays(config).items()}
+    drawn = {name: _in_lines(shape_of(what)) for name, what in recipe.arrays(config).items()}
+    return arrays | drawn | {"key": jax.eval_shape(lambda: batches.key_data(context))}
+
+
+def _in_lines(shapes: Any) -> Any:
+    return jax.eval_shape(streams.in_lines, shapes)
 
 
 def _teacher(context: Context, known: Images) -> Any:
@@ -231,7 +245,7 @@ def _latents(context: Context) -> Program:
     params = jax.eval_shape(partial(stable_diffusion.init_params, sd), context.key)
     cast = lambda a: jax.ShapeDtypeStruct(a.shape, sd.unet.dtype)
     params |= jax.tree.map(cast, {name: params[name] for name in ("text_encoder", "unet")})
-    rows = latents.chunk_size(context, sd.latent_shape)
+    rows = latents.chunk_size(context, sd.latent_shape, classes)
     length = sd.text_encoder.config.max_position_embeddings
     arguments = (
         params,

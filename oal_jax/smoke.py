@@ -4,7 +4,7 @@ import dataclasses
 
 from oal_jax.config import GENERATED, Config, Student
 from oal_jax.data import generated
-from oal_jax.data.benchmarks import CLASS_NAMES
+from oal_jax.data.benchmarks import CLASS_NAMES, split_names
 
 
 def shrink(config: Config) -> Config:
@@ -18,6 +18,9 @@ def shrink(config: Config) -> Config:
     bundled = data.source == "bundled"
     if not bundled and not data.root:
         data = replace(data, source=GENERATED, image_size=32, stream=False)
+        known = generated.names(data.id_set)
+        if not set(split_names(data.leave_out)) <= set(known):
+            data = replace(data, leave_out=known[: len(data.leave_out)])
     # Of few classes 32 images each stand for a class, of many 8.
     classes = 16 if bundled or data.id_set not in CLASS_NAMES else len(CLASS_NAMES[data.id_set])
     if data.source == GENERATED:
@@ -32,6 +35,7 @@ def shrink(config: Config) -> Config:
         noise_rows=32,
         repeats=1,
     )
+    crossing = replace(config.outliers.crossing, points=each // 2)
     if teacher.weights:
         sizes = {"patch": 16, "width": 64, "depth": 2, "heads": 2, "mlp_ratio": 2.0}
         teacher = replace(teacher, weights=GENERATED, batch_size=64, image_size=0, **sizes)
@@ -52,7 +56,8 @@ def shrink(config: Config) -> Config:
         data=replace(data, train_images=max(512, each * classes)),
         teacher=replace(teacher, epochs=1, views=min(teacher.views, 1)),
         generator=replace(generator, vae_epochs=1, diffusion_epochs=1),
-        outliers=replace(config.outliers, knn=knn),
+        outliers=replace(config.outliers, knn=knn, crossing=crossing),
+        adapter=replace(config.adapter, hidden=32, images=512, epochs=1, batch_size=64, bank=64),
         latents=replace(
             config.latents, per_class=4 if bundled else 1, steps=4, chunk=32, pictures=4
         ),

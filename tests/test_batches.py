@@ -82,7 +82,7 @@ def test_a_step_decides_what_is_drawn(tmp_path):
     arrays, (first, second) = drawn(context, steps=(3, 4))
     _, (again,) = drawn(context, arrays, steps=(3,))
     other = context._replace(key=jax.random.key(1))
-    _, (elsewhere,) = drawn(other, arrays, steps=(3,))
+    _, (elsewhere,) = drawn(other, steps=(3,))
     for key in first:
         np.testing.assert_array_equal(first[key], again[key])
     wild = first["wild_image"]
@@ -141,6 +141,7 @@ def test_outliers_that_are_no_images_come_as_they_are(tmp_path, monkeypatch):
     context = context_of(tmp_path, Method(name="oal", micl="reference"))
     arrays = {"images": np.zeros((20, *SHAPE), np.uint8), "labels": np.zeros(20, np.int32)}
     arrays |= {"outlier": features, "outlier_latent": reduced}
+    arrays["key"] = batches.key_data(context)
     _, (batch,) = drawn(context, arrays)
     for key, pool in (("outlier", features), ("outlier_latent", reduced)):
         rows = [np.flatnonzero((pool == row).all(axis=1)) for row in batch[key]]

@@ -1,14 +1,17 @@
 """The suites that compare two frameworks: their JAX half on tiny sizes, their rows and flags."""
 
+import io
 import json
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks import job, outliers, run, startup, step, timing
+from benchmarks import job, outliers, plots, run, startup, step, timing
 from benchmarks.timing import Job
-from oal_jax import main
+from oal_jax import main, profiling
 from oal_jax.errors import UserError
 
 FIELDS = {
@@ -90,13 +93,19 @@ def test_our_side_of_the_job(tmp_path):
     args.warm_cache = False
     results = {}
     config = job.configs(smoke=True)["default"]
-    job._ours("default", config, tmp_path, args, results).run()
+    profile = tmp_path / "profile"
+    job._ours("default", config, tmp_path, args, results, profile).run()
     found = job.summary(results["jax", "default"])
     assert list(found["stages"]) == [
         *("teacher", "generator", "features", "outliers", "latents", "train", "evaluate", "score")
     ]
     assert found["compile_s"] > 0
     assert found["metrics"].keys() >= {"id", "sandal", "bag", "mnist", "letters", "photos"}
+    *stages, whole = json.loads((profile / profiling.ROWS).read_text())
+    assert [row["stage"] for row in stages] == list(found["stages"])[:-1]
+    assert all((profile / row["trace"]).exists() for row in stages)
+    # JAX made the same programs for both counts.
+    assert 0 < whole["compile_s"] <= found["compile_s"] < whole["seconds"]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +166,7 @@ def test_jobs_take_turns_and_ratios_are_of_the_same_turn(clock, monkeypatch, cap
 
 
 def test_time_spans_within_others_count_once():
-    spent = startup.Spent()
+    spent = profiling.Spent()
     for start, end in ((5, 9), (6, 7), (1, 2), (8, 10)):
         spent("/jax/core/compile/backend_compile_duration", start, end, fun_name="f")
     spent("/jax/checkpoint/write", 0, 100)
@@ -209,3 +218,73 @@ def test_a_step_of_full_size_has_batches_of_its_networks():
         assert batch["outlier"].shape[1] == config.teacher.width == (768 if large else 128)
         assert batch["label"].max() < classes
         assert ("teacher_logits" in batch) == bool(config.teacher.views)
+
+
+def drawn_row(case, framework, seconds, **more):
+    times = {"median_s": seconds, "min_s": 0.9 * seconds, "max_s": 1.2 * seconds, "runs": 5}
+    return {"suite": "s", "case": case, "framework": framework, "device": "d", **times, **more}
+
+
+def compared():
+    """Ours and three forms of the twin; a library without ratios; a case that is ours alone."""
+    to_reference = {"reference": [2.5, 2.0, 3.0], "default": [9.0, 8.0, 10.0]}
+    return [
+        drawn_row("default", "jax", 1.0),
+        drawn_row("reference", "jax", 4.0),
+        drawn_row("reference-official", "torch", 10.0, form="reference", ratios=to_reference),
+        drawn_row("reference", "torch", 5.0, form="tuned", ratios={"reference": [1.25, 1.2, 1.3]}),
+        drawn_row("default", "torch", 0.9, form="shortcuts", ratios={"default": [0.9, 0.8, 1.0]}),
+        drawn_row("knn", "jax", 0.002),
+        drawn_row("knn", "torch", 0.003),
+        drawn_row("first", "jax", 30.0),
+        drawn_row("again", "jax", 3.0),
+    ]
+
+
+def test_bars_stand_beside_those_they_are_compared_with():
+    found = plots.groups(compared())
+    cases = {case: [(r["case"], r["framework"]) for r in rows] for case, rows in found.items()}
+    assert cases == {
+        "default": [("default", "jax"), ("default", "torch")],
+        "reference": [
+            ("reference", "jax"),
+            ("reference-official", "torch"),
+            ("reference", "torch"),
+        ],
+        "knn": [("knn", "jax"), ("knn", "torch")],
+        "": [("first", "jax"), ("again", "jax")],
+    }
+    assert list(found)[-1] == ""
+    _, official, tuned = found["reference"]
+    assert plots.ratio(official, found["reference"]) == (2.5, 2.0, 3.0)
+    ours, theirs = found["knn"]
+    assert plots.ratio(ours, found["knn"]) is None
+    np.testing.assert_allclose(plots.ratio(theirs, found["knn"]), (1.5, 1.125, 2.0))
+
+
+def test_no_text_of_the_picture_covers_another_or_leaves_it():
+    figure = plots.figure(compared())
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    texts = [text for axes in figure.axes for text in axes.texts]
+    assert [text.get_text() for text in texts][:4] == [
+        *("1 s", "900 ms: 0.90 × ours (0.80 to 1.00)"),
+        *("4 s", "10 s: 2.50 × ours (2.00 to 3.00)"),
+    ]
+    for axes in figure.axes:
+        texts += [*axes.get_yticklabels(), axes._left_title]
+    boxes = [text.get_window_extent(renderer) for text in texts]
+    assert all(figure.bbox.count_contains([b.min, b.max]) == 2 for b in boxes)
+    overlapping = [(i, j) for i, a in enumerate(boxes) for j in range(i) if a.overlaps(boxes[j])]
+    assert overlapping == []
+
+
+def test_suites_that_compare_frameworks_draw_their_rows(tmp_path):
+    for name in ("features", "job", "latents", "outliers", "scores", "startup", "step"):
+        assert import_module(f"benchmarks.{name}").draw is plots.draw
+    paths = plots.draw(compared(), tmp_path / "results.json")
+    assert [path.name for path in paths] == ["results.png", "results.svg"]
+    assert Image.open(io.BytesIO(paths[0].read_bytes())).size[0] > 800
+    assert (
+        "as the official code" in plots.figure(compared()).axes[1].get_yticklabels()[1].get_text()
+    )

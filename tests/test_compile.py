@@ -1,8 +1,10 @@
 """Compiling ahead of time: the same program as training's, what it costs, the command."""
 
 import json
+import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -10,13 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
 
 from oal_jax import compile as command
 from oal_jax import distributed, main, pipeline, program_costs, programs, topologies
-from oal_jax.config import Config
+from oal_jax.config import Config, Data, Student
 from oal_jax.data.sources import load
 from oal_jax.errors import UserError
+from oal_jax.methods import build
 from oal_jax.smoke import shrink
+from oal_jax.stages import streams
 from oal_jax.training import loop
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +84,52 @@ def test_so_it_is_with_a_teacher_and_latents(source, views, tmp_path, monkeypatc
 @pytest.mark.slow
 def test_so_it_is_with_reduced_latents(tmp_path, monkeypatch):
     same_program(config_of(name="oal", micl="reference"), tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_so_it_is_with_images_in_lines(tmp_path, monkeypatch):
+    config = config_of(name="ce")
+    config.data = Data(source="imglist", id_set="cifar10")  # of which smoke generates images
+    assert f"tensor<512x{32 * 32 * 3 // 128}x128xui8>" in lowered_from_shapes(config)
+    same_program(config, tmp_path, monkeypatch)
+
+
+def test_rows_of_lines_are_those_of_the_array():
+    for shape in ((7, 8, 16, 3), (7, 4, 8, 8)):
+        array = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+        lines = streams.in_lines(array)
+        assert lines.lines.shape == (7, 3 if shape[3] == 3 else 2, 128)
+        assert lines.shape == np.shape(lines) == shape and np.shares_memory(lines.lines, array)
+        rows = np.array([4, 0, 4])
+        drawn = jax.jit(lambda lines, rows: lines[rows])(lines, rows)
+        np.testing.assert_array_equal(drawn, array[rows])
+        assert jax.eval_shape(streams.in_lines, array).shape == shape
+    every_second = streams.in_lines(array[::2])
+    np.testing.assert_array_equal(every_second[np.arange(4)], array[::2])
+    for other in (np.zeros((3, 28, 28, 1)), np.zeros((3, 128)), np.zeros((2, 3, 128))):
+        assert streams.in_lines(other) is other
+
+
+@pytest.fixture
+def on_disk(tmp_path) -> Data:
+    """An ID set of ten classes and one of outliers, each of one image over and over; streamed."""
+    sizes = {"train": 52, "validation": 2}
+    sets = {f"cifar10/{split}/{name}": n for split, n in sizes.items() for name in "abcdefghij"}
+    for name, count in (sets | {"more/train": 200}).items():
+        (tmp_path / name).mkdir(parents=True)
+        level, first = 255 * name.startswith("more"), tmp_path / name / "0.png"
+        Image.fromarray(np.full((32, 32, 3), level, np.uint8)).save(first)
+        for i in range(1, count):
+            os.link(first, tmp_path / name / f"{i}.png")
+    return Data(source="folder", root=str(tmp_path), id_set="cifar10", image_size=32, stream=True)
+
+
+@pytest.mark.parametrize("method", ["ce", pytest.param("oe", marks=pytest.mark.slow)])
+def test_so_it_is_with_streamed_images(method, on_disk, tmp_path, monkeypatch):
+    config = config_of(name=method)
+    config.data, config.outliers.images = on_disk, "more"
+    assert "512x" not in lowered_from_shapes(config)  # the images of a batch are all there are
+    same_program(config, tmp_path / "run", monkeypatch)
 
 
 def test_another_config_is_another_program():
@@ -191,6 +242,65 @@ def test_messages_of_a_compiled_program_are_counted_by_loop_and_size():
     found = program_costs.collectives(text.compile().as_text())
     assert [(c.kind, c.bytes, c.times) for c in found] == [("all-reduce", 6 * 4, 5)]
     assert "while/body" in found[0].op
+
+
+ROWS, WIDTH = 32, 64  # of a batch; of the features of the smallest student
+FLOAT = 4  # bytes
+# A gradient for each pass, and beside it the batch statistics and the metrics.
+PASSES, SMALL_SUMS = {"doe": 3}, 10_000
+# What a step sends beside sums, and the bytes that are enough for it.
+_QUEUED = ROWS * (WIDTH + 8 + 2) * FLOAT  # features, their classes one-hot, their places
+GATHERED = {
+    "vos": _QUEUED,  # queues on every device take the features of all of them
+    "npos": _QUEUED,
+    # The outliers that are trained on are the best of the whole batch, so their distances are
+    # compared, and the features of the chosen ones are queued with those of the ID images.
+    "poem": 2 * ROWS * (WIDTH + 4) * FLOAT + 7 * ROWS * FLOAT,
+}
+# The chosen ones, images and features, from the devices that have them.
+SUMMED = {"poem": ROWS * (28 * 28 + WIDTH) * FLOAT}
+REPRESENTATIVE = ("oe", "pixel", "vos")
+
+
+def sends(config: Config) -> tuple[Counter, int]:
+    """Bytes by kind that a training step of the smallest student sends; those of its parameters."""
+    config.student = Student(architecture="wide_resnet", depth=10, width=1, dropout=0.1)
+    config.teacher.views, config.train.batch_size = 1, ROWS
+    program = programs.make("train", shrink(config), mesh_of(4), "cpu")
+    # The messages are the same however well a device's own work is compiled.
+    quick = {"xla_backend_optimization_level": 0}
+    text = program.function.lower(*program.arguments).compile(quick).as_text()
+    sent: Counter = Counter()
+    for one in program_costs.collectives(text):
+        sent[one.kind] += one.times * one.bytes
+    trained = jax.tree.leaves(program.arguments[0].params)
+    return sent, sum(leaf.size * leaf.dtype.itemsize for leaf in trained)
+
+
+def all_but(names: tuple[str, ...]) -> list:
+    marks = {True: (), False: pytest.mark.slow}
+    return [pytest.param(name, marks=marks[name in names]) for name in build.METHODS]
+
+
+@pytest.mark.parametrize("method", all_but(REPRESENTATIVE))
+def test_a_step_sends_sums_and_no_activations(method):
+    sent, parameters = sends(config_of(name=method))
+    sums = sent.pop("all-reduce")
+    passes = PASSES.get(method, 1)
+    # The first activations of one image alone are five times SMALL_SUMS.
+    assert sums < passes * (parameters + SMALL_SUMS) + SUMMED.get(method, 0)
+    if method not in ("um", "umap"):
+        assert sums >= parameters
+    assert set(sent) <= {"all-gather"} and sent["all-gather"] <= GATHERED.get(method, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["oe", "oal"])
+def test_so_do_microbatches(method):
+    config = config_of(name=method)
+    config.train.accumulate = 2
+    sent, parameters = sends(config)
+    assert set(sent) == {"all-reduce"} and sent["all-reduce"] < 2 * (parameters + SMALL_SUMS)
 
 
 HLO = """\

@@ -1,33 +1,36 @@
 """One program on any devices: meshes, shardings, the same draws and results, elastic restore."""
 
 import collections
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import chex
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_methods
+from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from oal_jax import distributed, processes
+from oal_jax import distributed, processes, program_costs
 from oal_jax import scores as post_hoc
 from oal_jax.config import Config
 from oal_jax.data.augment import augment
 from oal_jax.errors import UserError
-from oal_jax.methods import build, ce
+from oal_jax.methods import build, ce, student
 from oal_jax.outliers import knn
 from oal_jax.scores import Head, Outputs
-from oal_jax.stages import generator, latents
+from oal_jax.stages import generator, latents, streams
 from oal_jax.stages.context import Context, apply_in_batches, classifier
 from oal_jax.training import loop
 from oal_jax.training.checkpoints import Checkpoints
@@ -184,10 +187,30 @@ class Trained(NamedTuple):
     outputs: list[np.ndarray]  # of all images, the last batch of them not full
 
 
-def train(mesh, plan=PLAN, checkpoints=None) -> Trained:
+def labels_of(count):
+    return (np.arange(count) % CLASSES).astype(np.int32)
+
+
+@contextmanager
+def streamed(step):
+    """The batches that the training below draws in memory."""
+
+    def batches(step):
+        while True:
+            order = loop.epoch_order(KEY, step // PLAN.steps_per_epoch, PLAN)
+            index = np.asarray(order)[step % PLAN.steps_per_epoch]
+            images, labels = images_of(PLAN.examples)[index], labels_of(PLAN.examples)[index]
+            yield {"index": index, "image": images, "label": labels}
+            step += 1
+
+    yield batches(step)
+
+
+def train(mesh, plan=PLAN, checkpoints=None, **options) -> Trained:
     """Train a small classifier through the loop, on as many devices as the mesh has."""
-    labels = (np.arange(plan.examples) % CLASSES).astype(np.int32)
-    arrays = {"images": images_of(plan.examples), "labels": labels}
+    images, arrays = images_of(plan.examples), {}
+    if "rows" not in options:
+        arrays = {"images": images, "labels": labels_of(plan.examples)}
     method = ce.cross_entropy(NET, IMAGE)
     optimizer = sgd(["student"], 0.05)
     state = init_state(method, optimizer, KEY, mesh)
@@ -196,8 +219,8 @@ def train(mesh, plan=PLAN, checkpoints=None) -> Trained:
     def make_batch(arrays, indices, epoch, step):
         del step
         views = jnp.broadcast_to(epoch, indices.shape)
-        images = augment(KEY, arrays["images"][indices], indices, views, shift=1, flip=True)
-        return {"image": images, "label": arrays["labels"][indices]}
+        stored, labels = streams.drawn(arrays, indices)
+        return {"image": augment(KEY, stored, indices, views, shift=1, flip=True), "label": labels}
 
     logged = []
 
@@ -219,10 +242,11 @@ def train(mesh, plan=PLAN, checkpoints=None) -> Trained:
         name="tiny",
         log=Log(),
         checkpoints=checkpoints,
+        **options,
     )
     variables = {"params": state.params["student"], **state.model_state["student"]}
     forward = classifier(NET, mesh)(variables)
-    return Trained(np.array(logged), state, apply_in_batches(forward, arrays["images"], 8, mesh))
+    return Trained(np.array(logged), state, apply_in_batches(forward, images, 8, mesh))
 
 
 def assert_alike(one: Trained, other: Trained) -> None:
@@ -242,6 +266,31 @@ def trained_on_one():
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_training_and_evaluation_are_alike_on_any_number_of_devices(trained_on_one, size):
     assert_alike(trained_on_one, train(mesh_of(size)))
+
+
+# In memory calls of two steps and, at the end of an epoch, of one.
+RHYTHMS = {"memory": ({"steps_per_call": 2}, 2), "stream": ({"rows": streamed}, 1)}
+
+
+@pytest.mark.parametrize("kind", RHYTHMS)
+def test_after_the_first_epoch_nothing_is_compiled(kind, trained_on_one, monkeypatch, caplog):
+    made, at_epoch, (options, lengths) = [], [], RHYTHMS[kind]
+    compile_step = loop.compile_step
+
+    def noted(*arguments, **more):
+        made.append(compile_step(*arguments, **more))
+        return made[-1]
+
+    def evaluate(_):
+        at_epoch.append(sum(r.getMessage().startswith("Compiling") for r in caplog.records))
+        return {}
+
+    monkeypatch.setattr(loop, "compile_step", noted)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+        trained = train(mesh_of(4), evaluate=evaluate, **options)
+    assert [step._cache_size() for step in made] == [1] * lengths
+    assert len(at_epoch) == PLAN.epochs == 2 and at_epoch[0] == at_epoch[1] >= lengths
+    assert_alike(trained_on_one, trained)
 
 
 @pytest.fixture
@@ -337,6 +386,61 @@ def test_scores_are_alike_on_any_number_of_devices(monkeypatch):
     one, four = (scores_of(mesh_of(size), monkeypatch) for size in (1, 4))
     for name, values in one.items():
         np.testing.assert_allclose(four[name], values, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+batch_sizes = st.integers(1, 24)
+
+
+@hypothesis.settings(deadline=None, max_examples=8)
+@hypothesis.given(batch_sizes, batch_sizes)
+def test_two_batches_are_joined_and_separated(first, second):
+    a, b = np.arange(2 * first).reshape(first, 2), -np.arange(2 * second).reshape(second, 2)
+    joined = student.join(a, b)
+    assert joined.shape == (first + second, 2)
+    for one, other in zip(student.separate(joined, first), (a, b), strict=True):
+        np.testing.assert_array_equal(one, other)
+    groups = np.gcd(first, second)
+    mask = student.join(np.ones(first, bool), np.zeros(second, bool)).reshape(groups, -1)
+    np.testing.assert_array_equal(mask.sum(axis=1), first // groups)  # each device has its share
+
+
+def test_joining_two_split_batches_sends_nothing():
+    rows = rows_over(4)
+    batches = [jax.ShapeDtypeStruct((n, 5), jnp.float32, sharding=rows) for n in (8, 12)]
+
+    def sent(join, separate):
+        def function(a, b):
+            joined = jax.lax.with_sharding_constraint(2 * join(a, b), rows)
+            return [jax.lax.with_sharding_constraint(part, rows) for part in separate(joined)]
+
+        text = jax.jit(function).lower(*batches).compile().as_text()
+        return program_costs.collectives(text)
+
+    assert sent(student.join, lambda x: student.separate(x, 8)) == []
+    assert sent(lambda *both: jnp.concatenate(both), lambda x: (x[:8], x[8:])) != []
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("others", [8, 5, 24])
+def test_a_joined_pass_gives_what_a_plain_one_gives(others, shared):
+    images = [images_of(n) / np.float32(255) for n in (8, others)]
+    images[1] = np.sqrt(images[1])  # of other statistics
+    params, model_state = student.init_student(KEY, NET, IMAGE)
+    outputs, other_outputs, state = student.forward(
+        NET, params, model_state, KEY, *images, shared_statistics=shared
+    )
+    plain, plain_state = NET.apply(
+        {"params": params["student"], **model_state["student"]},
+        np.concatenate(images),
+        train=True,
+        statistics=None if shared else np.arange(8 + others) < 8,
+        mutable=["batch_stats"],
+    )
+    wanted = [rows[:8] for rows in plain], [rows[8:] for rows in plain], plain_state
+    for found, values in zip((outputs, other_outputs, state), wanted, strict=True):
+        chex.assert_trees_all_close(
+            list(jax.tree.leaves(found)), jax.tree.leaves(values), atol=1e-5
+        )
 
 
 def method_of(name):

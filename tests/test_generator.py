@@ -495,10 +495,10 @@ def test_guide_steers_and_leaves_no_trace_when_absent(problem):
         return jax.jit(sampler)(params, noise, cond, uncond, aux)
 
     plain = run(None)
-    zero = run(lambda clean, time, aux: jnp.zeros_like(clean))
+    zero = run(lambda clean, noise, time, aux: jnp.zeros_like(clean))
     np.testing.assert_allclose(zero, plain, rtol=1e-5, atol=1e-5)
     target = jnp.full(noise.shape, 3.0)
-    steered = run(lambda clean, time, aux: 0.5 * (clean - aux), target)
+    steered = run(lambda clean, noise, time, aux: 0.5 * (clean - aux), target)
     assert jnp.mean((steered - target) ** 2) < 0.5 * jnp.mean((plain - target) ** 2)
 
 

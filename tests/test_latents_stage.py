@@ -76,9 +76,15 @@ def test_latents_at_another_size_and_of_id_images_on_demand(context):
 
 def test_chunks_are_of_one_area(context):
     chunk = context.config.latents.chunk = 200
-    assert latents.chunk_size(context) == latents.chunk_size(context, (4, 8, 8)) == chunk
-    assert latents.chunk_size(context, (4, 16, 16)) == 48
-    assert latents.chunk_size(context, (4, 64, 64)) == 4  # one for each of the four devices
+    assert latents.chunk_size(context, (4, 8, 8), 1000) == chunk
+    assert latents.chunk_size(context, (4, 16, 16), 1000) == 48
+    assert latents.chunk_size(context, (4, 64, 64), 1000) == 4  # one for each of the four devices
+    # No larger than all that is sampled: the one of each class that the report shows, as the
+    # training reads none of them.
+    assert latents.per_class(context.config) == 1
+    assert latents.chunk_size(context, (4, 8, 8), 10) == 12
+    context.config.outliers.source = "diffusion"
+    assert latents.chunk_size(context, (4, 8, 8), 10) == 20
 
 
 @pytest.mark.slow

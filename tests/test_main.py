@@ -117,7 +117,7 @@ def test_bad_arguments_are_refused_in_one_line(capsys, tmp_path, arguments, said
         ("def get_config():\n  return 3", "must return an oal_jax.config.Config, returned a int"),
         ("def get_config():\n  return {'a': 1}", "oal_jax.config.Config, returned a dict"),
         ("c.train.epoch = 3", "config key 'train.epoch' is unknown; nearest: 'train.epochs'"),
-        ("c.trian = 3", "config key 'trian' is unknown; nearest: 'train.clip'"),
+        ("c.trian = 3", "config key 'trian' is unknown; nearest: 'train.ema'"),
         ("c.train.epochs = '3'", "'train.epochs' wants a value of type int, got '3'"),
         ("c.train.epochs = True", "'train.epochs' wants a value of type int, got True"),
         ("c.train = None", "config train must be a Train, is a NoneType"),
@@ -340,7 +340,7 @@ def environment(cache):
 TRAIN = [
     *(sys.executable, "-m", "oal_jax.main", "--config", FASHION, "--stage", "train"),
     *("--config.method.name=ce", "--config.data.train_images=256", "--config.train.batch_size=32"),
-    *("--config.train.epochs=9", "--config.train.log_every=3", "--config.student.width=4"),
+    *("--config.train.epochs=24", "--config.train.log_every=3", "--config.student.width=4"),
 ]
 
 
@@ -404,7 +404,7 @@ def test_signals_stop_the_command_and_it_goes_on_to_the_same_bits(tmp_path):
         np.testing.assert_array_equal(value, tensors[1][name], err_msg=name)
     assert rows(stopped) == rows(whole)
     steps = [row["step"] for row in rows(whole)]
-    assert steps == sorted(set(steps)) and steps[-1] == 72
+    assert steps == sorted(set(steps)) and steps[-1] == 192
 
 
 def test_the_command_imports_little_before_its_flags_are_known():

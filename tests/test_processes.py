@@ -341,10 +341,8 @@ def commands(workdir: Path, count: int, *flags: str, of=None) -> list[list[str]]
 
 
 # Small rates: at the usual ones rounding alone parts two trainings within a few steps.
-SMOKE = [
-    *("--config.smoke", "--config.train.learning_rate=1e-3", "--config.train.projector_rate=1e-3"),
-    *("--config.train.adapter_rate=1e-3", "--config.train.energy_rate=1e-3"),
-]
+RATES = ("learning", "projector", "adapter", "energy")
+SMOKE = ["--config.smoke", *(f"--config.train.{part}_rate=1e-3" for part in RATES)]
 
 
 def table(workdir: Path) -> dict[tuple[str, str], list[float]]:
@@ -391,6 +389,75 @@ def test_two_processes_run_the_whole_pipeline_as_one_does(tmp_path):
         out = (group.scratch / "out.0").read_text()
         assert out.count("done already, skipped") == len(list(two.glob("*/manifest.json")))
         assert "skipped" not in (group.scratch / "out.1").read_text()
+
+
+def write_inputs(root: Path) -> list[str]:
+    """Image sets on disk, a teacher's weights and a Stable Diffusion; the flags to train on them.
+
+    The images are streamed, and the teacher runs in every step.
+    """
+    from PIL import Image
+    from small_stable_diffusion import write_small
+    from test_teacher import vit_file
+
+    rng, sizes = np.random.default_rng(0), {"train": 20, "validation": 6, "test": 6}
+    sets = {f"mine/{s}/{c}": n for s, n in sizes.items() for c in ("cat", "pickup_truck")}
+    for name, count in (sets | {"near/test": 9, "far/test": 9}).items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            levels = rng.integers(0, 128, (16, 16, 3)) + 128 * name.endswith("cat")
+            Image.fromarray(levels.astype(np.uint8)).save(root / name / f"{i}.png")
+    teacher = vit_file(root / "teacher.safetensors", classes=2, width=32)
+    values = {
+        "data": {"source": "folder", "root": root, "id_set": "mine", "near": "near", "far": "far"},
+        "teacher": {"weights": teacher, "views": 0},
+        "generator": {"directory": write_small(root / "generator")},
+        "method": {"name": "oal"},
+        "outliers": {"source": "diffusion"},
+        "outliers.knn": {"features_per_class": 16, "neighbour": 8, "boundary": 4, "anchors": 4},
+        "latents": {"per_class": 4, "steps": 2, "chunk": 32, "pictures": 2},
+        "student": {"architecture": "wide_resnet", "depth": 10, "width": 1},
+        "train": {"epochs": 1, "batch_size": 8, "log_every": 1},
+        "evaluation": {"batch_size": 8, "scores": "energy,mahalanobis"},
+    }
+    values["data"] |= {"image_size": 16, "stream": True}
+    values["outliers.knn"] |= {"noise_rows": 16, "repeats": 1}
+    values["train"] |= {f"{part}_rate": 1e-3 for part in RATES}
+    return [f"--config.{part}.{k}={v}" for part, keys in values.items() for k, v in keys.items()]
+
+
+@pytest.mark.slow
+def test_two_processes_stream_and_use_given_networks_as_one_does(tmp_path):
+    from safetensors.numpy import load_file
+
+    one, two, flags = tmp_path / "one", tmp_path / "two", write_inputs(tmp_path / "given")
+    env = environment() | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    with Group(
+        tmp_path / "logs1", commands(one, 1, *flags), env | {"JAX_NUM_CPU_DEVICES": "4"}
+    ) as group:
+        assert group.wait(600) == [0], group.err(0)
+    with Group(tmp_path / "logs2", commands(two, 2, *flags), env) as group:
+        assert group.wait(600) == [0, 0], [group.err(0), group.err(1)]
+    read = lambda name: [load_file(d / f"{name}.safetensors") for d in (one, two)]
+    for name, atol in (
+        ("teacher/teacher", 0),
+        ("features/features", 0),
+        ("outliers/outliers", 0),  # every process draws all of them, of the features that are there
+        ("latents/latents", 1e-5),
+        ("train/student", 1e-4),
+    ):
+        a, b = read(name)
+        assert a.keys() == b.keys() and a
+        for key, value in a.items():
+            np.testing.assert_allclose(b[key], value, rtol=atol, atol=atol, err_msg=key)
+    drawn = [[row["step"] for row in logged(d)] for d in (one, two)]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 5
+    losses = [[row["loss"] for row in logged(d)] for d in (one, two)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    tables = [table(one), table(two)]
+    assert tables[0].keys() == tables[1].keys() and len(tables[0]) == 2 * 4
+    for key, values in tables[0].items():
+        np.testing.assert_allclose(tables[1][key], values, atol=1e-3, err_msg=str(key))
 
 
 @pytest.mark.slow

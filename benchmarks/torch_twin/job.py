@@ -26,7 +26,7 @@ from benchmarks.torch_twin import diffusion, forms, outliers, training
 from benchmarks.torch_twin.forms import Form
 from benchmarks.torch_twin.losses import Oal
 from benchmarks.torch_twin.models import Teacher, load_ours
-from oal_jax import artifacts
+from oal_jax import artifacts, host_memory
 from oal_jax.config import Config, unflatten
 from oal_jax.data import benchmarks, sources
 from oal_jax.data.sources import ImageSet
@@ -39,6 +39,8 @@ _SOURCES = {
     "diffusion": ("pool", "pool"),
     "random": ("random", "random"),
     "mixed": ("half", "half"),
+    "latents": ("random", "pool"),
+    "latents_mixed": ("random", "half"),
     "none": (None, None),
 }
 
@@ -312,6 +314,7 @@ def main(argv: Sequence[str]) -> None:
     """Read JOB.json, run, write OUTPUT.json."""
     order = json.loads(Path(argv[1]).read_text())
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    host_memory.keep_freed()  # PyTorch gains by it too
     form = forms.make(order["form"], eager=order["eager"], dtype=order["dtype"])
     config, device = unflatten(order["config"]), torch.device(order["device"])
     Path(argv[2]).write_text(json.dumps(run(config, form, order["moments"], device)))

@@ -14,6 +14,8 @@ from oal_jax.data.class_names import IMAGENET
 from oal_jax.errors import UserError
 
 NO_SETS = ("none",)  # given for a group: it is empty, whatever the benchmark says
+# The images of the ID classes that are left out (`oal_jax.data.leave_out`), by group.
+LEFT_OUT = {"near": "left_out", "validation": "val_left_out"}
 
 
 class Benchmark(NamedTuple):
@@ -94,6 +96,7 @@ def resolve(
     far: Sequence[str] = (),
     validation: Sequence[str] = (),
     csid: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
 ) -> Benchmark:
     """The benchmark of an ID set, each group that is given in place of its own.
 
@@ -101,6 +104,7 @@ def resolve(
       id_set: a key of `BENCHMARKS`, or any set if near- or far-OOD sets are given.
       near: sets of the group, `NO_SETS`, or nothing for those of the benchmark; so are the others.
         "a,b" is two sets: so a flag hands over --config.data.near=a,b.
+      leave_out: classes that are taken out of the ID set: the sets `LEFT_OUT` are added.
 
     Raises:
       UserError: an unknown ID set without OOD sets, or a set in two places.
@@ -109,7 +113,7 @@ def resolve(
         group: split_names(names)
         for group, names in zip(Benchmark._fields[1:], (near, far, validation, csid), strict=True)
     }
-    if id_set not in BENCHMARKS and not (near or far):
+    if id_set not in BENCHMARKS and not (near or far or leave_out):
         raise UserError(
             f"config data.id_set='{id_set}' has no benchmark: give its OOD sets as data.near and"
             f" data.far, or choose one of {', '.join(BENCHMARKS)}"
@@ -117,6 +121,9 @@ def resolve(
     benchmark = BENCHMARKS.get(id_set, Benchmark(id_set))._replace(
         **{group: () if names == NO_SETS else names for group, names in given.items() if names}
     )
+    if leave_out:
+        added = {group: (*getattr(benchmark, group), name) for group, name in LEFT_OUT.items()}
+        benchmark = benchmark._replace(**added)
     places: dict[str, str] = {benchmark.id_set: "id_set"}
     for group in given:
         for name in getattr(benchmark, group):

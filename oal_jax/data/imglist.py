@@ -26,7 +26,6 @@ In memory, an image of 32 x 32 takes 3 KiB, one of 224 x 224 147 KiB: ImageNet's
 GiB. Sets of more than 16 GiB, such as ImageNet's train split, are for `oal_jax.data.stream`.
 """
 
-import collections
 import difflib
 import hashlib
 import itertools
@@ -40,7 +39,7 @@ from jaxtyping import Int32
 
 from oal_jax.data import class_names, manifest
 from oal_jax.data.benchmarks import CLASS_NAMES
-from oal_jax.data.stored import Encoded, Fit, Stored, check_on_corrupt
+from oal_jax.data.stored import Encoded, Fit, Stored, check_on_corrupt, first_of_each
 from oal_jax.errors import UserError
 
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
@@ -363,10 +362,4 @@ def _some(files: list[_File], wanted: Wanted) -> list[_File]:
     count = wanted.limit
     if not wanted.labelled:
         return [files[i * len(files) // count] for i in range(count)]
-    seen: collections.Counter[int] = collections.Counter()
-    ranks = []
-    for file in files:
-        ranks.append(seen[file.label])
-        seen[file.label] += 1
-    chosen = sorted(range(len(files)), key=ranks.__getitem__)[:count]
-    return [files[i] for i in sorted(chosen)]
+    return [files[i] for i in first_of_each([file.label for file in files], count)]

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
 from oal_jax.data import array_records, bundled, corruptions, generated, imglist, procedural
+from oal_jax.data import leave_out as classes
 from oal_jax.data.stored import Stored, read_all
 from oal_jax.errors import UserError
 
@@ -79,17 +80,76 @@ def load(source: str, name: str, split: str, *, limit: int = 0, **options) -> Im
         drawn = procedural.draw(limit or procedural.COUNT, procedural.SIZE)
         return validated(f"{name}/{split}", drawn, np.zeros(len(drawn), np.int32), ("outlier",))
     if source == "generated":
-        id_set, size = options.get("id_set") or name, options.get("image_size", 0)
-        labelled = options.get("labelled", True)
-        drawn = generated.draw(
-            name, split, id_set=id_set, labelled=labelled, limit=limit, size=size
-        )
-        return validated(f"{name}/{split}", *drawn)
+        return _generated(name, split, limit, **options)
     stored = open_stored(source, name, split, limit=limit, **options)
     return validated(stored.name, *read_all(stored), stored.class_names)
 
 
+def _generated(
+    name: str,
+    split: str,
+    limit: int,
+    id_set: str = "",
+    labelled: bool = True,
+    image_size: int = 0,
+    leave_out: Sequence[str] = (),
+    left_out: bool = False,
+    **_,
+) -> ImageSet:
+    def draw(count: int) -> ImageSet:
+        drawn = generated.draw(
+            name, split, id_set=id_set or name, labelled=labelled, limit=count, size=image_size
+        )
+        return validated(f"{name}/{split}", *drawn)
+
+    if not leave_out:
+        return draw(limit)
+    whole = generated.names(id_set or name)
+    table, names = classes.relabelled(whole, leave_out, left_out)
+    # The classes come in turn: of so many images at least `limit` are wanted.
+    data = draw(-(-limit // int(np.sum(table >= 0))) * len(whole))
+    labels = table[data.labels]
+    rows = np.flatnonzero(labels >= 0)[: limit or None]
+    return data._replace(images=data.images[rows], labels=labels[rows], class_names=names)
+
+
 def open_stored(
+    source: str,
+    name: str,
+    split: str,
+    *,
+    limit: int = 0,
+    leave_out: Sequence[str] = (),
+    left_out: bool = False,
+    **options,
+) -> Stored:
+    """One split of an image set on disk; no image is decoded yet.
+
+    Args:
+      source: "bundled" (the sets that come with the package, see `oal_jax.data.bundled`), "tfds"
+        (prepared once with `tfds build`, see `oal_jax.data.array_records`), "imglist" (OpenOOD's
+        lists) or "folder" (a folder a class), for both of which `oal_jax.data.imglist` says what
+        `root` must hold.
+      name: the set; for "tfds" also NAME/CONFIG, NAME:VERSION, NAME@SPLIT.
+      split: such as "train", "validation" or "test".
+      limit: only so many images; 0 for all. The first ones of "bundled" and "tfds"; of image files,
+        which lie class by class, as many of each class.
+      leave_out: of a labelled set: classes that are taken out of it, see `oal_jax.data.leave_out`.
+      left_out: those classes are taken, as an OOD set, not the others.
+      options: `root`: where the sets are; None for the package, or for TFDS's own default
+        directory. And what `_open_whole` says.
+
+    Raises:
+      UserError: the set or split is not there, or is damaged; there is no such class.
+    """
+    if not leave_out:
+        return _open_whole(source, name, split, limit=limit, **options)
+    whole = _open_whole(source, name, split, limit=0, **options)
+    files = source in ("imglist", "folder")
+    return classes.part_of(whole, leave_out, left_out, limit, by_class=files)
+
+
+def _open_whole(
     source: str,
     name: str,
     split: str,
@@ -102,18 +162,9 @@ def open_stored(
     image_size: int = 0,
     on_corrupt: str = "error",
 ) -> Stored:
-    """One split of an image set on disk; no image is decoded yet.
+    """`open_stored` of all classes.
 
     Args:
-      source: "bundled" (the sets that come with the package, see `oal_jax.data.bundled`), "tfds"
-        (prepared once with `tfds build`, see `oal_jax.data.array_records`), "imglist" (OpenOOD's
-        lists) or "folder" (a folder a class), for both of which `oal_jax.data.imglist` says what
-        `root` must hold.
-      name: the set; for "tfds" also NAME/CONFIG, NAME:VERSION, NAME@SPLIT.
-      split: such as "train", "validation" or "test".
-      root: where the sets are; None for the package, or for TFDS's own default directory.
-      limit: only so many images; 0 for all. The first ones of "bundled" and "tfds"; of image files,
-        which lie class by class, as many of each class.
       id_set: the ID set that this set is used with; empty: it is the ID set. Not of "bundled", nor
         are those below.
       id_splits: of "tfds": what the ID set's train, validation and test splits are called.
@@ -121,9 +172,6 @@ def open_stored(
         covariate-shifted sets are. Else all are 0, of the class "ood".
       image_size: the side that images get; 0 for the source's default.
       on_corrupt: "error", or "skip" to leave damaged images out.
-
-    Raises:
-      UserError: the set or split is not there, or is damaged.
     """
     id_set = id_set or name
     if source == "bundled":

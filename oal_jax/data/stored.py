@@ -223,3 +223,13 @@ def _check_bytes(stored: Stored, image_bytes: int) -> None:
             f" are held in memory up to {MAX_BYTES / 2**30:.0f} GiB: set data.stream=True, or lower"
             " data.train_images or data.image_size"
         )
+
+
+def first_of_each(labels: Sequence[int] | Int[np.ndarray, " n"], count: int) -> list[int]:
+    """Where `count` images stand, in order: the first of every class, then the second ones, ..."""
+    seen: dict[int, int] = {}
+    ranks = []
+    for label in map(int, labels):
+        ranks.append(seen.get(label, 0))
+        seen[label] = ranks[-1] + 1
+    return sorted(sorted(range(len(ranks)), key=ranks.__getitem__)[:count])

@@ -25,7 +25,7 @@ from oal_jax.generator.schedule import NoiseSchedule
 SAMPLERS = ("dpm_solver_pp_2m", "pndm", "ddim")
 
 ApplyUNet = Callable[[Any, Array, Array, Array], Array]
-Guide = Callable[[Array, Array, Any], Array]
+Guide = Callable[[Array, Array, Array, Any], Array]
 
 
 class Plan(NamedTuple):
@@ -52,10 +52,10 @@ class Plan(NamedTuple):
     predicts_clean: bool
 
 
-def _leading_times(schedule: NoiseSchedule, steps: int) -> tuple[np.ndarray, int]:
-    """Descending times with equal spacing from the end of the schedule, and that spacing."""
+def _leading_times(schedule: NoiseSchedule, steps: int, last: int) -> tuple[np.ndarray, int]:
+    """The `last` of descending times with equal spacing from the schedule's end; that spacing."""
     ratio = schedule.train_steps // steps
-    return np.arange(steps)[::-1] * ratio + schedule.steps_offset, ratio
+    return np.arange(last)[::-1] * ratio + schedule.steps_offset, ratio
 
 
 def _ddim_coefficients(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -67,23 +67,23 @@ def _ddim_coefficients(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, 
     return a, np.sqrt(1.0 - end) - a * np.sqrt(1.0 - start)
 
 
-def _plan_ddim(schedule: NoiseSchedule, steps: int) -> Plan:
+def _plan_ddim(schedule: NoiseSchedule, steps: int, last: int) -> Plan:
     squared = schedule.alphas_cumprod()
-    times, ratio = _leading_times(schedule, steps)
+    times, ratio = _leading_times(schedule, steps, last)
     ends = times - ratio
     end = np.where(ends >= 0, squared[np.maximum(ends, 0)], schedule.final_alpha_cumprod())
     a, b = _ddim_coefficients(squared[times], end)
-    always, never = np.ones(steps, bool), np.zeros(steps, bool)
+    always, never = np.ones(last, bool), np.zeros(last, bool)
     return _plan(squared, times, a, b[:, None], always, never, predicts_clean=False)
 
 
-def _plan_pndm(schedule: NoiseSchedule, steps: int) -> Plan:
+def _plan_pndm(schedule: NoiseSchedule, steps: int, last: int) -> Plan:
     """A Heun-like pair of calls for the first interval, then Adams-Bashforth of order 2, 3, 4."""
     squared = schedule.alphas_cumprod()
-    times, ratio = _leading_times(schedule, steps)
+    times, ratio = _leading_times(schedule, steps, last)
     # The network is called at the end of the first interval twice: once to correct it, once to
     # start the second.
-    calls = np.insert(times, 1, times[1]) if steps > 1 else np.repeat(times, 2)
+    calls = np.insert(times, 1, times[1]) if last > 1 else np.repeat(times, 2)
     starts = calls.copy()
     starts[1] = times[0]
     ends = starts - ratio
@@ -100,16 +100,17 @@ def _plan_pndm(schedule: NoiseSchedule, steps: int) -> Plan:
             [55 / 24, -59 / 24, 37 / 24, -9 / 24],
         ]
     )
-    weights = orders[np.minimum(np.arange(steps + 1), 4)]
-    corrector = np.arange(steps + 1) == 1
+    weights = orders[np.minimum(np.arange(last + 1), 4)]
+    corrector = np.arange(last + 1) == 1
     return _plan(
         squared, calls, a, slope[:, None] * weights, ~corrector, corrector, predicts_clean=False
     )
 
 
-def _plan_dpm(schedule: NoiseSchedule, steps: int) -> Plan:
+def _plan_dpm(schedule: NoiseSchedule, steps: int, last: int) -> Plan:
     squared = schedule.alphas_cumprod()
-    points = np.round(np.linspace(0, schedule.train_steps - 1, steps + 1)).astype(np.int64)[::-1]
+    points = np.round(np.linspace(0, schedule.train_steps - 1, steps + 1)).astype(np.int64)
+    points = points[: last + 1][::-1]
     alpha, sigma = np.sqrt(squared[points]), np.sqrt(1.0 - squared[points])
     log_snr = np.log(alpha) - np.log(sigma)
     h = np.diff(log_snr)
@@ -117,12 +118,12 @@ def _plan_dpm(schedule: NoiseSchedule, steps: int) -> Plan:
     gain = -alpha[1:] * np.expm1(-h)
     # D1 = (m_0 - m_1) / r with r = h_previous / h; the first step has no predecessor and is of
     # first order.
-    half = np.zeros(steps)
+    half = np.zeros(last)
     half[1:] = 0.5 * h[1:] / h[:-1]
-    if steps < 15:
+    if last < 15:
         half[-1] = 0.0  # diffusers' rule: with few steps, a last one of first order is stabler
     b = np.stack([gain * (1.0 + half), -gain * half], axis=1)
-    always, never = np.ones(steps, bool), np.zeros(steps, bool)
+    always, never = np.ones(last, bool), np.zeros(last, bool)
     return _plan(squared, points[:-1], a, b, always, never, predicts_clean=True)
 
 
@@ -135,7 +136,7 @@ def _plan(squared, times, a, b, push, hold, *, predicts_clean: bool) -> Plan:
 _PLANS = {"ddim": _plan_ddim, "pndm": _plan_pndm, "dpm_solver_pp_2m": _plan_dpm}
 
 
-def make_plan(schedule: NoiseSchedule, name: str, steps: int) -> Plan:
+def make_plan(schedule: NoiseSchedule, name: str, steps: int, partial: float = 1.0) -> Plan:
     """The coefficients of a sampler.
 
     Args:
@@ -144,6 +145,8 @@ def make_plan(schedule: NoiseSchedule, name: str, steps: int) -> Plan:
             The history of "pndm" is of noise even where the network predicts velocities; diffusers
             averages the velocities there.
         steps: number of intervals, 1 to the number of training steps less one.
+        partial: fraction of the steps that is taken, the last ones, at least one: for samples that
+            are not begun at noise alone.
 
     Raises:
         UserError: an unknown name or an impossible number of steps.
@@ -152,7 +155,7 @@ def make_plan(schedule: NoiseSchedule, name: str, steps: int) -> Plan:
         raise UserError(f"sampler {name!r} is none of {', '.join(SAMPLERS)}")
     if not 1 <= steps < schedule.train_steps:
         raise UserError(f"sampler steps must be in 1 .. {schedule.train_steps - 1}, not {steps}")
-    return _PLANS[name](schedule, steps)
+    return _PLANS[name](schedule, steps, max(1, round(partial * steps)))
 
 
 def initial_noise(
@@ -173,6 +176,7 @@ def make_sampler(
     steps: int = 20,
     guidance: float = 3.0,
     guide: Guide | None = None,
+    partial: float = 1.0,
 ) -> Callable[..., Float[Array, "N C h w"]]:
     """Builds a pure sampling function.
 
@@ -183,18 +187,22 @@ def make_sampler(
         steps: see `make_plan`.
         guidance: scale w of classifier-free guidance (arXiv 2207.12598): uncond + w (cond -
             uncond). With 1 the network is called with the condition only.
-        guide: optional steering, `(predicted clean latents, time, aux) -> gradient` of their shape,
-            added to the predicted noise (a positive multiple of the gradient of a loss lowers that
-            loss, arXiv 2105.05233, algorithm 2). With None the compiled program has no trace of it.
+        guide: optional steering, `(predicted clean latents, predicted noise, time, aux) ->
+            gradient` of their shape, added to the predicted noise (a positive multiple of the
+            gradient of a loss lowers that loss, arXiv 2105.05233, algorithm 2). It is taken at
+            first order and stays out of the history: a direction that turns from step to step would
+            overshoot where it is extrapolated. With None the compiled program has no trace of it.
+        partial: see `make_plan`.
 
     Returns:
-        `sample(params, noise, cond, uncond, aux=None) -> latents`, float32, to be jitted by the
-        caller: `noise` (N, C, h, w) standard normal, `cond` (N, L, D), `uncond` (1, L, D) or (N, L,
-            D), `aux` a pytree for `guide`.
+        `sample(params, noise, cond, uncond, aux=None, clean=None) -> latents`, float32, to be
+        jitted by the caller: `noise` (N, C, h, w) standard normal, `cond` (N, L, D), `uncond` (1,
+            L, D) or (N, L, D), `aux` a pytree for `guide`, `clean` latents that are noised to
+            the first time of the plan (SDEdit, arXiv 2108.01073); None: noise alone.
         Each sample is computed on its own: results do not depend on the batch a sample is in, up to
             rounding.
     """
-    plan = make_plan(schedule, name, steps)
+    plan = make_plan(schedule, name, steps, partial)
     rows = {
         "time": jnp.asarray(plan.times),
         "alpha": jnp.asarray(plan.alpha),
@@ -220,8 +228,10 @@ def make_sampler(
         out = out.reshape(pairs.shape)
         return out[:, 0] + guidance * (out[:, 1] - out[:, 0])
 
-    def sample(params, noise, cond, uncond, aux=None):
+    def sample(params, noise, cond, uncond, aux=None, clean=None):
         x = noise.astype(jnp.float32)
+        if clean is not None:
+            x = float(plan.alpha[0]) * clean.astype(jnp.float32) + float(plan.sigma[0]) * x
         if guidance == 1.0:
             states = cond
         else:
@@ -235,12 +245,15 @@ def make_sampler(
             if schedule.prediction_type == "v_prediction":
                 out = alpha * out + sigma * x
             if guide is not None:
-                out = out + guide((x - sigma * out) / alpha, row["time"], aux)
+                push = guide((x - sigma * out) / alpha, out, row["time"], aux)
+                push = -sigma / alpha * push if plan.predicts_clean else push
             if plan.predicts_clean:
                 out = (x - sigma * out) / alpha
             start = jnp.where(row["hold"], start, x) if corrects else x
             recent = (out, *history)
             x = row["a"] * start + sum(row["b"][j] * recent[j] for j in range(order))
+            if guide is not None:
+                x = x + jnp.sum(row["b"]) * push
             pushed = recent[: order - 1]
             if corrects:
                 pushed = jax.tree.map(lambda n, o: jnp.where(row["push"], n, o), pushed, history)

@@ -7,7 +7,7 @@ in `config.METHOD_STAGES`).
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from oal_jax.config import DECODED, Config, unleashed
+from oal_jax.config import Config, sees_images, unleashed
 from oal_jax.methods import (
     ce,
     doe,
@@ -32,7 +32,16 @@ SOURCES = {
     "diffusion": ("pool", "pool"),
     "random": ("random", "random"),
     "mixed": ("half", "half"),
+    "latents": ("random", "pool"),
+    "latents_mixed": ("random", "half"),
+    "half_random": ("random", "half random"),  # half as many random latents: a control
     "none": (None, None),  # the energy loss on the ID side alone: a control
+}
+# Of outliers.images, the contents that are decoded latents; every other name is an image set.
+_IMAGES = {
+    "decoded": "decoded latents",
+    "decoded_random": "decoded random latents",
+    "decoded_half": "half decoded latents",
 }
 
 
@@ -63,6 +72,15 @@ class Recipe(NamedTuple):
     teacher: bool = False
     arrays: Callable[[Config], dict[str, str]] = lambda config: {}
     outliers_per_image: Callable[[Config], int] = lambda config: 1
+
+
+# Contents that are made of the latents that were sampled.
+_SAMPLED = {"latents", "reduced latents", *_IMAGES.values()}
+
+
+def reads_sampled(config: Config) -> bool:
+    """Whether the training reads sampled latents, or what they decode to."""
+    return bool(_SAMPLED & set(METHODS[config.method.name].arrays(config).values()))
 
 
 def make(parts: Parts, constraint: float | None) -> Method:
@@ -123,6 +141,8 @@ def _oal(parts: Parts) -> Method:
         adapter_weight=m.adapter,
         ramp_steps=(m.ramp_start * parts.steps, m.ramp_end * parts.steps),
         feature_outliers=feature is not None,
+        image_outliers=sees_images(parts.config),
+        adaptation=oal.Adaptation(m.adapt.of, m.adapt.steps, m.adapt.rate),
     )
 
 
@@ -133,7 +153,8 @@ def _oal_arrays(config: Config) -> dict[str, str]:
     arrays = {"outlier": "knn"} if feature in ("pool", "half") else {}
     if latent in ("pool", "half"):
         arrays["outlier_latent"] = "latents"
-    return arrays | ({"latents": "latents of ID images"} if latent else {})
+    arrays |= {"latents": "latents of ID images"} if latent else {}
+    return arrays | (_outlier_images(config) if sees_images(config) else {})
 
 
 def _exposure(parts: Parts) -> Method:
@@ -239,8 +260,7 @@ def _logitnorm(parts: Parts) -> Method:
 
 
 def _outlier_images(config: Config) -> dict[str, str]:
-    decoded = config.outliers.images == DECODED
-    return {"outlier_image": "decoded latents" if decoded else "outlier images"}
+    return {"outlier_image": _IMAGES.get(config.outliers.images, "outlier images")}
 
 
 def _wild_images(config: Config) -> dict[str, str]:

@@ -20,7 +20,7 @@ from oal_jax.methods.base import (
     apply_group,
     split_variables,
 )
-from oal_jax.methods.student import Transform, id_loss
+from oal_jax.methods.student import Outputs, Transform, forward, id_loss
 from oal_jax.models.projector import Projector
 from oal_jax.outliers.knn import unit
 
@@ -78,34 +78,39 @@ def student_terms(
     model: Any,
     *,
     key: jax.Array,
+    **options: Any,
+) -> tuple[jax.Array, tuple[Groups, Metrics], Outputs]:
+    """`(value, (model_state, metrics))` of CE and KD, and the student's (logits, features).
+
+    `key` is of the step; `options` are those of `terms`.
+    """
+    outputs, _, student = forward(model, params, model_state, key, batch["image"])
+    value, aux = terms(params, {**model_state, "student": student}, batch, outputs, **options)
+    return value, aux, outputs
+
+
+def terms(
+    params: Groups,
+    model_state: Groups,
+    batch: Batch,
+    outputs: Outputs,
+    *,
     logit_weight: float,
     feature_weight: float,
     ce_transform: Transform | None = None,
     unit_features: bool = True,
-    outlier_images: jax.Array | None = None,
-) -> tuple[jax.Array, tuple[Groups, Metrics], tuple[jax.Array, jax.Array]]:
-    """`(value, (model_state, metrics))` of CE and KD, and the student's (logits, features).
-
-    `outlier_images` pass through the student behind the ID images, normalised by the batch
-    statistics of the ID images alone; their rows stand last in the returned pair.
+) -> tuple[jax.Array, tuple[Groups, Metrics]]:
+    """`(value, (model_state, metrics))` of CE and KD for the student's outputs of the ID images.
 
     `unit_features` scales the teacher's features to unit norm before DT; the official code does
     not, but outliers are directions, and DT must see both alike where it maps outliers too.
 
-    `key` is of the step; `ce_transform` is of the mean cross-entropy alone.
+    `ce_transform` is of the mean cross-entropy alone.
     """
-    images, count = batch["image"], batch["image"].shape[0]
-    options: dict[str, Any] = {"rngs": {"dropout": named(key, "dropout")}}
-    if outlier_images is not None:
-        images = jnp.concatenate([images, outlier_images])
-        options["statistics"] = jnp.arange(images.shape[0]) < count
-    outputs, student_state = apply_group(
-        model, params, model_state, "student", images, train=True, **options
-    )
-    logits, features = (rows[:count] for rows in outputs)
+    logits, features = outputs
     teacher_features = batch["teacher_features"].astype(jnp.float32)
     target, dt_state = apply_group(
-        Projector(model.feature_width),
+        Projector(features.shape[-1]),
         params,
         model_state,
         "projector",
@@ -118,5 +123,4 @@ def student_terms(
     kd_features = jnp.mean(losses.kl_divergence(target, features))
     metrics |= {"kd_logits": kd_logits, "kd_features": kd_features}
     value = ce + logit_weight * kd_logits + feature_weight * kd_features
-    state = {**model_state, "student": student_state, "projector": dt_state}
-    return value, (state, metrics), outputs
+    return value, ({**model_state, "projector": dt_state}, metrics)

@@ -12,8 +12,8 @@
 Source: arXiv 2406.16525; CLUB: arXiv 2006.12013; energy as in VOS, arXiv 2202.01197.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,28 @@ from oal_jax import losses
 from oal_jax.keys import named
 from oal_jax.methods import kd
 from oal_jax.methods.base import Method, apply_group, split_variables
-from oal_jax.methods.student import Transform
+from oal_jax.methods.student import Transform, forward
 from oal_jax.models.mutual_information import GaussianPredictor
 from oal_jax.models.projector import LatentAdapter, Projector
 from oal_jax.outliers.knn import unit
+
+
+class Adaptation(NamedTuple):
+    """How a step's latent outliers follow the student that is trained on them.
+
+    Attributes:
+      of: of so many at a time the one that the student finds most like ID is kept; 1: all are.
+      steps: of the gradient by which latents are moved before; 0: as they were sampled.
+      rate: length of such a step, in units of a latent's own length; towards the student's ID where
+        positive, away from it where negative.
+    """
+
+    of: int = 1
+    steps: int = 0
+    rate: float = 0.05
+
+
+_UNCHANGED = Adaptation()
 
 
 def energy(
@@ -40,20 +58,25 @@ def energy(
     adapter_weight: float,
     ramp_steps: tuple[float, float],
     feature_outliers: bool,
+    image_outliers: bool = False,
+    adaptation: Adaptation = _UNCHANGED,
     ce_transform: Transform | None = None,
 ) -> Method:
-    """The sound default: E = logsumexp of the student's logits tells ID from mapped outliers.
+    """The sound default: E = logsumexp of the student's logits tells ID from outliers.
 
     Feature outliers `outlier` (B, T) reach the student's head through DT, latents
     `outlier_latent` (B, h, w, c) through an adapter that regresses the student's features from
     the latents of ID images (`latent`). Mapped outliers carry no gradient to either map, and
-    the batch statistics of DT never see one. Without any outliers the ID side alone is trained,
-    with scale and offset held fixed.
+    the batch statistics of DT never see one. Images `outlier_image` (m, h, w, c) pass through the
+    whole student beside the ID images, and their gradient does too. Without any outliers the ID
+    side alone is trained, with scale and offset held fixed.
 
     Args:
       latent_shape: (h, w, c) of a latent, or None where there are no latent outliers.
       ramp_steps: the energy loss's weight rises linearly between these two steps.
       feature_outliers: whether the batch has `outlier`.
+      image_outliers: whether it has `outlier_image`.
+      adaptation: of latent outliers to the student at hand.
     """
     projector, adapter = Projector(model.feature_width), LatentAdapter(model.feature_width)
 
@@ -65,42 +88,52 @@ def energy(
             params["adapter"], _ = split_variables(variables)
         return params, model_state
 
-    def mapped_outliers(params, model_state, batch) -> dict[str, jax.Array]:
-        mapped = {}
+    def energies(params, model_state, batch) -> dict[str, jax.Array]:
+        """E of the mapped outliers of a batch."""
+        head, found = params["student"]["fc"], {}
         if feature_outliers:
-            outliers = unit(batch["outlier"])
-            mapped["feature"], _ = apply_group(
-                projector, params, model_state, "projector", outliers, train=False
+            mapped, _ = apply_group(
+                projector, params, model_state, "projector", unit(batch["outlier"]), train=False
             )
+            found["feature"] = _head_energy(head, jax.lax.stop_gradient(mapped))
         if latent_shape:
-            mapped["latent"] = adapter.apply({"params": params["adapter"]}, batch["outlier_latent"])
-        return jax.lax.stop_gradient(mapped)
+
+            def map_latents(latents):
+                return adapter.apply({"params": params["adapter"]}, latents)
+
+            latents = _adapted(
+                lambda z: _head_energy(head, map_latents(z)), batch["outlier_latent"], adaptation
+            )
+            found["latent"] = _head_energy(head, jax.lax.stop_gradient(map_latents(latents)))
+        return found
 
     def loss(params, model_state, batch, step, key):
-        value, (new_state, metrics), (logits, features) = kd.student_terms(
+        shown = batch["outlier_image"] if image_outliers else None
+        (logits, features), (image_logits, _), student = forward(
+            model, params, model_state, key, batch["image"], shown
+        )
+        value, (new_state, metrics) = kd.terms(
             params,
-            model_state,
+            {**model_state, "student": student},
             batch,
-            model,
-            key=key,
+            (logits, features),
             logit_weight=logit_weight,
             feature_weight=feature_weight,
             ce_transform=ce_transform,
         )
         weight = energy_weight * losses.ramp(step, *ramp_steps)
-        head = params["student"]["fc"]
         id_energy = jax.nn.logsumexp(logits, axis=-1)
         scale, offset = params["energy"]["scale"], params["energy"]["offset"]
-        mapped = mapped_outliers(params, model_state, batch)
-        for name, outlier_features in mapped.items():
-            outlier_logits = outlier_features @ head["kernel"] + head["bias"][None]
-            outlier_energy = jax.nn.logsumexp(outlier_logits, axis=-1)
+        outliers = energies(params, model_state, batch)
+        if image_outliers:
+            outliers["image"] = jax.nn.logsumexp(image_logits, axis=-1)
+        for name, outlier_energy in outliers.items():
             id_loss, outlier_loss = losses.energy_logistic(id_energy, outlier_energy, scale, offset)
             separation = jnp.mean(id_loss) + jnp.mean(outlier_loss)
             value += weight * separation
             metrics[f"energy_{name}"] = separation
             metrics[f"outlier_energy_{name}"] = jnp.mean(outlier_energy)
-        if not mapped:
+        if not outliers:
             # With nothing opposite, a learned offset would take the loss to zero by itself.
             fixed = jax.lax.stop_gradient((scale, offset))
             id_loss, _ = losses.energy_logistic(id_energy, id_energy, *fixed)
@@ -115,6 +148,30 @@ def energy(
         return value, (new_state, metrics)
 
     return Method(init, loss)
+
+
+def _head_energy(head: Any, features: jax.Array) -> jax.Array:
+    return jax.nn.logsumexp(features @ head["kernel"] + head["bias"][None], axis=-1)
+
+
+def _adapted(
+    energies: Callable[[jax.Array], jax.Array], latents: jax.Array, adaptation: Adaptation
+) -> jax.Array:
+    """The latents moved along the gradient of their E; of each `of` neighbours the highest."""
+    axes = tuple(range(1, latents.ndim))
+    length = jnp.sqrt(jnp.sum(latents**2, axis=axes, keepdims=True))
+    for _ in range(adaptation.steps):
+        slope = jax.grad(lambda z: jnp.sum(energies(z)))(latents)
+        norm = jnp.sqrt(jnp.sum(slope**2, axis=axes, keepdims=True))
+        latents = latents + adaptation.rate * length * slope / jnp.maximum(norm, 1e-12)
+    if adaptation.of > 1:
+        # Among neighbours, not in the whole batch: the devices need not send each other any.
+        groups = latents.shape[0] // adaptation.of
+        hardest = jnp.argmax(energies(latents).reshape(groups, adaptation.of), axis=1)
+        pieces = latents.reshape(groups, adaptation.of, *latents.shape[1:])
+        chosen = jax.nn.one_hot(hardest, adaptation.of, dtype=pieces.dtype)
+        latents = jnp.einsum("gn,gn...->g...", chosen, pieces)
+    return jax.lax.stop_gradient(latents)
 
 
 def club(

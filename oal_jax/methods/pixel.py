@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from oal_jax import losses
 from oal_jax.methods import kd
 from oal_jax.methods.base import Method
-from oal_jax.methods.student import Transform
+from oal_jax.methods.student import Transform, forward
 
 
 def outlier_exposure(
@@ -35,18 +35,18 @@ def outlier_exposure(
 
     def loss(params, model_state, batch, step, key):
         del step
-        value, (new_state, metrics), (logits, _) = kd.student_terms(
+        outputs, (outlier_logits, _), student = forward(
+            model, params, model_state, key, batch["image"], batch["outlier_image"]
+        )
+        value, (new_state, metrics) = kd.terms(
             params,
-            model_state,
+            {**model_state, "student": student},
             batch,
-            model,
-            key=key,
+            outputs,
             logit_weight=logit_weight,
             feature_weight=feature_weight,
             ce_transform=ce_transform,
-            outlier_images=batch["outlier_image"],
         )
-        outlier_logits = logits[batch["image"].shape[0] :]
         exposure = jnp.mean(losses.uniform_cross_entropy(outlier_logits))
         metrics["outlier_exposure"] = exposure
         return value + pixel_weight * exposure, (new_state, metrics)

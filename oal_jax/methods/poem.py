@@ -28,7 +28,15 @@ from oal_jax.keys import named
 from oal_jax.methods import class_queue
 from oal_jax.methods.base import Method
 from oal_jax.methods.outlier_exposure import hinge_terms
-from oal_jax.methods.student import Transform, forward, id_loss, init_student, output_sizes
+from oal_jax.methods.student import (
+    Transform,
+    forward,
+    id_loss,
+    init_student,
+    join,
+    output_sizes,
+    separate,
+)
 
 
 def posterior_sampling(
@@ -77,11 +85,11 @@ def posterior_sampling(
         _, seen = jax.lax.stop_gradient(
             model.apply(
                 {"params": params["student"], **model_state["student"]},
-                jnp.concatenate([images, candidates]),
+                join(images, candidates),
                 train=False,
             )
         )
-        id_features, features = seen[: images.shape[0]], seen[images.shape[0] :]
+        id_features, features = separate(seen, images.shape[0])
         beta = sample_beta(named(key, "beta"), old["mean"], old["factor"], covariance_scale)
         distance = jnp.abs(features @ beta)
         count = candidates.shape[0] // candidate_ratio
@@ -102,12 +110,8 @@ def posterior_sampling(
             "boundary_distance": jnp.mean(distance[chosen]),
             "candidate_distance": jnp.mean(distance),
         }
-        side = jnp.arange(images.shape[0] + count) >= images.shape[0]
-        buffer = class_queue.push(
-            old["buffer"],
-            jnp.concatenate([id_features, features[chosen]]),
-            side.astype(jnp.int32),
-        )
+        sides = (jnp.full(len(rows), i, jnp.int32) for i, rows in enumerate((images, chosen)))
+        buffer = class_queue.push(old["buffer"], join(id_features, features[chosen]), join(*sides))
         targets = old["target_noise"] + jnp.array([-target, target])
         due = step % refresh_steps == 0
         mean, factor = jax.lax.cond(

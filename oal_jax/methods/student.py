@@ -1,11 +1,12 @@
 """What the methods that train the student alone share: its group, one forward pass, the ID loss."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from oal_jax import losses
 from oal_jax.keys import named
@@ -39,6 +40,31 @@ def output_sizes(model: Any, image_shape: tuple[int, int, int]) -> tuple[int, in
     return logits.shape[1], features.shape[1]
 
 
+def join(first: Shaped[Array, "b ..."], second: Shaped[Array, "m ..."]) -> Shaped[Array, "b+m ..."]:
+    """Two batches as one, in gcd(b, m) groups: of each some rows of the first, then of the second.
+
+    Devices that share out both evenly share out the groups, so each joins its own rows. One behind
+    the other they would have to send each other what lies across the seam. `separate` undoes it.
+    """
+    groups = math.gcd(first.shape[0], second.shape[0])
+    pieces = [a.reshape(groups, a.shape[0] // groups, *a.shape[1:]) for a in (first, second)]
+    return _rows(jnp.concatenate(pieces, axis=1))
+
+
+def separate(
+    rows: Shaped[Array, "n ..."], count: int
+) -> tuple[Shaped[Array, "b ..."], Shaped[Array, "m ..."]]:
+    """The two batches that `join` made one of, the first of `count` rows."""
+    total = rows.shape[0]
+    groups = math.gcd(count, total - count)
+    pieces, each = rows.reshape(groups, total // groups, *rows.shape[1:]), count // groups
+    return _rows(pieces[:, :each]), _rows(pieces[:, each:])
+
+
+def _rows(pieces: Shaped[Array, "g n ..."]) -> Shaped[Array, "g*n ..."]:
+    return pieces.reshape(pieces.shape[0] * pieces.shape[1], *pieces.shape[2:])
+
+
 def forward(
     model: Any,
     params: Groups,
@@ -51,22 +77,23 @@ def forward(
 ) -> tuple[Outputs, Outputs, Any]:
     """One pass in training mode: outputs of `images`, of `others`, and the student's new state.
 
-    ID images and outliers are one batch. By default its statistics are those of the ID images
-    alone, and so are the running ones: outliers are normalised as they will be in evaluation,
-    a start's running statistics stay valid, and no result depends on how many outliers a batch
-    has. `shared_statistics` takes both kinds, as the published codes do (one concatenated batch
-    in PyTorch's training mode); the running statistics are then those of the mixture.
+    ID images and outliers are one batch (see `join`). By default its statistics are those of the
+    ID images alone, and so are the running ones: outliers are normalised as they will be in
+    evaluation, a start's running statistics stay valid, and no result depends on how many outliers
+    a batch has. `shared_statistics` takes both kinds, as the published codes do (one concatenated
+    batch in PyTorch's training mode); the running statistics are then those of the mixture.
     """
     count, options = images.shape[0], {}
     if others is not None:
-        images = jnp.concatenate([images, others])
         if not shared_statistics:
-            options["statistics"] = jnp.arange(images.shape[0]) < count
+            options["statistics"] = join(jnp.ones(count, bool), jnp.zeros(others.shape[0], bool))
+        images = join(images, others)
     rngs = {"dropout": named(key, "dropout")}
-    (logits, features), state = apply_group(
+    outputs, state = apply_group(
         model, params, model_state, "student", images, train=True, rngs=rngs, **options
     )
-    return (logits[:count], features[:count]), (logits[count:], features[count:]), state
+    (logits, other_logits), (features, other_features) = (separate(rows, count) for rows in outputs)
+    return (logits, features), (other_logits, other_features), state
 
 
 def id_loss(

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, UInt32
 
 from oal_jax import artifacts, distributed
 from oal_jax.data.augment import augment, to_unit
@@ -73,6 +74,8 @@ READERS: dict[str, Callable[[Context], np.ndarray | outliers.LazyOutliers]] = {
     "latents": latents.channels_last,
     "reduced latents": latents.reduced,
     "decoded latents": latents.decoded,
+    "decoded random latents": latents.decoded_random,
+    "half decoded latents": latents.decoded_half,
     "latents of ID images": latents.of_training_images,
 }
 _CHUNK = 256  # images compared at once
@@ -90,8 +93,13 @@ def make_arrays(context: Context, data: ImageSet | Streamed) -> dict[str, Any]:
     elif recipe.teacher:
         arrays["teacher"] = teacher.variables(context)
     for name, content in recipe.arrays(config).items():
-        arrays[name] = READERS[content](context)
-    return arrays
+        arrays[name] = streams.in_lines(READERS[content](context))
+    return arrays | {"key": np.asarray(key_data(context))}
+
+
+def key_data(context: Context) -> UInt32[Array, " 2"]:
+    """The key of all draws, an argument of the step: within it every seed were another program."""
+    return jax.random.key_data(named(context.key, "train"))
 
 
 def make_batches(context: Context, arrays: dict[str, Any], net: Any) -> loop.MakeBatch:
@@ -102,7 +110,7 @@ def make_batches(context: Context, arrays: dict[str, Any], net: Any) -> loop.Mak
     Outliers are drawn anew every step, without replacement where the pool is large enough.
     Outlier images of a set are augmented as ID images are, or augmentation would tell them apart.
     """
-    config, key, image_key = context.config, named(context.key, "train"), features.view_key(context)
+    config, image_key = context.config, features.view_key(context)
     views_cached, data = config.teacher.views, config.data
     feature, latent = SOURCES[config.outliers.source]
     energy = config.method.name == "oal" and config.method.micl == "energy"
@@ -111,32 +119,39 @@ def make_batches(context: Context, arrays: dict[str, Any], net: Any) -> loop.Mak
     recipe = build.METHODS[config.method.name]
     contents, per_image = recipe.arrays(config), recipe.outliers_per_image(config)
 
-    def pool(step, arrays, name, count):
+    def pool(key, step, arrays, name, count):
         # The same rows for `outlier` and `outlier_latent` would be a pairing; draw them apart.
         rows = draw_rows(at_step(key, name, step), arrays[name].shape[0], count)
         # Every device draws them all: else the compiler shares out the draw too, and has the
         # devices send each other what they drew.
         rows = jax.lax.with_sharding_constraint(rows, distributed.replicated(context.mesh))
         drawn = outliers.take(arrays[name], rows)
-        if contents[name] in _AUGMENTED:
+        if contents[name] in _AUGMENTED or (energy and name == "outlier_image"):
             views = jnp.broadcast_to(step, rows.shape)
             return augment(named(key, name), drawn, rows, views, shift=data.shift, flip=data.flip)
         # Features and latents stay as they are; decoded latents are images.
         return to_unit(drawn) if drawn.dtype == jnp.uint8 else drawn
 
-    def outliers_of(kind, step, arrays, name, count, draw):
-        if kind == "random":
-            return draw(at_step(key, f"random {name}", step), count)
-        if kind == "pool":
-            return pool(step, arrays, name, count)
+    def outliers_of(kind, key, step, arrays, name, count, draw):
         half = count // 2
+        if kind in ("random", "half random"):
+            drawn = count if kind == "random" else count - half
+            return draw(at_step(key, f"random {name}", step), drawn)
+        if kind == "pool":
+            return pool(key, step, arrays, name, count)
         mixed = (
-            pool(step, arrays, name, half),
+            pool(key, step, arrays, name, half),
             draw(at_step(key, f"random {name}", step), count - half),
         )
         return jnp.concatenate([unit(m) if name == "outlier" else m for m in mixed])
 
+    def shown(count):
+        """Outlier images beside so many ID images; devices and microbatches share them evenly."""
+        parts = context.mesh.shape["data"] * config.train.accumulate
+        return max(1, round(config.outliers.image_share * count / parts)) * parts
+
     def make_batch(arrays, indices, epoch, step):
+        key = jax.random.wrap_key_data(arrays["key"])
         count = config.method.outlier_batch or indices.shape[0]
         if views_cached:
             views = (epoch + indices) % views_cached
@@ -155,20 +170,30 @@ def make_batches(context: Context, arrays: dict[str, Any], net: Any) -> loop.Mak
             batch["latent"] = arrays["latents"][indices].astype(jnp.float32)
         if energy and feature:
             batch["outlier"] = outliers_of(
-                feature, step, arrays, "outlier", count, lambda k, n: sample_random(k, n, width)
+                feature,
+                key,
+                step,
+                arrays,
+                "outlier",
+                count,
+                lambda k, n: sample_random(k, n, width),
             )
         if energy and latent:
             batch["outlier_latent"] = outliers_of(
                 latent,
+                key,
                 step,
                 arrays,
                 "outlier_latent",
                 count,
                 lambda k, n: jax.random.normal(k, (n, *latent_shape)),
             )
+        if energy and "outlier_image" in contents:
+            count_shown = shown(indices.shape[0])
+            batch["outlier_image"] = pool(key, step, arrays, "outlier_image", count_shown)
         if not energy:
             for name in contents:
-                batch[name] = pool(step, arrays, name, count * per_image)
+                batch[name] = pool(key, step, arrays, name, count * per_image)
         if "wild_image" in batch:
             is_outlier = jax.random.bernoulli(
                 at_step(key, "wild", step), config.method.wild.share, (count, 1, 1, 1)

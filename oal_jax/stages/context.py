@@ -1,5 +1,6 @@
 """What every stage is given, and the inputs that several of them share."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ from jaxtyping import Array, Float, Int, Int32, Key
 from oal_jax import distributed
 from oal_jax.config import Config
 from oal_jax.data.augment import to_unit
-from oal_jax.data.benchmarks import Benchmark, resolve, split_names
+from oal_jax.data.benchmarks import LEFT_OUT, Benchmark, resolve, split_names
+from oal_jax.data.leave_out import kept_labels
 from oal_jax.data.sources import ImageSet, load, open_stored
 from oal_jax.data.stream import Streamed, open_stream
 
@@ -33,8 +35,17 @@ class Context(NamedTuple):
     @property
     def benchmark(self) -> Benchmark:
         """The ID set, and the OOD and covariate-shifted sets that belong to it."""
-        data = self.config.data
-        return resolve(data.id_set, data.near, data.far, data.validation, data.csid)
+        d = self.config.data
+        return resolve(d.id_set, d.near, d.far, d.validation, d.csid, d.leave_out)
+
+    @property
+    def prepared(self) -> "Context":
+        """The run as the stages before the student's training see it: of the seed `stages_seed`."""
+        seed = self.config.stages_seed
+        if seed < 0:
+            return self
+        config = dataclasses.replace(self.config, seed=seed)
+        return self._replace(config=config, key=jax.random.key(seed))
 
     def images(self, split: str, name: str = "", limit: int = 0) -> ImageSet:
         """A split of the ID set, or of the OOD or covariate-shifted set `name`, in memory."""
@@ -45,9 +56,20 @@ class Context(NamedTuple):
         wanted, data = self._wanted(split, name, limit), self.config.data
         return open_stream(open_stored(**wanted), data.workers) if data.stream else load(**wanted)
 
+    def kept_labels(self) -> tuple[Int[np.ndarray, " c"], int]:
+        """What the ID classes are in the whole ID set, and the number of its classes.
+
+        They differ from 0, 1, ... where classes are left out (`data.leave_out`).
+        """
+        whole = load(**self._wanted("validation", "", 1) | {"leave_out": ()}).class_names
+        return kept_labels(whole, self.config.data.leave_out), len(whole)
+
     def _wanted(self, split: str, name: str, limit: int) -> dict[str, Any]:
         data, benchmark = self.config.data, self.benchmark
         name = name or benchmark.id_set
+        left_out = bool(data.leave_out) and name in LEFT_OUT.values()
+        name = benchmark.id_set if left_out else name
+        labelled = name in (benchmark.id_set, *benchmark.csid)
         if self.config.smoke and not limit:
             limit = 200
         return {
@@ -58,7 +80,9 @@ class Context(NamedTuple):
             "limit": limit,
             "id_set": benchmark.id_set,
             "id_splits": split_names(data.id_splits),
-            "labelled": name in (benchmark.id_set, *benchmark.csid),
+            "labelled": labelled,
+            "leave_out": data.leave_out if labelled else (),
+            "left_out": left_out,
             "image_size": data.image_size,
             "on_corrupt": data.on_corrupt,
         }

@@ -16,7 +16,7 @@ from oal_jax.stages.context import Context, apply_in_batches, apply_to_set
 
 def view_key(context: Context) -> jax.Array:
     """The key of the augmented views: the student's batches draw from it too."""
-    return named(context.key, "views")
+    return named(context.prepared.key, "views")
 
 
 def run(context: Context) -> list[Path]:

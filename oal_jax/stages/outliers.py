@@ -1,7 +1,9 @@
-"""Stage `outliers`: per-class k-NN boundary sampling in the teacher's feature space.
+"""Stage `outliers`: per-class boundary outliers in the teacher's feature space.
 
-Written whole, or (`outliers.lazy`) as what any one of them is computed from when it is drawn: for
-CIFAR-100 at the paper's sizes, 100 x 10,000 x 768, that is 27 MB instead of 3.07 GB.
+`outliers.boundary`: sampled around the edge of each class by k-NN distances, or ID features moved
+over the teacher's decision boundary. The first are written whole, or (`outliers.lazy`) as what any
+one of them is computed from when it is drawn: for CIFAR-100 at the paper's sizes, 100 x 10,000 x
+768, that is 27 MB instead of 3.07 GB.
 """
 
 from pathlib import Path
@@ -15,12 +17,13 @@ from jaxtyping import Array, Float, Int, UInt32
 from tqdm import tqdm
 
 from oal_jax import artifacts
-from oal_jax.config import Config, Knn
+from oal_jax.config import Config, Crossing, Knn
 from oal_jax.errors import UserError
 from oal_jax.generator import conditioning, stable_diffusion
 from oal_jax.keys import at_step
+from oal_jax.outliers.crossing import MAX_STEPS, cross_class
 from oal_jax.outliers.knn import redraw, sample_class, select_class, unit
-from oal_jax.stages import generator
+from oal_jax.stages import generator, teacher_head
 from oal_jax.stages.context import Context
 
 _FILE = "outliers.safetensors"
@@ -88,6 +91,7 @@ def sampling(knn: Knn) -> dict[str, Any]:
 def run(context: Context) -> list[Path]:
     """Write `outliers.safetensors`: `outliers` (C, n, d) float32 and `labels` (C,) int32.
 
+    Of those moved over the boundary also `steps` (C, n) int32, each one's until it crossed.
     Or `lazy_outliers.safetensors`: the fields of `LazyOutliers`.
     """
     config, directory = context.config.outliers, context.directory("outliers")
@@ -95,6 +99,8 @@ def run(context: Context) -> list[Path]:
     classes = _class_features(context)
     # The scale of what they replace: a row of the text encoder's token table.
     scale = _token_norms(context) if knn.scale_by_token else np.ones(len(classes), np.float32)
+    if config.boundary == "crossing":
+        return [_write_crossed(context, classes, scale)]
     keys = [at_step(context.key, "outliers", c) for c in range(len(classes))]
     sample = select_class if config.lazy else sample_class
     sampled = []
@@ -121,6 +127,41 @@ def run(context: Context) -> list[Path]:
     return [directory / _FILE]
 
 
+def _write_crossed(
+    context: Context, classes: list[Float[np.ndarray, "n d"]], scale: Float[np.ndarray, " C"]
+) -> Path:
+    """Write the outliers of `outliers.boundary=crossing`; rows of unit norm times `scale`."""
+    crossing = context.config.outliers.crossing
+    kernel, bias = teacher_head.load(context)
+    outliers, steps = [], []
+    for c, features in enumerate(tqdm(classes, desc="boundary crossing", unit="class")):
+        crossed, _, taken = cross_class(features, kernel, bias, c, **walk(crossing))
+        outliers.append(np.asarray(unit(crossed)) * scale[c])
+        steps.append(np.asarray(taken))
+    stuck = int(np.sum(np.stack(steps) > MAX_STEPS))
+    if stuck:
+        raise UserError(
+            f"{stuck} features are still on their side of the decision boundary after {MAX_STEPS}"
+            f" steps of outliers.crossing.step={crossing.step}; raise it, or set"
+            " outliers.crossing.exact=True"
+        )
+    path = context.directory("outliers") / _FILE
+    labels = np.arange(len(outliers), dtype=np.int32)
+    tensors = {"outliers": np.stack(outliers), "labels": labels, "steps": np.stack(steps)}
+    artifacts.write_tensors(path, tensors)
+    return path
+
+
+def walk(crossing: Crossing) -> dict[str, Any]:
+    """What `cross_class` is told, by the config."""
+    return {
+        "count": crossing.points,
+        "step": crossing.step,
+        "steps_after": crossing.steps_after,
+        "exact": crossing.exact,
+    }
+
+
 def flat(context: Context) -> Pool:
     """All outliers of all classes, (C * n, d), one class after the other."""
     directory = context.directory("outliers")
@@ -141,6 +182,8 @@ def of_classes(
 def per_class(config: Config) -> int:
     """Outliers of a class."""
     knn = config.outliers.knn
+    if config.outliers.boundary == "crossing":
+        return config.outliers.crossing.points
     return knn.repeats * knn.anchors * knn.keep
 
 

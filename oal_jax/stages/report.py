@@ -186,7 +186,7 @@ def _mapped_outliers(context: Context) -> np.ndarray | None:
                 Projector(width), params, state, "projector", unit(directions), train=False
             )[0]
         )
-    if latent and latent != "random":
+    if latent in ("pool", "half"):
         z = latents.channels_last(context)[:count]
         mapped.append(LatentAdapter(width).apply({"params": params["adapter"]}, jnp.asarray(z)))
     return np.concatenate([np.asarray(m) for m in mapped]) if mapped else None

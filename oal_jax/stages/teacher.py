@@ -6,6 +6,7 @@ the model. With `teacher.train` it is fine-tuned as arXiv 2406.16525's code does
 a rate far below the head's.
 """
 
+import logging
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -39,6 +40,7 @@ SHIPPED = files("oal_jax") / "pretrained" / "weights" / "fashion_teacher.safeten
 _FILE = "teacher.safetensors"
 _CARD = "teacher.json"  # of weights: what network they are of
 _HEADS = ("head", "fc")  # by the network's names
+_LOGGER = logging.getLogger("absl")
 _FLOOR = 1e-4  # last multiplier of the rates of fine-tuning: 1e-8 of the head's 1e-4
 
 
@@ -100,10 +102,33 @@ def run(context: Context) -> list[Path]:
         # Half precision: the weights ship inside the package, and features do not notice.
         tensors = {name: t.astype(np.float16) for name, t in _train(context).items()}
     else:
-        tensors = artifacts.read_tensors(Path(str(SHIPPED)))
+        tensors = _shipped(context)
     artifacts.write_tensors(path, tensors)
     variables(context)  # a shape that does not fit the config is found here, not three stages later
     return [path, *written]
+
+
+def _shipped(context: Context) -> dict[str, np.ndarray]:
+    """The tensors of the shipped weights, the head's of the ID classes alone.
+
+    Of classes that `data.leave_out` takes out the features still know: that is said.
+    """
+    tensors = artifacts.read_tensors(Path(str(SHIPPED)))
+    left = context.config.data.leave_out
+    if not left:
+        return tensors
+    kept, classes = context.kept_labels()
+    _LOGGER.warning(
+        "the shipped teacher has been trained on '%s', which data.leave_out takes out of the ID"
+        " set, and so has the shipped generator: they know that near-OOD set. teacher.train=True"
+        " and generator.train=True train them without it",
+        "', '".join(left),
+    )
+    return {n: t[..., kept] if _of_head(n, t, classes) else t for n, t in tensors.items()}
+
+
+def _of_head(name: str, tensor: np.ndarray, classes: int) -> bool:
+    return name.split(".")[0] in _HEADS and tensor.shape[-1] == classes
 
 
 def variables(context: Context) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from oal_jax import artifacts, distributed
 from oal_jax.config import Config, stages_before
@@ -25,7 +26,14 @@ from oal_jax.stages import batches, streams, teacher
 from oal_jax.stages.context import Context, apply_to_set, classifier
 from oal_jax.training import loop, session
 from oal_jax.training.optimizer import grouped_sgd
-from oal_jax.training.state import TrainState, check_split, init_state, make_train_step
+from oal_jax.training.state import (
+    TrainState,
+    averaged,
+    check_split,
+    init_state,
+    make_train_step,
+    with_average,
+)
 
 STUDENT = "student.safetensors"
 CHECKPOINTS = "checkpoints"
@@ -118,16 +126,26 @@ def make_optimizer(config: Config, groups: list[str], steps: int):
     )
 
 
+def check_batches(config: Config, mesh: Mesh) -> None:
+    """Raise `UserError` where devices and microbatches can't share a step's batches evenly."""
+    size, method = config.train.batch_size, config.method
+    distributed.check_batch("train.batch_size", size, mesh)
+    sizes = {"train.batch_size": size, "method.outlier_batch": method.outlier_batch}
+    drawn = method.outlier_batch or size
+    if config.outliers.source == "half_random" and method.name == "oal":
+        sizes["outliers.source=half_random: outliers of a step"] = drawn - drawn // 2
+    for name, count in sizes.items():
+        check_split(name, count, config.train.accumulate, mesh.shape["data"])
+
+
 def run(context: Context) -> list[Path]:
     """Train; write `student.safetensors` (and in it the groups that map outliers, if any).
 
     `classifier.json` says what the student takes and gives, for those who have no data set.
     """
     config, mesh, directory = context.config, context.mesh, context.directory("train")
-    accumulate, devices = config.train.accumulate, mesh.shape["data"]
-    distributed.check_batch("train.batch_size", config.train.batch_size, mesh)
-    check_split("train.batch_size", config.train.batch_size, accumulate, devices)
-    check_split("method.outlier_batch", config.method.outlier_batch, accumulate, devices)
+    accumulate = config.train.accumulate
+    check_batches(config, mesh)
     data, validation = batches.labelled_images(context), context.opened("validation")
     net = student(config, len(data.class_names))
     arrays = batches.make_arrays(context, data)
@@ -141,6 +159,7 @@ def run(context: Context) -> list[Path]:
     teacher_net = teacher.network(context, len(data.class_names)) if in_step else None
 
     def evaluate(state):
+        state = averaged(state)
         variables = student_variables(finish(state.params), state.model_state)
         batch = config.evaluation.batch_size
         (logits, _), labels = apply_to_set(forward(variables), validation, batch, mesh)
@@ -148,9 +167,10 @@ def run(context: Context) -> list[Path]:
         _check_collapse(accuracy, logits.shape[-1], int(state.step), plan)
         return {"val_accuracy": accuracy}
 
+    fresh = _started(context, net, data, init_state(method, optimizer, key, mesh))
     state = session.train(
-        make_train_step(method, optimizer, key, accumulate),
-        _started(context, net, data, init_state(method, optimizer, key, mesh)),
+        make_train_step(method, optimizer, key, accumulate, ema=config.train.ema),
+        with_average(fresh) if config.train.ema else fresh,
         arrays,
         batches.make_batches(context, arrays, teacher_net),
         plan,
@@ -163,6 +183,7 @@ def run(context: Context) -> list[Path]:
         mesh=mesh,
         rows=streams.rows(data, key, plan),
     )
+    state = averaged(state)
     path = directory / STUDENT
     # Queues and multipliers of a method are for resuming alone: they stay in the checkpoints.
     kept = {group: s for group, s in state.model_state.items() if group in state.params}

@@ -25,6 +25,8 @@ class TrainState:
     params: dict[str, Any]  # a group of the method (student, projector, ...) to its parameters
     model_state: dict[str, Any]  # the same groups to their batch statistics
     opt_state: optax.OptState
+    # {"params", "model_state"}: their moving averages; None: none is kept.
+    average: dict[str, Any] | None = None
 
 
 def init_state(
@@ -73,6 +75,7 @@ def make_train_step(
     key: Key[Array, ""],
     accumulate: int = 1,
     unroll: bool | None = None,
+    ema: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure step of a method: gradient of its loss, one optimizer update.
 
@@ -93,6 +96,7 @@ def make_train_step(
         spread over the devices where the batch is, and nothing moves between them.
       unroll: microbatches as copies of one program instead of a `lax.scan`; None: on CPU, where a
         gradient of a convolution inside a scan is about a hundred times slower.
+      ema: decay of the moving average of a state made by `with_average`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -115,9 +119,50 @@ def make_train_step(
             # Read by the guard: finite only if every parameter after the update is.
             "parameter_norm": optax.tree.norm(params),
         }
-        return TrainState(state.step + 1, params, model_state, opt_state), metrics
+        average = state.average
+        if average is not None:
+            average = _moved(average, _averaged_of(params, model_state), state.step, ema)
+        return TrainState(state.step + 1, params, model_state, opt_state, average), metrics
 
     return train_step
+
+
+def with_average(state: TrainState) -> TrainState:
+    """The state, from here on with a moving average of its parameters and batch statistics."""
+    # Copies: a step gives the memory of both away.
+    copied = jax.tree.map(jnp.copy, _averaged_of(state.params, state.model_state))
+    return state.replace(average=copied)
+
+
+def averaged(state: TrainState) -> TrainState:
+    """The state to be evaluated and kept: with the moving averages, where there are any."""
+    if state.average is None:
+        return state
+    params, model_state = state.average["params"], state.average["model_state"]
+    return state.replace(params=params, model_state=state.model_state | model_state)
+
+
+def _averaged_of(params: Groups, model_state: Groups) -> dict[str, Any]:
+    # Other groups of the model's state are queues and multipliers of a method.
+    statistics = {group: s for group, s in model_state.items() if group in params}
+    return {"params": params, "model_state": statistics}
+
+
+def _moved(average: Any, new: Any, step: Int[Array, ""], decay: float) -> Any:
+    """The average after one more update, whose number, from 0, is `step`.
+
+    The decay is min(decay, (1 + step) / (10 + step)): the average of a short training is one over
+    its last tenth or so, and does not remember its start, as in TensorFlow's
+    ExponentialMovingAverage with `num_updates`. Weights and batch statistics are averaged alike.
+    """
+    kept = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
+    def one(old, latest):
+        if not jnp.issubdtype(latest.dtype, jnp.inexact):
+            return latest
+        return old + (1.0 - kept).astype(latest.dtype) * (latest - old)
+
+    return jax.tree.map(one, average, new)
 
 
 def compiler_options(platform: str) -> dict[str, Any] | None:
