@@ -43,8 +43,10 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def summary(tables: Tables, names: list[str], seeds: list[int]) -> str:
-    """Markdown: mean +- std of AUROC, FPR95 and accuracy; then paired AUROC differences to kd."""
+def summary(
+    tables: Tables, names: Sequence[str], seeds: Sequence[int], baseline: str = BASELINE
+) -> str:
+    """Markdown: mean +- std of AUROC, FPR95, accuracy; then paired differences to a case."""
     sets = columns(tables[names[0], seeds[0]])
     metrics = {
         "FPR95 (OOD), all": "fpr_at_95_ood_tpr",
@@ -64,19 +66,19 @@ def summary(tables: Tables, names: list[str], seeds: list[int]) -> str:
     ]
     title = f"AUROC of the score `{SCORE}`, mean ± std over seeds {seeds}"
     text = [title, "", markdown(["case", *sets, *metrics], lines)]
-    if BASELINE in names:
+    if baseline in names:
         differences = []
         for name in names:
             cells = []
             for members in sets.values():
                 d = [
                     mean_of(tables[name, s], members, "auroc")
-                    - mean_of(tables[BASELINE, s], members, "auroc")
+                    - mean_of(tables[baseline, s], members, "auroc")
                     for s in seeds
                 ]
                 cells.append(f"{spread(d, '+')} ({' '.join(f'{x:+.1f}' for x in d)})")
-            if name != BASELINE:
+            if name != baseline:
                 differences.append([name, *cells])
-        text += ["", f"AUROC minus `{BASELINE}` of the same seed: mean ± std (each seed)", ""]
+        text += ["", f"AUROC minus `{baseline}` of the same seed: mean ± std (each seed)", ""]
         text.append(markdown(["case", *sets], differences))
     return "\n".join(text)

@@ -82,7 +82,7 @@ def run(
             print(f"--- {name}, seed {seed}", flush=True)
             start = time.monotonic()
             config = unflatten(flatten(plan.base) | changes)
-            pipeline.run(config, workdir, reuse=_most_stages(done))
+            pipeline.run(config, workdir, reuse=tuple(done))
             seconds = time.monotonic() - start
             done.append(workdir)
             report = workdir / "report"
@@ -100,11 +100,6 @@ def run(
                 )
             )
     return rows, tables
-
-
-def _most_stages(workdirs: list[Path]) -> Path | None:
-    """The run with most finished stages: what another could need is there."""
-    return max(workdirs, key=lambda d: len(list(d.glob("*/manifest.json"))), default=None)
 
 
 def epoch_seconds(workdir: Path) -> float | None:

@@ -22,7 +22,7 @@ from oal_jax.main import guard
 
 SUITES = (
     *("ablation", "compile", "features", "folder", "job", "latents", "latent_outliers"),
-    *("methods", "middle_stage", "outliers", "scaling", "scores", "startup", "step"),
+    *("methods", "middle_stage", "outliers", "scaling", "scores", "shortcuts", "startup", "step"),
 )
 
 
