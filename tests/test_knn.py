@@ -10,6 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from oal_jax import artifacts, distributed
 from oal_jax.config import Config, Knn
+from oal_jax.keys import at_step
 from oal_jax.outliers import knn
 from oal_jax.outliers import pools as pools_module
 from oal_jax.stages import outliers
@@ -334,3 +335,20 @@ def test_small_pools_are_drawn_as_before():
     np.testing.assert_array_equal(
         pools_module.draw_rows(key, 5, 9), jax.random.choice(key, 5, (9,), replace=True)
     )
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_devices_share_out_the_classes(pools, devices):
+    """On one, two and (in the fixture) four of them: the classes one by one, three in all."""
+    context, _ = pools[False]
+    whole = outliers.flat(context).reshape(3, 40, 12)
+    source = artifacts.read_tensors(context.directory("features") / "features.safetensors")
+    for c in range(3):
+        of_class = unit(source["features"][source["labels"] == c][:30])
+        key = at_step(context.key, "outliers", c)
+        alone = knn.sample_class(key, of_class, **outliers.sampling(context.config.outliers.knn))
+        np.testing.assert_allclose(whole[c], alone, atol=1e-6)
+    mesh = distributed.make_mesh(devices=jax.devices()[:devices])
+    outliers.run(context._replace(mesh=mesh))
+    again = outliers.flat(context).reshape(3, 40, 12)
+    np.testing.assert_allclose(again, whole, atol=1e-6)

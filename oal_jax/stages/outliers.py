@@ -6,6 +6,7 @@ one of them is computed from when it is drawn: for CIFAR-100 at the paper's size
 768, that is 27 MB instead of 3.07 GB.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 from tqdm import tqdm
 
-from oal_jax import artifacts
+from oal_jax import artifacts, distributed
 from oal_jax.config import Config, Crossing, Knn
 from oal_jax.errors import UserError
 from oal_jax.generator import conditioning, stable_diffusion
@@ -102,43 +103,81 @@ def run(context: Context) -> list[Path]:
     if config.boundary == "crossing":
         return [_write_crossed(context, classes, scale)]
     keys = [at_step(context.key, "outliers", c) for c in range(len(classes))]
+    keys = np.stack([jax.random.key_data(key) for key in keys])
     sample = select_class if config.lazy else sample_class
-    sampled = []
-    for key, features in zip(keys, tqdm(classes, desc="k-NN outliers", unit="class"), strict=True):
-        drawn = sample(key, unit(features), **sampling(knn))
-        sampled.append(jax.tree.map(np.asarray, drawn))
+
+    def of_class(key, features):
+        return sample(jax.random.wrap_key_data(key), features, **sampling(knn))
+
+    directions = np.asarray(unit(classes))
+    sampled = _class_by_class(context, of_class, (keys, directions), "k-NN outliers")
     if config.lazy:
-        points, anchor, noise_row, factor = map(np.stack, zip(*sampled, strict=True))
+        points, anchor, noise_row, factor = sampled
         pool = LazyOutliers(
             points,
             anchor,
             noise_row,
             factor * scale[:, None].astype(np.float32),
             np.int32(knn.anchors * knn.keep),
-            np.stack([np.asarray(jax.random.key_data(key)) for key in keys]),
+            keys,
         )
         artifacts.write_tensors(directory / _LAZY_FILE, vars(pool))
         return [directory / _LAZY_FILE]
-    outliers = np.stack(sampled)
+    outliers = sampled
     if knn.scale_by_token:
-        outliers *= scale[:, None, None]
+        outliers = outliers * scale[:, None, None]
     labels = np.arange(len(outliers), dtype=np.int32)
     artifacts.write_tensors(directory / _FILE, {"outliers": outliers, "labels": labels})
     return [directory / _FILE]
 
 
+def _class_by_class(
+    context: Context, function: Callable[..., Any], arguments: tuple[np.ndarray, ...], name: str
+) -> Any:
+    """`function` of the rows of each class, stacked: a class a device at a time.
+
+    Every device runs the program for one class, so that the numbers are the same on any number of
+    them, and the memory is that of one class.
+
+    Args:
+      function: pure; one class's rows to a pytree of arrays.
+      arguments: arrays (C, ...).
+      name: what the bar says.
+    """
+    mesh, classes = context.mesh, len(arguments[0])
+    sharding = distributed.over_data(mesh)
+
+    def one(*rows):
+        return jax.tree.map(lambda a: a[None], function(*(row[0] for row in rows)))
+
+    run = jax.jit(
+        jax.shard_map(
+            one, mesh=mesh, in_specs=sharding.spec, out_specs=sharding.spec, check_vma=False
+        )
+    )
+    at_once, found = mesh.shape["data"], []
+    for start in tqdm(range(0, classes, at_once), desc=name, unit="step"):
+        # The last step's spare devices repeat its last class.
+        rows = np.minimum(np.arange(start, start + at_once), classes - 1)
+        drawn = run(*distributed.place(tuple(a[rows] for a in arguments), sharding))
+        found.append(jax.tree.map(distributed.to_host, drawn))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:classes], *found)
+
+
 def _write_crossed(
-    context: Context, classes: list[Float[np.ndarray, "n d"]], scale: Float[np.ndarray, " C"]
+    context: Context, classes: Float[np.ndarray, "C n d"], scale: Float[np.ndarray, " C"]
 ) -> Path:
     """Write the outliers of `outliers.boundary=crossing`; rows of unit norm times `scale`."""
     crossing = context.config.outliers.crossing
     kernel, bias = teacher_head.load(context)
-    outliers, steps = [], []
-    for c, features in enumerate(tqdm(classes, desc="boundary crossing", unit="class")):
-        crossed, _, taken = cross_class(features, kernel, bias, c, **walk(crossing))
-        outliers.append(np.asarray(unit(crossed)) * scale[c])
-        steps.append(np.asarray(taken))
-    stuck = int(np.sum(np.stack(steps) > MAX_STEPS))
+
+    def of_class(label, features):
+        crossed, _, taken = cross_class(features, kernel, bias, label, **walk(crossing))
+        return unit(crossed), taken
+
+    labels = np.arange(len(classes), dtype=np.int32)
+    directions, steps = _class_by_class(context, of_class, (labels, classes), "boundary crossing")
+    stuck = int(np.sum(steps > MAX_STEPS))
     if stuck:
         raise UserError(
             f"{stuck} features are still on their side of the decision boundary after {MAX_STEPS}"
@@ -146,9 +185,8 @@ def _write_crossed(
             " outliers.crossing.exact=True"
         )
     path = context.directory("outliers") / _FILE
-    labels = np.arange(len(outliers), dtype=np.int32)
-    tensors = {"outliers": np.stack(outliers), "labels": labels, "steps": np.stack(steps)}
-    artifacts.write_tensors(path, tensors)
+    outliers = directions * scale[:, None, None]
+    artifacts.write_tensors(path, {"outliers": outliers, "labels": labels, "steps": steps})
     return path
 
 
@@ -215,7 +253,7 @@ def first_of_classes(labels: Int[np.ndarray, " n"], count: int) -> Int[np.ndarra
     return np.sort(np.concatenate(found))
 
 
-def _class_features(context: Context) -> list[Float[np.ndarray, "n d"]]:
+def _class_features(context: Context) -> Float[np.ndarray, "C n d"]:
     """The features that stand for each class: the first in data order."""
     count = context.config.outliers.knn.features_per_class
     source = artifacts.read_tensors(context.directory("features") / "features.safetensors")
@@ -226,7 +264,7 @@ def _class_features(context: Context) -> list[Float[np.ndarray, "n d"]]:
             f"a class of {context.benchmark.id_set} has {smallest} training images, fewer than"
             f" outliers.knn.features_per_class={count}; lower that"
         )
-    return [features[labels == c][:count] for c in range(labels.max() + 1)]
+    return np.stack([features[labels == c][:count] for c in range(labels.max() + 1)])
 
 
 def _token_norms(context: Context) -> Float[np.ndarray, " C"]:
