@@ -106,8 +106,6 @@ CASES: Mapping[str, Case] = {
     "oal-images-half": _oal("random", **_IMAGES | {"outliers__images": "decoded_half"}, **_GUIDED),
     "pixel": Case({"method.name": "pixel"}),
 }
-# What a method's arrays are called that hold outliers made before the training.
-_POOLS = {"knn", "latents", "reduced latents", "decoded latents"}
 
 
 class Task(NamedTuple):
@@ -354,7 +352,7 @@ def _numbers(workdir: Path) -> dict[str, Any]:
     }
     arrays = build.METHODS[context.config.method.name].arrays(context.config)
     each = None
-    if _POOLS & set(arrays.values()):
+    if "knn" in arrays.values() or build.reads_sampled(context.config):
         classes = len(sets.head.bias)
         sampled = seconds["outliers"] + seconds.get("latents", 0) + seconds.get("adapter", 0)
         each = sampled / (classes * latents.per_class(context.config))

@@ -303,8 +303,13 @@ METHOD_STAGES = {
 }
 EXPOSED = ("oe", "energy", "poem", "doe", "woods")  # those that read outliers.images
 GENERATED = "generated"  # value of data.source, teacher.weights and generator.directory
-PROCEDURAL = "procedural"  # values of outliers.images
-DECODED = ("decoded", "decoded_random", "decoded_half")
+# Values of outliers.images: what is drawn, and, with what a recipe calls them, decoded latents.
+PROCEDURAL = "procedural"
+DECODED = {
+    "decoded": "decoded latents",
+    "decoded_random": "decoded random latents",
+    "decoded_half": "half decoded latents",
+}
 
 
 def expand(config: Config) -> Config:

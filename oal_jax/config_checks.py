@@ -267,6 +267,14 @@ def _check_unleashed(config: Config) -> None:
 
 def _check_outliers(config: Config) -> None:
     m, images = config.method, config.outliers.images
+    drawn = m.outlier_batch or config.train.batch_size
+    if config.outliers.source == "half_random":
+        drawn -= drawn // 2
+    if m.name == "oal" and drawn % (m.adapt.of * config.train.accumulate):
+        raise UserError(
+            f"config method.adapt.of={m.adapt.of} must divide the {drawn} latent outliers of a"
+            f" step, in each of its train.accumulate={config.train.accumulate} parts"
+        )
     if sees_images(config) and images not in DECODED:
         data = config.data
         if images == PROCEDURAL and data.source != "bundled":

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from oal_jax import distributed
-from oal_jax.config import GENERATED, Config
+from oal_jax.config import DECODED, GENERATED, Config
 from oal_jax.data import class_names, generated, procedural
 from oal_jax.data.benchmarks import CLASS_NAMES
 from oal_jax.errors import UserError
@@ -193,7 +193,7 @@ def _arrays(context: Context, known: Images) -> dict[str, Any]:
         arrays["teacher_features"] = jax.ShapeDtypeStruct((*views, width), jnp.float16)
     elif recipe.teacher:
         arrays["teacher"] = _teacher(context, known)
-    sampled = known.classes * latents.per_class(config)
+    sampled = known.classes * config.latents.per_class
 
     def shape_of(content: str) -> Any:
         if content == "knn":
@@ -204,7 +204,7 @@ def _arrays(context: Context, known: Images) -> dict[str, Any]:
             return jax.ShapeDtypeStruct((drawn, *known.shape), jnp.uint8)
         if content == "unlabelled images":
             return jax.ShapeDtypeStruct((images_of(config).count // 2, *known.shape), jnp.uint8)
-        if content.endswith(("decoded latents", "decoded random latents")):
+        if content in DECODED.values():
             return jax.ShapeDtypeStruct((sampled, *known.shape), jnp.uint8)
         channels, height, wide = generator_of(config)[0].latent_shape
         if content == "latents":

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oal_jax.methods import oal
+from oal_jax.config import Config
+from oal_jax.config_checks import validate
+from oal_jax.errors import UserError
+from oal_jax.methods import build, oal
 from oal_jax.methods.oal import Adaptation
 from oal_jax.models.resnet import ResNet
 
@@ -115,3 +118,22 @@ def test_outlier_images_reach_the_whole_student_and_no_statistics():
         states.append(jax.tree.leaves(state["student"]))
     for a, b in zip(*states, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_choice_of_each_few_wants_whole_groups():
+    config = Config()
+    config.method.adapt.of = 3
+    with pytest.raises(UserError, match=r"adapt\.of=3 must divide the 128 latent outliers"):
+        validate(config)
+    config.method.adapt.of, config.train.accumulate = 4, 2
+    validate(config)
+
+
+def test_the_control_that_decodes_noise_samples_nothing():
+    config = Config()
+    config.outliers.image_share = 0.25
+    wanted = {"decoded": True, "decoded_half": True, "decoded_random": False, "procedural": False}
+    for images, reads in wanted.items():
+        config.outliers.images = images
+        validate(config)
+        assert build.reads_sampled(config) == reads

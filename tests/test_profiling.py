@@ -149,7 +149,7 @@ def test_a_stage_has_its_seconds_a_steady_trace_and_files(profiled, capsys):
     names = {event["name"] for event in found}
     assert any("spectrum_of_the_steady_part" in name for name in names)
     span = max(e["ts"] + e["dur"] for e in found) - min(e["ts"] for e in found)
-    assert 0.1 < span / 1e6 < 5 and 0.1 < first["trace_s"] < 5
+    assert 0.1 < span / 1e6 < 1 and 0.1 < first["trace_s"] < 1
     (recorded,) = (folder / "first").glob("plugins/profile/*/*.xplane.pb")
     planes = {plane.name for plane in jax.profiler.ProfileData.from_file(str(recorded)).planes}
     assert any("CPU" in name for name in planes)
@@ -213,8 +213,7 @@ def test_a_trace_that_is_too_large_is_taken_again_shorter(tmp_path, monkeypatch)
         time.sleep(1.5)
     (row, _) = json.loads((tmp_path / "stages.json").read_text())
     assert len(lengths) == 2
-    # A busy machine wakes the thread late.
-    assert 0.6 * 0.8 / 2 <= row["trace_s"] < 2
+    assert 0.6 * 0.8 / 2 <= row["trace_s"] < 0.6
 
 
 def test_the_window_is_the_one_after_the_last_large_compilation(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ in `config.METHOD_STAGES`).
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from oal_jax.config import Config, sees_images, unleashed
+from oal_jax.config import DECODED, Config, sees_images, unleashed
 from oal_jax.methods import (
     ce,
     doe,
@@ -36,12 +36,6 @@ SOURCES = {
     "latents_mixed": ("random", "half"),
     "half_random": ("random", "half random"),  # half as many random latents: a control
     "none": (None, None),  # the energy loss on the ID side alone: a control
-}
-# Of outliers.images, the contents that are decoded latents; every other name is an image set.
-_IMAGES = {
-    "decoded": "decoded latents",
-    "decoded_random": "decoded random latents",
-    "decoded_half": "half decoded latents",
 }
 
 
@@ -75,7 +69,7 @@ class Recipe(NamedTuple):
 
 
 # Contents that are made of the latents that were sampled.
-_SAMPLED = {"latents", "reduced latents", *_IMAGES.values()}
+_SAMPLED = {"latents", "reduced latents", DECODED["decoded"], DECODED["decoded_half"]}
 
 
 def reads_sampled(config: Config) -> bool:
@@ -260,7 +254,7 @@ def _logitnorm(parts: Parts) -> Method:
 
 
 def _outlier_images(config: Config) -> dict[str, str]:
-    return {"outlier_image": _IMAGES.get(config.outliers.images, "outlier images")}
+    return {"outlier_image": DECODED.get(config.outliers.images, "outlier images")}
 
 
 def _wild_images(config: Config) -> dict[str, str]:

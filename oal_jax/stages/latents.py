@@ -297,19 +297,21 @@ def decoded(context: Context) -> np.ndarray:
 
 
 def decoded_random(context: Context) -> np.ndarray:
-    """As many N(0, 1) latents decoded: what the decoder alone makes of noise."""
-    return _decoded(context, _random(context))
+    """N(0, 1) latents decoded, `latents.per_class` a class: what the decoder makes of noise."""
+    found = artifacts.read_tensors(context.directory("latents") / _FILE)
+    count = context.config.latents.per_class * (int(found["labels"].max()) + 1)
+    return _decoded(context, _random(context, (count, *found["latents"].shape[1:])))
 
 
 def decoded_half(context: Context) -> np.ndarray:
     """The first half of the outlier latents and as many N(0, 1) ones, decoded."""
     sampled = _latents(context)
     half = len(sampled) // 2
-    return _decoded(context, np.concatenate([sampled[:half], _random(context)[half:]]))
+    random = _random(context, (len(sampled) - half, *sampled.shape[1:]))
+    return _decoded(context, np.concatenate([sampled[:half], random]))
 
 
-def _random(context: Context) -> np.ndarray:
-    shape = _latents(context).shape
+def _random(context: Context, shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(jax.random.normal(named(context.key, "random latents"), shape))
 
 
