@@ -136,8 +136,8 @@ def _class_by_class(
 ) -> Any:
     """`function` of the rows of each class, stacked: a class a device at a time.
 
-    Every device runs the program for one class, so that the numbers are the same on any number of
-    them, and the memory is that of one class.
+    Every device runs the program for one class: on any number of them the draws are the same, the
+    numbers but for rounding, and the memory is that of one class.
 
     Args:
       function: pure; one class's rows to a pytree of arrays.
