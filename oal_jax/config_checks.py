@@ -270,7 +270,7 @@ def _check_outliers(config: Config) -> None:
     drawn = m.outlier_batch or config.train.batch_size
     if config.outliers.source == "half_random":
         drawn -= drawn // 2
-    if m.name == "oal" and drawn % (m.adapt.of * config.train.accumulate):
+    if m.name == "oal" and m.adapt.of > 1 and drawn % (m.adapt.of * config.train.accumulate):
         raise UserError(
             f"config method.adapt.of={m.adapt.of} must divide the {drawn} latent outliers of a"
             f" step, in each of its train.accumulate={config.train.accumulate} parts"
