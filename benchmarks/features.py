@@ -2,7 +2,7 @@
 
     python -m benchmarks.run --suite features --output results.json [--frameworks jax,torch]
         [--forms reference,tuned] [--cases vit-b16,shipped] [--runs 5] [--batch 32] [--side 224]
-        [--depth 12] [--device auto]
+        [--depth 12] [--teacher-dtype float32] [--twin-dtype float32] [--device auto]
 
 `vit-b16` is ViT-B/16 at --side pixels (random weights), `shipped` the teacher of the package at 28
 pixels, in batches sixteen times as large. PyTorch runs timm's model, as it is (`-official`) and by
@@ -41,6 +41,7 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--depth", type=int, default=12, help="blocks of vit-b16")
+    timing.add_teacher_dtype(parser)
     args = parser.parse_args(argv)
     timing.settle(args)
     rows = []
@@ -51,7 +52,9 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
         images = np.random.default_rng(0).random((network.batch, *network.image_shape), np.float32)
         jobs = []
         if "jax" in args.frameworks:
-            jobs.append(Job(case, "jax", ours(network, images), items=network.batch))
+            more = {"teacher_dtype": args.teacher_dtype}
+            job = ours(network, images, args.teacher_dtype)
+            jobs.append(Job(case, "jax", job, more=more, items=network.batch))
         if "torch" in args.frameworks:
             jobs += [_twin(case, form, network, images, args) for form in args.forms[:2]]
         rows += timing.measure("features", jobs, args)
@@ -66,14 +69,15 @@ def _network(case: str, args: argparse.Namespace) -> Network:
     return Network((args.side, args.side, 3), 1000, sizes, args.batch)
 
 
-def ours(network: Network, images: np.ndarray) -> Callable[[], Any]:
+def ours(network: Network, images: np.ndarray, dtype: str = "float32") -> Callable[[], Any]:
     """The forward pass in JAX: images on the device to logits and features."""
     import jax
     import jax.numpy as jnp
 
     from oal_jax.models.vit import VisionTransformer
 
-    net = VisionTransformer(network.classes, **network.sizes, mean=_IMAGENET[0], std=_IMAGENET[1])
+    sizes = network.sizes | {"mean": _IMAGENET[0], "std": _IMAGENET[1], "dtype": jnp.dtype(dtype)}
+    net = VisionTransformer(network.classes, **sizes)
     first = jnp.zeros((1, *network.image_shape))
     variables, images = jax.jit(net.init)(jax.random.key(0), first), jax.device_put(images)
     apply = jax.jit(net.apply)
@@ -109,4 +113,5 @@ def _twin(case, name, network, images, args) -> Job:
     form = forms.make(name, eager=args.twin_eager, dtype=args.twin_dtype)
     job = theirs(network, images, form, args.device)
     shown = f"{case}-official" if name == "reference" else case
-    return Job(shown, "torch", job, (case,), {"form": name}, network.batch)
+    more = {"form": name, "twin_dtype": args.twin_dtype}
+    return Job(shown, "torch", job, (case,), more, network.batch)

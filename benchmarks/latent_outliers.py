@@ -83,6 +83,8 @@ def _times(key: str, factor: float) -> Callable[[Mapping[str, Any]], int]:
 
 _GUIDED = {"latents__guide__by": "energy"}
 _IMAGES = {"outliers__images": "decoded", "outliers__image_share": 0.25}
+# A generator that has learned what the teacher's features mean.
+_TOLD = {"generator__train": True, "generator__feature_share": 0.5}
 # A value that is a function gets the flat config of all other changes.
 CASES: Mapping[str, Case] = {
     "kd": Case({"method.name": "kd"}),
@@ -99,9 +101,13 @@ CASES: Mapping[str, Case] = {
     "oal-latents": _oal("latents"),
     "oal-guided": _oal("latents", **_GUIDED),
     "oal-guided-mixed": _oal("latents_mixed", **_GUIDED),
+    "oal-told": _oal("latents", **_TOLD),
+    "oal-told-crossing": _oal("latents", outliers__boundary="crossing", **_TOLD),
     "oal-crossing-guided": _oal("latents", outliers__boundary="crossing", **_GUIDED),
     "oal-images": _oal("random", **_IMAGES),
     "oal-images-guided": _oal("random", **_IMAGES, **_GUIDED),
+    "oal-images-told": _oal("random", **_IMAGES, **_TOLD),
+    "oal-images-told-crossing": _oal("random", outliers__boundary="crossing", **_IMAGES, **_TOLD),
     "oal-images-random": _oal("random", **_IMAGES | {"outliers__images": "decoded_random"}),
     "oal-images-half": _oal("random", **_IMAGES | {"outliers__images": "decoded_half"}, **_GUIDED),
     "pixel": Case({"method.name": "pixel"}),

@@ -18,11 +18,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import timing
 from benchmarks.plots import draw as draw
 from benchmarks.run import row
 from oal_jax import scores as post_hoc
@@ -221,13 +221,4 @@ def measure_memory(case: str, size: tuple[int, int, int]) -> None:
     ours(case, inputs)()  # what libraries and compilation need does not count
     used = sum(x.nbytes for x in (*inputs.train[:2], *inputs.test[:2]))
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = _memory("VmRSS")
-    ours(case, inputs)()
-    print(json.dumps((used + _memory("VmHWM") - before) / used))
-
-
-def _memory(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    print(json.dumps((used + timing.peak_growth(ours(case, inputs))) / used))

@@ -2,7 +2,8 @@
 
     python -m benchmarks.run --suite step --output results.json [--cases um,oal] [--steps 40]
         [--config configs/fashion.py] [--frameworks jax,torch] [--forms reference,tuned,shortcuts]
-        [--runs 20] [--batch 16] [--side 224] [--teacher-depth 12] [--device auto]
+        [--runs 20] [--batch 16] [--side 224] [--teacher-depth 12]
+        [--teacher-dtype float32] [--twin-dtype float32] [--device auto]
 
 Methods, ours alone, in units of a step by cross-entropy (`ce`): the student and batch size of the
 config. They take turns, a step each, after steps that do not count: compilation, full queues.
@@ -95,6 +96,7 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
     parser.add_argument("--batch", type=int, default=16, help="of the large cases")
     parser.add_argument("--side", type=int, default=224, help="of the large cases")
     parser.add_argument("--teacher-depth", type=int, default=12, help="of the large cases")
+    timing.add_teacher_dtype(parser)
     args = parser.parse_args(argv)
     names = args.cases.split(",")
     for name in names:
@@ -140,7 +142,8 @@ def _oal(name: str, args: argparse.Namespace) -> list[Job]:
     problem = make_problem(recipe, large, args)
     jobs, size = [], problem.config.train.batch_size
     if "jax" in args.frameworks:
-        jobs.append(Job(name, "jax", ours(problem), items=size))
+        more = {"teacher_dtype": args.teacher_dtype}
+        jobs.append(Job(name, "jax", ours(problem), more=more, items=size))
         if name == "oal":
             mesh = distributed.make_mesh(devices=jax.devices()[:1])
             jobs.append(Job("oal-sharded", "jax", ours(problem, mesh), (name,), items=size))
@@ -149,7 +152,8 @@ def _oal(name: str, args: argparse.Namespace) -> list[Job]:
             if RECIPE[form] == recipe:
                 case = f"{name}-official" if form == "reference" else name
                 step = theirs(problem, form, args)
-                jobs.append(Job(case, "torch", step, (name,), {"form": form}, size))
+                more = {"form": form, "twin_dtype": args.twin_dtype}
+                jobs.append(Job(case, "torch", step, (name,), more, size))
     return jobs
 
 
@@ -164,6 +168,7 @@ def make_problem(recipe: str, large: bool, args: argparse.Namespace) -> Problem:
         }
         config = unflatten(flatten(config) | sizes)
         shape, side = (args.side, args.side, 3), 64
+    config.teacher.dtype = args.teacher_dtype
     classes, size = (10 if large else 8), config.train.batch_size
     rng = np.random.default_rng(0)
 

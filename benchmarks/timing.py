@@ -1,6 +1,7 @@
 """What the suites share that compare two frameworks: flags, turns, rows, the table."""
 
 import argparse
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -52,6 +53,16 @@ def parser(suite: str, runs: int = 5) -> argparse.ArgumentParser:
     )
     made.add_argument("--twin-eager", action="store_true", help="no torch.compile in any form")
     return made
+
+
+def add_teacher_dtype(parser: argparse.ArgumentParser) -> None:
+    """The flag of the suites that run our teacher."""
+    parser.add_argument(
+        "--teacher-dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of our teacher's products; those of the twin: --twin-dtype",
+    )
 
 
 def settle(args: argparse.Namespace, needs: Sequence[str] = ("torch", "timm")) -> None:
@@ -235,7 +246,11 @@ def peak_growth(job: Callable[[], Any]) -> int:
     """Bytes by which the resident memory of this process grows at most while a job runs.
 
     For a process of its own, after one run of the job (what compilation needs does not count).
+    What the C library has kept of that run's memory is given back first.
     """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = _memory("VmRSS")
     job()

@@ -94,6 +94,9 @@ class Generator:
     vae_epochs: int = 1
     vae_batch_size: int = 16  # small: the autoencoder needs many steps more than large batches
     diffusion_epochs: int = 8
+    # Of training: share of the prompts in which the class word's token is the image's own feature
+    # of the teacher. Such a generator has learned what it is given in place of the word.
+    feature_share: float = 0.0
     batch_size: int = 128  # of the diffusion
 
 

@@ -110,6 +110,12 @@ def validate(config: Config) -> None:
             f"config teacher.alignment={config.teacher.alignment} is of the teacher's training; set"
             " teacher.train=True, or it to 0"
         )
+    share = config.generator.feature_share
+    if share and (config.teacher.alignment or not config.generator.train):
+        raise UserError(
+            f"config generator.feature_share={share} is of the generator's training, on features of"
+            " a teacher that is there before it; set generator.train=True, teacher.alignment=0"
+        )
     if config.teacher.width % config.teacher.heads:
         raise UserError(
             f"config teacher.width={config.teacher.width} is not divisible by"
@@ -399,6 +405,7 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
             *("method.exposure.doe_start", "method.virtual.start"),
             *("latents.guide.start", "latents.guide.end"),
             *("method.wild.share", "method.wild.id_limit", "outliers.image_share"),
+            "generator.feature_share",
         ),
         "lie in 0..1",
         lambda value: 0 <= value <= 1,

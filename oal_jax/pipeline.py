@@ -72,7 +72,14 @@ def _generator_files(config: Config) -> dict[str, Any]:
         # A commit of the hub stands for its files; those of a directory are several GB.
         return {} if hub.parse(given) else _stats(Path(given).expanduser())
     shipped = _package("pretrained", "weights", "fashion_sd")
-    return _data_files(config) | _hashes(shipped, not config.generator.train)
+    read = _data_files(config) | _hashes(shipped, not config.generator.train)
+    if config.generator.feature_share:  # then its training reads the teacher
+        read |= _teacher_files(config) | {"teacher": _without_views(config.teacher)}
+    return read
+
+
+def _without_views(teacher: Any) -> dict[str, Any]:
+    return {k: v for k, v in flatten(teacher).items() if k not in ("views", "remat")}
 
 
 def _latents_reads(config: Config) -> dict[str, Any]:

@@ -209,7 +209,7 @@ def test_features_of_the_outlier_suite_are_unit_vectors_in_classes():
 
 def test_a_step_of_full_size_has_batches_of_its_networks():
     args = timing.parser("step").parse_args([])
-    args.batch, args.side, args.teacher_depth = 3, 64, 2
+    args.batch, args.side, args.teacher_depth, args.teacher_dtype = 3, 64, 2, "float32"
     for name, (recipe, large) in step.OAL_CASES.items():
         config, classes, batch = step.make_problem(recipe, large, args)
         size = config.train.batch_size

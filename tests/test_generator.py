@@ -15,6 +15,9 @@ from safetensors.numpy import load_file, save_file
 from small_stable_diffusion import write_weights
 
 import oal_jax.pretrained
+from oal_jax import pipeline
+from oal_jax.config import Config
+from oal_jax.config_checks import validate
 from oal_jax.data import sources
 from oal_jax.errors import UserError
 from oal_jax.generator import conditioning, create, flax_models, samplers, training
@@ -600,6 +603,69 @@ def test_diffusion_trainer_learns(tiny):
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, state.ema_params)
     assert any(jax.tree.leaves(moved))
     assert set(state.ema_params) == {"text_encoder", "unet"}
+
+
+def test_diffusion_trainer_learns_what_a_feature_in_place_of_the_word_means(tiny):
+    # Both classes have both latents: the feature alone says which.
+    sd, _ = tiny
+    ids, _, empty = _prompts(sd, ("cat", "dog"))
+    signs = np.tile(np.float32([1, -1]), 4)
+    vector = np.zeros((8, sd.text_width), np.float32)
+    vector[:, 0] = signs
+    batch = {
+        "latent": np.tile(signs[:, None, None, None], (1, *sd.latent_shape)),
+        "label": np.repeat(np.int32([0, 1]), 4),
+        "vector": vector,
+    }
+    trainer = training.make_diffusion_trainer(
+        sd,
+        jax.random.key(0),
+        ids,
+        empty[0],
+        words=("cat", "dog"),
+        feature_share=1.0,
+        condition_dropout=0.0,
+        steps=60,
+    )
+    state, losses, again = _train(*trainer, batch, 60)
+    assert losses[:2] == again
+    labels = batch["label"]
+    mask = conditioning.injection_mask(sd, ids, ("cat", "dog"))
+    norm = np.linalg.norm(
+        conditioning.token_embeddings(sd, state.params, ("cat", "dog"))[labels], axis=-1
+    )
+    late, noise = np.full(8, 900), np.zeros_like(batch["latent"])
+
+    def predicted(vectors):
+        states = conditioning.encode_with_injection(
+            sd, state.params, ids[labels], mask[labels], vectors * norm[:, None]
+        )
+        return stable.apply_unet(sd, state.params, noise, late, states).mean((1, 2, 3))
+
+    # The noise that is seen in an empty picture is the opposite of what would be the clean one.
+    np.testing.assert_array_less(0, -signs * (predicted(vector) - predicted(-vector)))
+
+
+@pytest.mark.parametrize("changes", [{"train": False}, {"train": True, "alignment": 0.5}])
+def test_features_are_learned_in_training_from_a_teacher_that_is_there(changes):
+    config = Config()
+    config.generator.feature_share = 0.5
+    config.generator.train = changes["train"]
+    config.teacher.train, config.teacher.alignment = True, changes.get("alignment", 0.0)
+    with pytest.raises(UserError, match=r"feature_share=0.5 .* set generator.train=True, teacher"):
+        validate(config)
+
+
+def test_a_generator_that_learns_features_is_made_anew_for_another_teacher():
+    config = Config()
+    config.generator.train = config.teacher.train = True
+    plain = pipeline._generator_files(config)
+    config.generator.feature_share = 0.5
+    before = pipeline._generator_files(config)
+    config.teacher.depth = 3
+    assert pipeline._generator_files(config) != before != plain
+    config.generator.feature_share = 0.0
+    assert pipeline._generator_files(config) == plain
 
 
 # --- the shipped model ----------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from oal_jax.methods.base import Method, split_variables
 from oal_jax.models.conv import batch_norm
 from oal_jax.models.densenet import DenseNet
 from oal_jax.models.resnet import ResNet
-from oal_jax.models.vit import POOLS, VisionTransformer
+from oal_jax.models.vit import POOLS, VisionTransformer, narrow_product
 from oal_jax.models.wide_resnet import WideResNet
 from oal_jax.stages import evaluate, teacher, train
 from oal_jax.stages.context import Context
@@ -162,8 +162,20 @@ def test_products_are_bfloat16_but_for_the_head_and_nothing_is_wider_than_float3
     # The softmax of attention, and the roots of the variances.
     rooted = [e for e in half if e.primitive.name in ("rsqrt", "sqrt", "exp", "exp2", "reduce_max")]
     assert rooted and kinds(rooted) == {jnp.dtype(jnp.float32)}
-    scores = [e for e in products if e.outvars[0].aval.dtype == jnp.float32]
-    assert len(scores) == 1 + (2 if "vit" in name else 0)  # head; queries by keys, a block
+    wide = [e for e in products if e.outvars[0].aval.dtype == jnp.float32]
+    scores = [e for e in wide if e.params.get("dimension_numbers")[1] != ((), ())]
+    # Queries by keys, a block; the head, and what a CPU sums in float32: patches, four a block.
+    assert len(scores) == (2 if "vit" in name else 0)
+    assert len(wide) - len(scores) == 1 + (1 + 4 * 2 if "vit" in name else 0)
+
+
+def test_gradients_of_narrow_products_are_near_those_of_float32():
+    x, kernel = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 9, 6), (6, 5)]))
+    of = lambda product: jax.grad(lambda x, k: jnp.sum(jnp.sin(product(x, k))), (0, 1))
+    narrow = of(lambda x, k: narrow_product(x.astype(HALF), k.astype(HALF)).astype(jnp.float32))
+    for found, wanted in zip(narrow(x, kernel), of(jnp.matmul)(x, kernel), strict=True):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, wanted, atol=0.03 * np.abs(wanted).max())
 
 
 def test_moments_of_a_batch_are_taken_in_float32():

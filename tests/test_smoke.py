@@ -152,6 +152,7 @@ def test_a_second_start_skips_everything(mixed, capsys):
 def test_teacher_and_generator_train_in_their_stages(runs):
     flags = ["--config.teacher.train=True", "--config.generator.train=True"]
     small = ["--config.generator.batch_size=64", "--config.generator.vae_batch_size=64"]
+    small.append("--config.generator.feature_share=0.5")  # so that it reads the teacher
     assert start(runs / "trained", *flags, *small) == 0
     assert (runs / "trained/generator/stable_diffusion/unet/config.json").exists()
 

@@ -6,18 +6,20 @@ convolution inside a scan is about a hundred times slower there.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from oal_jax.generator import flax_models
+from oal_jax.generator import conditioning, flax_models
 from oal_jax.generator import stable_diffusion as stable
 from oal_jax.generator.stable_diffusion import StableDiffusion
+from oal_jax.keys import named
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -124,6 +126,8 @@ def make_diffusion_trainer(
     prompt_ids: Int[Array, "K L"],
     empty_ids: Int[Array, " L"],
     *,
+    words: Sequence[str] = (),
+    feature_share: float = 0.0,
     steps: int = 2500,
     learning_rate: float = 2e-3,
     warmup: int = 100,
@@ -144,6 +148,9 @@ def make_diffusion_trainer(
         prompt_ids: token ids of the K class prompts; a label indexes them.
         empty_ids: token ids of the empty prompt, for guidance without a classifier (arXiv
             2207.12598).
+        words: the class word of each prompt; for `feature_share` alone.
+        feature_share: probability with which the word's token embedding is replaced by the
+            example's "vector" at that embedding's norm, as outliers are injected.
         steps: length of the cosine schedule.
         learning_rate: peak rate of AdamW.
         warmup: steps of linear warm-up, at most a tenth of all.
@@ -154,8 +161,8 @@ def make_diffusion_trainer(
 
     Returns:
         `init(key) -> state` and `train_step(state, batch) -> (state, metrics)`; batch = {"latent":
-        scaled (B, C, h, w), "label": (B,) int32}. Use `state.ema_params` afterwards:
-        {"text_encoder", "unet"}.
+        scaled (B, C, h, w), "label": (B,) int32}, with a `feature_share` also "vector": (B, D)
+        of length 1. Use `state.ema_params` afterwards: {"text_encoder", "unet"}.
     """
     if sd.schedule.prediction_type != "epsilon":
         raise ValueError("the diffusion trainer predicts noise")
@@ -163,6 +170,17 @@ def make_diffusion_trainer(
     ids = jnp.concatenate([jnp.asarray(prompt_ids), jnp.asarray(empty_ids)[None]])
     empty_row = ids.shape[0] - 1
     squared_alpha = jnp.asarray(sd.schedule.alphas_cumprod(), jnp.float32)
+    if feature_share:
+        mask = conditioning.injection_mask(sd, np.asarray(prompt_ids), words)
+        mask = jnp.concatenate([jnp.asarray(mask), jnp.zeros_like(ids[:1], bool)])
+
+    def with_features(params: Any, key: jax.Array, batch: Batch, rows):
+        told = jax.random.bernoulli(key, feature_share, rows.shape)
+        table = conditioning.token_embeddings(sd, params, words)
+        norms = jax.lax.stop_gradient(jnp.linalg.norm(table, axis=-1))[batch["label"]]
+        vectors = batch["vector"] * norms[:, None]
+        where = mask[rows] & told[:, None]
+        return conditioning.encode_with_injection(sd, params, ids[rows], where, vectors)
 
     def init(key: jax.Array) -> GeneratorState:
         text_key, unet_key = jax.random.split(key)
@@ -174,7 +192,8 @@ def make_diffusion_trainer(
         ema = jax.tree.map(jnp.copy, params)
         return GeneratorState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
-    def loss_fn(params: Any, key: jax.Array, latents: Float[Array, "B C h w"], labels):
+    def loss_fn(params: Any, key: jax.Array, examples: Batch):
+        latents, labels = examples["latent"], examples["label"]
         time_key, noise_key, drop_key = jax.random.split(key, 3)
         batch = latents.shape[0]
         timesteps = jax.random.randint(time_key, (batch,), 0, sd.schedule.train_steps)
@@ -183,8 +202,10 @@ def make_diffusion_trainer(
         noisy = jnp.sqrt(signal) * latents + jnp.sqrt(1.0 - signal) * noise
         dropped = jax.random.bernoulli(drop_key, condition_dropout, (batch,))
         rows = jnp.where(dropped, empty_row, labels)
-        # The text encoder runs once a prompt, not once an example.
-        states = stable.encode_prompts(sd, params, ids)[rows]
+        if feature_share:
+            states = with_features(params, named(key, "features"), examples, rows)
+        else:  # the text encoder runs once a prompt, not once an example
+            states = stable.encode_prompts(sd, params, ids)[rows]
         predicted = stable.apply_unet(sd, params, noisy, timesteps, states)
         errors = jnp.mean((predicted - noise) ** 2, axis=(1, 2, 3))
         snr = squared_alpha[timesteps] / (1.0 - squared_alpha[timesteps])
@@ -193,9 +214,7 @@ def make_diffusion_trainer(
 
     def train_step(state: GeneratorState, batch: Batch) -> tuple[GeneratorState, Metrics]:
         key = _step_key(root_key, "diffusion", state.step)
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(
-            state.params, key, batch["latent"], batch["label"]
-        )
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, key, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))

@@ -15,6 +15,42 @@ from oal_jax.models.normalise import normalise
 POOLS = ("token", "norm_mean", "mean_norm")
 
 
+@jax.custom_vjp
+def narrow_product(x: Float[Array, "*b d"], kernel: Float[Array, "d e"]) -> Float[Array, "*b e"]:
+    """`x @ kernel`, and its gradients: each summed in float32 and rounded to their type once.
+
+    Accelerators do that of themselves. A CPU with matrix instructions for bfloat16 uses them when
+    it is asked for a float32 result alone: ViT-B/16 then takes 0.4 times the time of float32.
+    """
+
+    def on_cpu(x, kernel):
+        return jnp.matmul(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=jnp.matmul)
+
+
+def _product_forward(x, kernel):
+    return narrow_product(x, kernel), (x, kernel)
+
+
+def _product_backward(kept, slope):
+    x, kernel = kept
+    rows = x.reshape(-1, x.shape[-1]).T
+    return narrow_product(slope, kernel.T), narrow_product(rows, slope.reshape(-1, slope.shape[-1]))
+
+
+narrow_product.defvjp(_product_forward, _product_backward)
+
+
+def _dense(features: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
+    def product(x, kernel, dimensions, precision=None):
+        del dimensions, precision  # those of `nn.Dense`: the last axis of x
+        return narrow_product(x, kernel)
+
+    narrow = None if dtype == jnp.float32 else product
+    return nn.Dense(features, use_bias, dtype, dot_general=narrow, name=name)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values."""
 
@@ -26,7 +62,7 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """Every token attends to all tokens of its image."""
         b, n, d = x.shape
-        qkv = nn.Dense(3 * d, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
+        qkv = _dense(3 * d, self.dtype, "qkv", self.qkv_bias)(x)
         qkv = qkv.reshape(b, n, 3, self.heads, d // self.heads)
         # Heads beside the batch: a batched matrix product, several times faster on CPU than the
         # contraction with the heads in the middle.
@@ -34,7 +70,7 @@ class Attention(nn.Module):
         scores = jnp.matmul(q, jnp.swapaxes(k, -1, -2), preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores * (d // self.heads) ** -0.5, axis=-1).astype(self.dtype)
         mixed = jnp.swapaxes(weights @ v, 1, 2).reshape(b, n, d)
-        return nn.Dense(d, dtype=self.dtype, name="proj")(mixed)
+        return _dense(d, self.dtype, "proj")(mixed)
 
 
 class Block(nn.Module):
@@ -57,8 +93,8 @@ class Block(nn.Module):
         h = Attention(self.heads, self.qkv_bias, self.dtype, name="attn")(h)
         x = x + self._scaled("ls1", h)
         h = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm2")(x)
-        h = nn.Dense(int(d * self.mlp_ratio), dtype=self.dtype, name="mlp_fc1")(h)
-        h = nn.Dense(d, dtype=self.dtype, name="mlp_fc2")(nn.gelu(h, approximate=False))
+        h = _dense(int(d * self.mlp_ratio), self.dtype, "mlp_fc1")(h)
+        h = _dense(d, self.dtype, "mlp_fc2")(nn.gelu(h, approximate=False))
         return x + self._scaled("ls2", h)
 
     def _scaled(self, name: str, h: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -105,7 +141,7 @@ class VisionTransformer(nn.Module):
         # A convolution with stride = kernel is a matrix product of flattened patches; the
         # product is several times faster in XLA's CPU backend, gradients above all.
         x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
-        x = nn.Dense(self.width, dtype=self.dtype, name="patch_embed")(x.reshape(b, -1, p * p * c))
+        x = _dense(self.width, self.dtype, "patch_embed")(x.reshape(b, -1, p * p * c))
         if self.class_token:
             cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
             cls = jnp.broadcast_to(cls.astype(x.dtype), (b, 1, self.width))

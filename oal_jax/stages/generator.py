@@ -138,21 +138,26 @@ def _train(context: Context) -> None:
 
     vae_plan = loop.Plan(len(data.images), config.vae_batch_size, config.vae_epochs, log_every=50)
     init, step = make_vae_trainer(sd, key, steps=vae_plan.steps)
-    vae_state = _fit(context, "vae", init, step, data.images, "image", data.labels, vae_plan)
+    vae_state = _fit(context, "vae", init, step, {"image": data.images}, vae_plan)
     params = {"vae": jax.tree.map(distributed.to_host, vae_state.params["vae"])}
 
     latents = encode(context, sd._replace(scaling_factor=1.0), params, data.images)
     scale = latent_scale(latents)
     plan = loop.Plan(len(data.images), config.batch_size, config.diffusion_epochs, log_every=50)
-    prompts = conditioning.class_prompts(class_words(context), PROMPT)
+    words = class_words(context)
     init, step = make_diffusion_trainer(
         sd,
         key,
-        stable_diffusion.tokenize(sd, prompts),
+        stable_diffusion.tokenize(sd, conditioning.class_prompts(words, PROMPT)),
         stable_diffusion.tokenize(sd, [""])[0],
+        words=words,
+        feature_share=config.feature_share,
         steps=plan.steps,
     )
-    state = _fit(context, "diffusion", init, step, latents * scale, "latent", data.labels, plan)
+    examples = {"latent": latents * scale, "label": data.labels}
+    if config.feature_share:
+        examples["vector"] = _teacher_directions(context, data.images)
+    state = _fit(context, "diffusion", init, step, examples, plan)
     params |= jax.tree.map(distributed.to_host, state.ema_params)
     processes.on_main(lambda: diffusers_directory.save(target, params, scaling_factor=scale))
 
@@ -185,22 +190,29 @@ def _write_random(context: Context) -> None:
     diffusers_directory.save(target, params, scaling_factor=1.0)
 
 
-def _fit(context: Context, name: str, init, train_step, inputs, input_name, labels, plan):
+def _teacher_directions(context: Context, images: np.ndarray) -> np.ndarray:
+    """The teacher's features of images, (N, T), at length 1."""
+    from oal_jax.stages import teacher  # which imports this module
+
+    batch = context.config.evaluation.batch_size
+    _, features = apply_in_batches(teacher.load(context), images, batch, context.mesh)
+    return features / np.linalg.norm(features, axis=-1, keepdims=True)
+
+
+def _fit(context: Context, name: str, init, train_step, examples, plan):
     field = "generator.vae_batch_size" if name == "vae" else "generator.batch_size"
     distributed.check_batch(field, plan.batch_size, context.mesh)
     key = named(context.key, name)
 
     def make_batch(arrays, indices, epoch, step):
         del epoch, step
-        batch = arrays["inputs"][indices]
-        if batch.dtype == jnp.uint8:
-            batch = to_unit(batch)
-        return {input_name: batch, "label": arrays["labels"][indices]}
+        batch = {column: array[indices] for column, array in arrays.items()}
+        return {k: to_unit(v) if v.dtype == jnp.uint8 else v for k, v in batch.items()}
 
     return session.train(
         train_step,
         distributed.init_parameters(init, key, context.mesh),
-        {"inputs": inputs, "labels": labels},
+        examples,
         make_batch,
         plan,
         workdir=context.workdir,
