@@ -1,12 +1,12 @@
 """Suite `job`: the whole of OAL, from the teacher's features to the detector's metrics.
 
     python -m benchmarks.run --suite job --output results.json [--frameworks jax,torch]
-        [--forms reference,tuned,shortcuts] [--runs 5] [--smoke] [--warm-cache] [--device auto]
-        [--profile DIR]
+        [--recipes default,reference] [--forms reference,tuned,shortcuts] [--runs 5] [--smoke]
+        [--warm-cache] [--device auto] [--profile DIR]
 
 Every run is a process of its own that starts with nothing but the package: imports, compilation
-and data count. The programs take turns; one turn before the first fills the files' cache and does
-not count. Cases:
+and data count. The programs take turns; one turn before the first, at tiny sizes, fills the files'
+cache and does not count. Cases:
 
     default            ours by configs/fashion.py, and the PyTorch twin with all of its shortcuts
     reference          ours by configs/fashion_reference.py (the official code's recipe), and the
@@ -36,6 +36,7 @@ from benchmarks.cases import load_config
 from benchmarks.plots import draw as draw
 from benchmarks.timing import Job
 from oal_jax.config import Config, flatten, unflatten
+from oal_jax.errors import UserError
 from oal_jax.smoke import shrink
 
 _CONFIGS = {"default": "fashion", "reference": "fashion_reference"}
@@ -57,22 +58,26 @@ def configs(*, smoke: bool) -> dict[str, Config]:
 def run(argv: Sequence[str]) -> list[dict[str, Any]]:
     """Time the processes in turns; print ratios; return the rows."""
     parser = timing.parser("job")
+    parser.add_argument("--recipes", default=",".join(_CONFIGS), help="of our side")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
     parser.add_argument("--warm-cache", action="store_true", help="compiled programs stay on disk")
     parser.add_argument("--profile", type=Path, help="directory for profiles of our side")
     args = parser.parse_args(argv)
     timing.settle(args, ("torch", "timm", "faiss"))
-    recipes = configs(smoke=args.smoke)
+    recipes, chosen = configs(smoke=args.smoke), args.recipes.split(",")
+    for name in chosen:
+        if name not in recipes:
+            raise UserError(f"recipe '{name}' is unknown; known: {', '.join(recipes)}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         results: dict[tuple[str, str], list[dict[str, Any]]] = {}
         jobs = []
         if "jax" in args.frameworks:
-            jobs += [_ours(recipe, recipes[recipe], folder, args, results) for recipe in recipes]
+            jobs += [_ours(recipe, recipes[recipe], folder, args, results) for recipe in chosen]
         if "torch" in args.frameworks:
             jobs += [_theirs(form, recipes, folder, args, results) for form in args.forms]
         rows = timing.measure("job", jobs, args)
-        for recipe in recipes if args.profile and "jax" in args.frameworks else ():
+        for recipe in chosen if args.profile and "jax" in args.frameworks else ():
             into = args.profile / recipe
             _ours(recipe, recipes[recipe], folder, args, {}, into).run()
             print(f"{recipe}: profile: {into}", flush=True)
@@ -104,7 +109,8 @@ def _ours(recipe, config, folder, args, results, profile: Path | None = None) ->
 
     def job():
         into = str(profile.absolute()) if profile else None
-        order = {"config": flatten(config), "device": args.device, "profile": into}
+        tiny = {"smoke": True} if not (kept or profile) else {}
+        order = {"config": flatten(config) | tiny, "device": args.device, "profile": into}
         kept.append(_process("benchmarks.job", order, folder, f"jax-{recipe}", args))
 
     return Job(recipe, "jax", job, more={"recipe": recipe})
@@ -117,21 +123,16 @@ def _theirs(form, recipes, folder, args, results) -> Job:
     recipe, case = RECIPE[form], _CASE[form]
     config = recipes[recipe]
     kept = results.setdefault(("torch", case), [])
-    config = shrink(config) if args.smoke else config
-    order = {
-        "config": flatten(config) | {"latents.per_class": latents.per_class(config)},
-        "moments": moments(config.data.id_set),
-        "form": form,
-        "device": args.device,
-        "dtype": args.twin_dtype,
-        "eager": args.twin_eager,
-    }
+    more = {"device": args.device, "dtype": args.twin_dtype, "eager": args.twin_eager}
 
     def job():
+        given = config if kept and not args.smoke else shrink(config)
+        flat = flatten(given) | {"latents.per_class": latents.per_class(given)}
+        order = {"config": flat, "moments": moments(given.data.id_set), "form": form, **more}
         kept.append(_process("benchmarks.torch_twin.job", order, folder, f"torch-{form}", args))
 
-    more = {"recipe": recipe, "form": form}
-    return Job(case, "torch", job, against=(recipe, "default"), more=more)
+    fields = {"recipe": recipe, "form": form}
+    return Job(case, "torch", job, against=(recipe, "default"), more=fields)
 
 
 def _process(
