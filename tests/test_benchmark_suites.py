@@ -111,6 +111,11 @@ def test_our_side_of_the_job(tmp_path):
 @pytest.mark.parametrize(
     ("suite", "flags", "words"),
     [
+        (
+            "job",
+            ["--recipes=quick", "--frameworks=jax"],
+            "recipe 'quick' is unknown; known: default",
+        ),
         ("outliers", ["--frameworks=jaxx"], "framework 'jaxx' is unknown; known: jax, torch"),
         ("features", ["--forms=fast"], "form 'fast' is unknown; known: reference, tuned"),
         ("latents", ["--runs=0"], "--runs 0 must be 1 or more"),
