@@ -26,6 +26,7 @@ import contextlib
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -100,6 +101,7 @@ CASES: Mapping[str, Case] = {
     "oal-half-random": _oal("half_random"),
     "oal-latents": _oal("latents"),
     "oal-guided": _oal("latents", **_GUIDED),
+    "oal-guided-stage2": _oal("latents", **_GUIDED, method__latent_stage=2),
     "oal-guided-mixed": _oal("latents_mixed", **_GUIDED),
     "oal-told": _oal("latents", **_TOLD),
     "oal-told-crossing": _oal("latents", outliers__boundary="crossing", **_TOLD),
@@ -284,12 +286,18 @@ def _environment(jobs: int, cache: Path) -> Iterator[None]:
 
 
 def _pin(number: Any, jobs: int) -> None:
-    """Keep this process on its share of the cores."""
+    """Keep this process on its share of the cores, and end it with the one that started it."""
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     with number.get_lock():
         mine, number.value = number.value, number.value + 1
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[mine % len(cores) :: jobs] or cores)
+
+
+def _leave_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)  # a finished run has its result; what is under way goes on another time
 
 
 @contextlib.contextmanager

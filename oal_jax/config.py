@@ -173,6 +173,8 @@ class Method:
     latent_club: float = 0.2  # weight of CLUB on latents
     energy: float = 0.1  # weight of the energy loss on mapped outliers
     adapter: float = 0.05  # weight of the adapter's regression on ID pairs
+    # Stage of a ResNet, 1 to 3, after which latent outliers enter it; 0: as pooled features, last.
+    latent_stage: int = 0
     adapt: Adapt = field(default_factory=Adapt)
     ramp_start: float = 0.19  # fraction of training at which the energy loss begins
     ramp_end: float = 0.31  # ... and at which it has its full weight

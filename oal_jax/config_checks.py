@@ -76,6 +76,12 @@ def validate(config: Config) -> None:
         )
     hub.parse(config.generator.directory)
     _check_student(config.student)
+    stage = config.method.latent_stage
+    if stage not in range(4) or (stage and config.student.architecture != "resnet"):
+        raise UserError(
+            f"config method.latent_stage={stage} must be 0, or a stage of a resnet, 1 to 3"
+            f" (student.architecture='{config.student.architecture}')"
+        )
     _check_unleashed(config)
     _check_outliers(config)
     if not config.evaluation.scores:

@@ -120,6 +120,52 @@ def test_outlier_images_reach_the_whole_student_and_no_statistics():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_latents_enter_after_a_stage_and_train_what_lies_behind_it():
+    data, stage = batch(), 2
+    made = method(latent_stage=stage, image_outliers=True)
+    params, model_state = made.init(jax.random.key(0))
+    student = {"params": params["student"], **model_state["student"]}
+    plain, left = NET.apply(student, data["image"], mutable=["maps"])
+    maps = left["maps"]["stage2"][0]
+    for found, wanted in zip(NET.apply(student, maps, after=stage), plain, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+    slopes, step, key = [], jnp.zeros((), jnp.int32), jax.random.key(1)
+    grad = jax.jit(jax.grad(made.loss, has_aux=True))
+    for seed in (1, 0):
+        data["outlier_latent"] = batch(seed)["outlier_latent"]
+        grads, (state, metrics) = grad(params, model_state, data, step, key)
+        slopes.append(grads)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), *slopes)
+    assert moved["student"]["layer3_0"]["conv1"]["kernel"] > 1e-6
+    assert (
+        moved["student"]["layer2_0"]["conv1"]["kernel"] == moved["adapter"]["conv1"]["kernel"] == 0
+    )
+    assert set(state["student"]) == {"batch_stats"}
+
+    adapter = oal.make_adapter(NET, IMAGE, stage)
+    mapped = adapter.apply({"params": params["adapter"]}, data["outlier_latent"])
+    assert mapped.shape == maps.shape
+    energy = jax.nn.logsumexp(NET.apply(student, mapped, after=stage)[0], axis=-1)
+    assert metrics["outlier_energy_latent"] == pytest.approx(float(energy.mean()), abs=1e-5)
+    # The adapter's target is the map of the ID images as the step computes it.
+    shown = jnp.concatenate([data["image"], data["outlier_image"]])
+    among, kept = jnp.arange(len(shown)) < ROWS, ["maps", "batch_stats"]
+    _, left = NET.apply(student, shown, train=True, statistics=among, mutable=kept)
+    predicted = adapter.apply({"params": params["adapter"]}, data["latent"])
+    error = ((predicted - left["maps"]["stage2"][0][:ROWS]) ** 2).sum(-1).mean()
+    assert metrics["adapter_error"] == pytest.approx(float(error), rel=1e-4)
+
+
+def test_latents_enter_a_resnet_alone():
+    config = Config()
+    for stage, architecture in ((4, "resnet"), (-1, "resnet"), (1, "densenet")):
+        config.method.latent_stage, config.student.architecture = stage, architecture
+        config.student.depth = 40 if architecture == "densenet" else 18
+        with pytest.raises(UserError, match=f"latent_stage={stage} must be 0, or a stage of"):
+            validate(config)
+
+
 def test_a_choice_of_each_few_wants_whole_groups():
     config = Config()
     config.method.adapt.of = 3

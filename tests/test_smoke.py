@@ -17,6 +17,7 @@ CASES = {
     "reference": ["--config.method.micl=reference", "--config.latents.injection=first_piece"],
     "alternate": ["--config.method.micl=alternate"],
     "random": ["--config.outliers.source=random"],
+    "entering": ["--config.outliers.source=latents", "--config.method.latent_stage=2"],
     "pixel": ["--config.method.name=pixel"],
     "kd": ["--config.method.name=kd"],
     "fresh-teacher-per-step": ["--config.method.name=kd", "--config.teacher.views=0"],

@@ -1,6 +1,6 @@
 """What a training method is: parameters in named groups, and a loss."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -65,14 +65,21 @@ def after_the_last(part: Part | None, new: Any, old: Any) -> Any:
 
 
 def apply_group(
-    module: Any, params: Groups, model_state: Groups, group: str, *inputs: Array, **options: Any
+    module: Any,
+    params: Groups,
+    model_state: Groups,
+    group: str,
+    *inputs: Array,
+    mutable: Sequence[str] = ("batch_stats",),
+    **options: Any,
 ) -> tuple[Any, Mapping[str, Any]]:
     """Apply a module with the variables of its group; returns outputs and new batch statistics.
 
-    `options` are the module's own: `train`, and what else it takes.
+    Collections other than those that are `mutable` are left out; `options` are the module's own:
+    `train`, and what else it takes.
     """
     variables = {"params": params[group], **model_state.get(group, {})}
-    return module.apply(variables, *inputs, mutable=["batch_stats"], **options)
+    return module.apply(variables, *inputs, mutable=list(mutable), **options)
 
 
 def split_variables(variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

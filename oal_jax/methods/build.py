@@ -137,6 +137,7 @@ def _oal(parts: Parts) -> Method:
         feature_outliers=feature is not None,
         image_outliers=sees_images(parts.config),
         adaptation=oal.Adaptation(m.adapt.of, m.adapt.steps, m.adapt.rate),
+        latent_stage=m.latent_stage,
     )
 
 

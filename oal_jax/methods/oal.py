@@ -13,18 +13,20 @@ Source: arXiv 2406.16525; CLUB: arXiv 2006.12013; energy as in VOS, arXiv 2202.0
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from oal_jax import losses
 from oal_jax.keys import named
 from oal_jax.methods import kd
-from oal_jax.methods.base import Method, apply_group, split_variables
-from oal_jax.methods.student import Transform, forward
+from oal_jax.methods.base import Groups, Method, apply_group, split_variables
+from oal_jax.methods.student import Transform, forward, separate
 from oal_jax.models.mutual_information import GaussianPredictor
-from oal_jax.models.projector import LatentAdapter, Projector
+from oal_jax.models.projector import LatentAdapter, LatentMap, Projector
 from oal_jax.outliers.knn import unit
 
 
@@ -60,16 +62,17 @@ def energy(
     feature_outliers: bool,
     image_outliers: bool = False,
     adaptation: Adaptation = _UNCHANGED,
+    latent_stage: int = 0,
     ce_transform: Transform | None = None,
 ) -> Method:
     """The sound default: E = logsumexp of the student's logits tells ID from outliers.
 
     Feature outliers `outlier` (B, T) reach the student's head through DT, latents
-    `outlier_latent` (B, h, w, c) through an adapter that regresses the student's features from
-    the latents of ID images (`latent`). Mapped outliers carry no gradient to either map, and
-    the batch statistics of DT never see one. Images `outlier_image` (m, h, w, c) pass through the
-    whole student beside the ID images, and their gradient does too. Without any outliers the ID
-    side alone is trained, with scale and offset held fixed.
+    `outlier_latent` (B, h, w, c) through an adapter that regresses the student's features, or the
+    map of one of its stages, from the latents of ID images (`latent`). Mapped outliers carry no
+    gradient to either map, and the batch statistics of DT never see one. Images `outlier_image`
+    (m, h, w, c) pass through the whole student beside the ID images, and their gradient does too.
+    Without any outliers the ID side alone is trained, with scale and offset held fixed.
 
     Args:
       latent_shape: (h, w, c) of a latent, or None where there are no latent outliers.
@@ -77,8 +80,11 @@ def energy(
       feature_outliers: whether the batch has `outlier`.
       image_outliers: whether it has `outlier_image`.
       adaptation: of latent outliers to the student at hand.
+      latent_stage: of a ResNet, after which latents enter it, normalised there by the running
+        statistics; 0: as pooled features, before the head.
     """
-    projector, adapter = Projector(model.feature_width), LatentAdapter(model.feature_width)
+    projector = Projector(model.feature_width)
+    adapter = make_adapter(model, image_shape, latent_stage)
 
     def init(key):
         params, model_state = kd.init_groups(key, model, image_shape, teacher_width)
@@ -101,17 +107,23 @@ def energy(
             def map_latents(latents):
                 return adapter.apply({"params": params["adapter"]}, latents)
 
+            def energy_of(mapped):
+                logits, _ = outputs_of_mapped(model, params, model_state, mapped, latent_stage)
+                return jax.nn.logsumexp(logits, axis=-1)
+
             latents = _adapted(
-                lambda z: _head_energy(head, map_latents(z)), batch["outlier_latent"], adaptation
+                lambda z: energy_of(map_latents(z)), batch["outlier_latent"], adaptation
             )
-            found["latent"] = _head_energy(head, jax.lax.stop_gradient(map_latents(latents)))
+            found["latent"] = energy_of(jax.lax.stop_gradient(map_latents(latents)))
         return found
 
     def loss(params, model_state, batch, step, key):
         shown = batch["outlier_image"] if image_outliers else None
+        kept = ("batch_stats", "maps") if latent_shape and latent_stage else ("batch_stats",)
         (logits, features), (image_logits, _), student = forward(
-            model, params, model_state, key, batch["image"], shown
+            model, params, model_state, key, batch["image"], shown, mutable=kept
         )
+        maps, student = student.get("maps"), {k: v for k, v in student.items() if k != "maps"}
         value, (new_state, metrics) = kd.terms(
             params,
             {**model_state, "student": student},
@@ -142,12 +154,36 @@ def energy(
         metrics["id_energy"] = jnp.mean(id_energy)
         if latent_shape:
             predicted = adapter.apply({"params": params["adapter"]}, batch["latent"])
-            error = jnp.sum((predicted - jax.lax.stop_gradient(features)) ** 2, axis=-1)
+            target = features
+            if maps:
+                target, _ = separate(maps[f"stage{latent_stage}"][0], len(features))
+            error = jnp.sum((predicted - jax.lax.stop_gradient(target)) ** 2, axis=-1)
             value += adapter_weight * jnp.mean(error)
             metrics["adapter_error"] = jnp.mean(error)
         return value, (new_state, metrics)
 
     return Method(init, loss)
+
+
+def make_adapter(model: Any, image_shape: tuple[int, int, int], stage: int) -> nn.Module:
+    """A: from latents to the student's pooled features, or to its map after a stage."""
+    if not stage:
+        return LatentAdapter(model.feature_width)
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    _, left = jax.eval_shape(partial(model.apply, mutable=["maps"]), variables, images)
+    return LatentMap(left["maps"][f"stage{stage}"][0].shape[1:])
+
+
+def outputs_of_mapped(
+    model: Any, params: Groups, model_state: Groups, mapped: jax.Array, stage: int
+) -> tuple[jax.Array, jax.Array]:
+    """The student's (logits, features) of latents that `make_adapter`'s map has mapped."""
+    if stage:
+        variables = {"params": params["student"], **model_state["student"]}
+        return model.apply(variables, mapped, after=stage)
+    head = params["student"]["fc"]
+    return mapped @ head["kernel"] + head["bias"][None], mapped
 
 
 def _head_energy(head: Any, features: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """What the methods that train the student alone share: its group, one forward pass, the ID loss."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -74,6 +74,7 @@ def forward(
     others: Float[Array, "m h w c"] | None = None,
     *,
     shared_statistics: bool = False,
+    mutable: Sequence[str] = ("batch_stats",),
 ) -> tuple[Outputs, Outputs, Any]:
     """One pass in training mode: outputs of `images`, of `others`, and the student's new state.
 
@@ -81,7 +82,8 @@ def forward(
     ID images alone, and so are the running ones: outliers are normalised as they will be in
     evaluation, a start's running statistics stay valid, and no result depends on how many outliers
     a batch has. `shared_statistics` takes both kinds, as the published codes do (one concatenated
-    batch in PyTorch's training mode); the running statistics are then those of the mixture.
+    batch in PyTorch's training mode); the running statistics are then those of the mixture. With
+    "maps" among the `mutable` the new state has the maps too, their rows as `join` has them.
     """
     count, options = images.shape[0], {}
     if others is not None:
@@ -90,7 +92,15 @@ def forward(
         images = join(images, others)
     rngs = {"dropout": named(key, "dropout")}
     outputs, state = apply_group(
-        model, params, model_state, "student", images, train=True, rngs=rngs, **options
+        model,
+        params,
+        model_state,
+        "student",
+        images,
+        train=True,
+        rngs=rngs,
+        mutable=mutable,
+        **options,
     )
     (logits, other_logits), (features, other_features) = (separate(rows, count) for rows in outputs)
     return (logits, features), (other_logits, other_features), state

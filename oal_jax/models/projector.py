@@ -1,10 +1,11 @@
-"""Small maps into the student's feature space: DT from the teacher's, the adapter from latents.
+"""Small maps into the student: DT from the teacher's features, the adapters from latents.
 
 They are float32 whatever the student's `dtype` is: they take and give float32 features, and cost
 next to nothing beside it.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -49,3 +50,22 @@ class LatentAdapter(nn.Module):
         x = jnp.reshape(x, (x.shape[0], -1))
         x = nn.gelu(nn.Dense(2 * self.width, name="fc1")(x))
         return nn.Dense(self.width, name="fc2")(x)
+
+
+class LatentMap(nn.Module):
+    """A: latents (channels last) to the map of one of the student's stages.
+
+    No batch statistics, as in `LatentAdapter`; like the maps, never negative.
+    """
+
+    shape: tuple[int, int, int]  # of a map: (h, w, c)
+    hidden: int = 64
+
+    @nn.compact
+    def __call__(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        """A map for each latent."""
+        height, width, channels = self.shape
+        x = nn.gelu(Conv(self.hidden, 3, 1, name="conv1")(latents))
+        x = jax.image.resize(x, (x.shape[0], height, width, self.hidden), "linear")
+        x = nn.gelu(Conv(self.hidden, 3, 1, name="conv2")(x))
+        return nn.relu(Conv(channels, 3, 1, name="conv3")(x))

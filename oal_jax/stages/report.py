@@ -13,9 +13,10 @@ from oal_jax.evaluation import bootstrap, protocol
 from oal_jax.evaluation.report import ReportInputs, extremes, write_report
 from oal_jax.evaluation.search import Trial, describe, search, write_search
 from oal_jax.keys import named
+from oal_jax.methods import oal
 from oal_jax.methods.base import apply_group
 from oal_jax.methods.build import SOURCES
-from oal_jax.models.projector import LatentAdapter, Projector
+from oal_jax.models.projector import Projector
 from oal_jax.outliers.knn import sample_random, unit
 from oal_jax.scores import GRIDS
 from oal_jax.stages import evaluate, latents, outliers, train
@@ -187,6 +188,10 @@ def _mapped_outliers(context: Context) -> np.ndarray | None:
             )[0]
         )
     if latent in ("pool", "half"):
-        z = latents.channels_last(context)[:count]
-        mapped.append(LatentAdapter(width).apply({"params": params["adapter"]}, jnp.asarray(z)))
+        z = jnp.asarray(latents.channels_last(context)[:count])
+        shown, stage = context.images("validation", limit=1), config.method.latent_stage
+        net = train.student(config, len(shown.class_names))
+        adapter = oal.make_adapter(net, shown.image_shape, stage)
+        entering = adapter.apply({"params": params["adapter"]}, z)
+        mapped.append(oal.outputs_of_mapped(net, params, state, entering, stage)[1])
     return np.concatenate([np.asarray(m) for m in mapped]) if mapped else None
