@@ -16,7 +16,8 @@ import safetensors.numpy
 
 from oal_jax import config, main
 from oal_jax.config import Config, flatten
-from oal_jax.config_checks import CHOICES, validate
+from oal_jax.config_checks import validate
+from oal_jax.config_ranges import CHOICES
 from oal_jax.errors import UserError
 from oal_jax.scores import SCORES
 from oal_jax.stages import generator, teacher

@@ -12,7 +12,7 @@ import pytest
 import test_outlier_methods
 
 from oal_jax import distributed, losses
-from oal_jax.config_checks import CHOICES
+from oal_jax.config_ranges import CHOICES
 from oal_jax.methods import ce, kd, masking, oal, pixel, unleashing_mask
 from oal_jax.methods.base import Method
 from oal_jax.models.mutual_information import GaussianPredictor

@@ -18,7 +18,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 import oal_jax
 from oal_jax import artifacts, distributed, pipeline
 from oal_jax.config import Config
-from oal_jax.config_checks import CHOICES, validate
+from oal_jax.config_checks import validate
+from oal_jax.config_ranges import CHOICES
 from oal_jax.errors import UserError
 from oal_jax.export import exported
 from oal_jax.keys import at_step

@@ -13,7 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from oal_jax import artifacts, config_checks, distributed, pipeline
+from oal_jax import artifacts, config_checks, config_ranges, distributed, pipeline
 from oal_jax.config import Config, Data, Method, Student, Train, stages_before
 from oal_jax.errors import UserError
 from oal_jax.keys import at_step, named
@@ -389,12 +389,12 @@ def test_the_estimate_is_made_where_the_loss_wants_it(method, expected):
 
 
 def test_every_method_has_a_recipe_whose_arrays_can_be_read():
-    assert set(build.METHODS) == set(config_checks.CHOICES["method.name"])
-    assert set(build.SOURCES) == set(config_checks.CHOICES["outliers.source"])
+    assert set(build.METHODS) == set(config_ranges.CHOICES["method.name"])
+    assert set(build.SOURCES) == set(config_ranges.CHOICES["outliers.source"])
     names = {stage.name for stage in pipeline.STAGES}
     for name, recipe in build.METHODS.items():
         assert set(stages_before(Config(method=Method(name=name)))) <= names
-        for micl in config_checks.CHOICES["method.micl"]:
+        for micl in config_ranges.CHOICES["method.micl"]:
             for source in build.SOURCES:
                 settings = Config(method=Method(name=name, micl=micl))
                 settings.outliers.source = source
