@@ -8,7 +8,7 @@ All classes, from unit features on the device to the outliers there; 50 x 1500 =
 a class and repeat. Cases, named for how distances are found: `faiss` (all candidates stacked, full
 lists of neighbours: the official code, on the CPU), `matmul` (products with all candidates),
 `products` (sums of products with anchors and with noise: ours). Rows have `peak_bytes`: the growth
-of the resident memory of a fresh process over what it holds after a first run (of CPU runs alone).
+of the resident memory of a fresh process in its first run, compilation too (of CPU runs alone).
 """
 
 import argparse
@@ -140,5 +140,4 @@ def _on_cpu(who: str, args: argparse.Namespace) -> bool:
 def measure_memory(who: str, sizes: dict[str, int]) -> None:
     """Print the bytes that "jax", or a form of the twin, takes; in a process of its own."""
     job = ours(sizes) if who == "jax" else theirs(sizes, who, "cpu")
-    job()
     print(json.dumps(timing.peak_growth(job)))

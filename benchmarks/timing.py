@@ -245,8 +245,8 @@ def python(arguments: Sequence[str], **environment: str) -> str:
 def peak_growth(job: Callable[[], Any]) -> int:
     """Bytes by which the resident memory of this process grows at most while a job runs.
 
-    For a process of its own, after one run of the job (what compilation needs does not count).
-    What the C library has kept of that run's memory is given back first.
+    For a process of its own. What the C library has kept of freed memory is given back first, so
+    that after one run of the job another one shows what it takes, and compilation does not count.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
     if trim is not None:
