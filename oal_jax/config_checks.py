@@ -87,11 +87,12 @@ def validate(config: Config) -> None:
             f"config teacher.alignment={config.teacher.alignment} is of the teacher's training; set"
             " teacher.train=True, or it to 0"
         )
-    share = config.generator.feature_share
-    if share and (config.teacher.alignment or not config.generator.train):
+    share, given = config.generator.feature_share, config.generator.directory
+    if share and (config.teacher.alignment or given or not config.generator.train):
         raise UserError(
             f"config generator.feature_share={share} is of the generator's training, on features of"
-            " a teacher that is there before it; set generator.train=True, teacher.alignment=0"
+            " a teacher that is there before it; set generator.train=True, teacher.alignment=0 and"
+            " no generator.directory"
         )
     if config.teacher.width % config.teacher.heads:
         raise UserError(

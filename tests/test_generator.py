@@ -646,12 +646,13 @@ def test_diffusion_trainer_learns_what_a_feature_in_place_of_the_word_means(tiny
     np.testing.assert_array_less(0, -signs * (predicted(vector) - predicted(-vector)))
 
 
-@pytest.mark.parametrize("changes", [{"train": False}, {"train": True, "alignment": 0.5}])
-def test_features_are_learned_in_training_from_a_teacher_that_is_there(changes):
+@pytest.mark.parametrize("wrong", ["not trained", "aligned", "given"])
+def test_features_are_learned_in_training_from_a_teacher_that_is_there(wrong):
     config = Config()
-    config.generator.feature_share = 0.5
-    config.generator.train = changes["train"]
-    config.teacher.train, config.teacher.alignment = True, changes.get("alignment", 0.0)
+    config.generator.feature_share, config.teacher.train = 0.5, True
+    config.generator.train = wrong != "not trained"
+    config.teacher.alignment = 0.5 if wrong == "aligned" else 0.0
+    config.generator.directory = "some/where" if wrong == "given" else ""
     with pytest.raises(UserError, match=r"feature_share=0.5 .* set generator.train=True, teacher"):
         validate(config)
 
