@@ -378,8 +378,8 @@ def test_the_teacher_is_trained_without_the_class(tmp_path):
 def test_the_generator_learns_the_remaining_classes(tmp_path, monkeypatch):
     fitted = []
 
-    def fit(context, name, init, step, inputs, input_name, labels, plan):
-        fitted.append((inputs.shape, sorted(set(labels.tolist()))))
+    def fit(context, name, init, step, examples, plan):
+        fitted.append((examples["image"].shape, sorted(set(examples["label"].tolist()))))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generator, "_fit", fit)

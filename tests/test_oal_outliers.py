@@ -1,5 +1,6 @@
 """OAL's energy loss on a step's outliers: images, and latents that follow the student."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,15 +11,33 @@ from oal_jax.config_checks import validate
 from oal_jax.errors import UserError
 from oal_jax.methods import build, oal
 from oal_jax.methods.oal import Adaptation
+from oal_jax.models.conv import Conv, batch_norm
 from oal_jax.models.resnet import ResNet
 
-NET = ResNet(num_classes=3, width=2, stem="small")
+RESNET = ResNet(num_classes=3, width=2, stem="small")
 IMAGE, LATENT, TEACHER, ROWS = (8, 8, 1), (4, 4, 2), 6, 8
+
+
+class Tiny(nn.Module):
+    """A student that compiles at once: a convolution, the mean, the head."""
+
+    feature_width: int = 6
+
+    @nn.compact
+    def __call__(self, images, train=False, statistics=None):
+        mask = None if statistics is None else statistics[:, None, None, None]
+        x = Conv(self.feature_width, 3, 2, name="conv1")(images)
+        x = nn.relu(batch_norm(train, True)(name="bn1")(x, mask=mask))
+        features = jnp.mean(x, axis=(1, 2))
+        return nn.Dense(3, name="fc")(features), features
+
+
+NET = Tiny()
 
 
 def method(**more):
     return oal.energy(
-        NET,
+        more.pop("model", NET),
         IMAGE,
         TEACHER,
         more.pop("latent_shape", LATENT),
@@ -63,11 +82,13 @@ def latent_energy(adaptation: Adaptation) -> float:
 
 def test_of_each_few_the_one_most_like_id_is_kept():
     """By the energies of latents taken one by one."""
-    alone = []
+    alone, made = [], method()
+    loss, variables = jax.jit(made.loss), made.init(jax.random.key(0))
     for row in range(ROWS):
         data = batch()
         data["outlier_latent"] = data["outlier_latent"][row : row + 1]
-        alone.append(float(loss_and_metrics(method(), data)[1]["outlier_energy_latent"]))
+        _, (_, metrics) = loss(*variables, data, jnp.zeros((), jnp.int32), jax.random.key(1))
+        alone.append(float(metrics["outlier_energy_latent"]))
     for of in (1, 2, 4, ROWS):
         kept = np.reshape(alone, (-1, of)).max(1)
         assert latent_energy(Adaptation(of)) == pytest.approx(kept.mean(), abs=1e-5)
@@ -122,12 +143,12 @@ def test_outlier_images_reach_the_whole_student_and_no_statistics():
 
 def test_latents_enter_after_a_stage_and_train_what_lies_behind_it():
     data, stage = batch(), 2
-    made = method(latent_stage=stage, image_outliers=True)
+    made = method(model=RESNET, latent_stage=stage, image_outliers=True)
     params, model_state = made.init(jax.random.key(0))
     student = {"params": params["student"], **model_state["student"]}
-    plain, left = NET.apply(student, data["image"], mutable=["maps"])
+    plain, left = RESNET.apply(student, data["image"], mutable=["maps"])
     maps = left["maps"]["stage2"][0]
-    for found, wanted in zip(NET.apply(student, maps, after=stage), plain, strict=True):
+    for found, wanted in zip(RESNET.apply(student, maps, after=stage), plain, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
     slopes, step, key = [], jnp.zeros((), jnp.int32), jax.random.key(1)
@@ -143,15 +164,15 @@ def test_latents_enter_after_a_stage_and_train_what_lies_behind_it():
     )
     assert set(state["student"]) == {"batch_stats"}
 
-    adapter = oal.make_adapter(NET, IMAGE, stage)
+    adapter = oal.make_adapter(RESNET, IMAGE, stage)
     mapped = adapter.apply({"params": params["adapter"]}, data["outlier_latent"])
     assert mapped.shape == maps.shape
-    energy = jax.nn.logsumexp(NET.apply(student, mapped, after=stage)[0], axis=-1)
+    energy = jax.nn.logsumexp(RESNET.apply(student, mapped, after=stage)[0], axis=-1)
     assert metrics["outlier_energy_latent"] == pytest.approx(float(energy.mean()), abs=1e-5)
     # The adapter's target is the map of the ID images as the step computes it.
     shown = jnp.concatenate([data["image"], data["outlier_image"]])
     among, kept = jnp.arange(len(shown)) < ROWS, ["maps", "batch_stats"]
-    _, left = NET.apply(student, shown, train=True, statistics=among, mutable=kept)
+    _, left = RESNET.apply(student, shown, train=True, statistics=among, mutable=kept)
     predicted = adapter.apply({"params": params["adapter"]}, data["latent"])
     error = ((predicted - left["maps"]["stage2"][0][:ROWS]) ** 2).sum(-1).mean()
     assert metrics["adapter_error"] == pytest.approx(float(error), rel=1e-4)

@@ -138,7 +138,8 @@ def _train(context: Context) -> None:
 
     vae_plan = loop.Plan(len(data.images), config.vae_batch_size, config.vae_epochs, log_every=50)
     init, step = make_vae_trainer(sd, key, steps=vae_plan.steps)
-    vae_state = _fit(context, "vae", init, step, {"image": data.images}, vae_plan)
+    examples = {"image": data.images, "label": data.labels}
+    vae_state = _fit(context, "vae", init, step, examples, vae_plan)
     params = {"vae": jax.tree.map(distributed.to_host, vae_state.params["vae"])}
 
     latents = encode(context, sd._replace(scaling_factor=1.0), params, data.images)
