@@ -243,6 +243,8 @@ def guard(command, argv: Sequence[str]) -> int:
             processes.leave(told[0], _say(told[1]))
         if told is None:
             raise
+        # Of coroutines that were cut off, such as a save's, Python would tell on top of the line.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         _say(told[1])
         return told[0]
     return 0
