@@ -308,6 +308,21 @@ def test_a_checkpoint_is_of_its_step_however_far_training_goes_on(tmp_path):
     assert np.unique(restored.params["w"]).tolist() == [7.0]
 
 
+def test_an_interruption_in_a_save_waits_and_is_not_lost(tmp_path, monkeypatch):
+    whole = Checkpoints.save
+
+    def swallowing(self, state):
+        with contextlib.suppress(KeyboardInterrupt):  # as Orbax was seen to
+            signal.raise_signal(signal.SIGINT)
+        whole(self, state)
+
+    monkeypatch.setattr(Checkpoints, "save", swallowing)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path)
+    assert latest(tmp_path) == PLAN.steps_per_epoch
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def turns_bad_at(bad, what):
     """`train_step`, but something is not finite from step `bad` on (the loss: in that step)."""
 

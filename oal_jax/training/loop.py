@@ -215,7 +215,8 @@ def fit(
             if checkpoints and step != saved and (at_epoch or stopping or step == plan.steps):
                 if log:
                     log.sync()
-                checkpoints.save(state)
+                with _interrupted_later():
+                    checkpoints.save(state)
                 saved = step
             if stopping or (stop() and step == plan.steps):
                 kept = "which was saved" if checkpoints else "without a checkpoint"
@@ -282,6 +283,23 @@ class _Stop:
         """Count what was asked up to now; for the end, when nothing else is under way."""
         self.vote()
         self.vote()
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """While inside, Ctrl-C waits: Orbax, cut off in a save, may swallow it and training goes on."""
+    seen: list[int] = []
+    try:
+        before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
+    except ValueError:  # not the main thread, which alone is interrupted
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if seen:
+        signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
