@@ -96,25 +96,29 @@ def energy(
 
     def energies(params, model_state, batch) -> dict[str, jax.Array]:
         """E of the mapped outliers of a batch."""
-        head, found = params["student"]["fc"], {}
+        found = {}
+
+        def energy_of(mapped, stage):
+            logits, _ = outputs_of_mapped(model, params, model_state, mapped, stage)
+            return jax.nn.logsumexp(logits, axis=-1)
+
         if feature_outliers:
             mapped, _ = apply_group(
                 projector, params, model_state, "projector", unit(batch["outlier"]), train=False
             )
-            found["feature"] = _head_energy(head, jax.lax.stop_gradient(mapped))
+            found["feature"] = energy_of(jax.lax.stop_gradient(mapped), 0)
         if latent_shape:
 
             def map_latents(latents):
                 return adapter.apply({"params": params["adapter"]}, latents)
 
-            def energy_of(mapped):
-                logits, _ = outputs_of_mapped(model, params, model_state, mapped, latent_stage)
-                return jax.nn.logsumexp(logits, axis=-1)
-
             latents = _adapted(
-                lambda z: energy_of(map_latents(z)), batch["outlier_latent"], adaptation
+                lambda z: energy_of(map_latents(z), latent_stage),
+                batch["outlier_latent"],
+                adaptation,
             )
-            found["latent"] = energy_of(jax.lax.stop_gradient(map_latents(latents)))
+            mapped = jax.lax.stop_gradient(map_latents(latents))
+            found["latent"] = energy_of(mapped, latent_stage)
         return found
 
     def loss(params, model_state, batch, step, key):
@@ -178,16 +182,12 @@ def make_adapter(model: Any, image_shape: tuple[int, int, int], stage: int) -> n
 def outputs_of_mapped(
     model: Any, params: Groups, model_state: Groups, mapped: jax.Array, stage: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The student's (logits, features) of latents that `make_adapter`'s map has mapped."""
+    """The student's (logits, features) of what enters it after a stage, or (0) as features."""
     if stage:
         variables = {"params": params["student"], **model_state["student"]}
         return model.apply(variables, mapped, after=stage)
     head = params["student"]["fc"]
     return mapped @ head["kernel"] + head["bias"][None], mapped
-
-
-def _head_energy(head: Any, features: jax.Array) -> jax.Array:
-    return jax.nn.logsumexp(features @ head["kernel"] + head["bias"][None], axis=-1)
 
 
 def _adapted(

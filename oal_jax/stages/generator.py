@@ -17,6 +17,7 @@ from oal_jax.errors import UserError
 from oal_jax.generator import conditioning, create, stable_diffusion
 from oal_jax.generator.training import latent_scale, make_diffusion_trainer, make_vae_trainer
 from oal_jax.keys import named
+from oal_jax.outliers.knn import unit
 from oal_jax.pretrained import diffusers_directory, hub
 from oal_jax.stages.context import Context, apply_in_batches
 from oal_jax.training import loop, session
@@ -197,7 +198,7 @@ def _teacher_directions(context: Context, images: np.ndarray) -> np.ndarray:
 
     batch = context.config.evaluation.batch_size
     _, features = apply_in_batches(teacher.load(context), images, batch, context.mesh)
-    return features / np.linalg.norm(features, axis=-1, keepdims=True)
+    return np.asarray(unit(features))
 
 
 def _fit(context: Context, name: str, init, train_step, examples, plan):

@@ -286,18 +286,25 @@ class _Stop:
 
 
 @contextmanager
-def _interrupted_later() -> Iterator[None]:
-    """While inside, Ctrl-C waits: Orbax, cut off in a save, may swallow it and training goes on."""
+def _flagged(number: int) -> Iterator[list[int]]:
+    """While inside, a signal only leaves its number in the list; off the main thread it acts."""
     seen: list[int] = []
     try:
-        before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
-    except ValueError:  # not the main thread, which alone is interrupted
-        yield
+        before = signal.signal(number, lambda number, _: seen.append(number))
+    except ValueError:  # not the main thread
+        yield seen
         return
     try:
-        yield
+        yield seen
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """While inside, Ctrl-C waits: Orbax, cut off in a save, may swallow it and training goes on."""
+    with _flagged(signal.SIGINT) as seen:
+        yield
     if seen:
         signal.raise_signal(signal.SIGINT)
 
@@ -305,15 +312,7 @@ def _interrupted_later() -> Iterator[None]:
 @contextmanager
 def _sigterm() -> Iterator[Callable[[], bool]]:
     """While inside, SIGTERM only raises a flag."""
-    seen: list[int] = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
-    except ValueError:  # not the main thread: the default behaviour stays
-        yield lambda: False
-        return
-    try:
+    with _flagged(signal.SIGTERM) as seen:
         yield lambda: bool(seen)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if seen and processes.several():  # after the last vote: nobody knows of it yet
         signal.raise_signal(signal.SIGTERM)
