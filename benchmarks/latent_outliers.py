@@ -37,6 +37,7 @@ import jax
 
 from benchmarks import cases, paired
 from benchmarks.cases import Case, Plan
+from benchmarks.latent_outliers_cases import CASES
 from benchmarks.latent_outliers_figure import Dot, draw_dots
 from benchmarks.latent_outliers_tables import COMPARED, FULL, differences, summary
 from benchmarks.run import row
@@ -70,49 +71,6 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         "generator.diffusion_epochs": 4,
     },
     "default": {},
-}
-
-
-def _oal(source: str, **more: Any) -> Case:
-    changes = {key.replace("__", "."): value for key, value in more.items()}
-    return Case({"method.name": "oal", "outliers.source": source, **changes})
-
-
-def _times(key: str, factor: float) -> Callable[[Mapping[str, Any]], int]:
-    return lambda flat: max(1, round(factor * flat[key]))
-
-
-_GUIDED = {"latents__guide__by": "energy"}
-_IMAGES = {"outliers__images": "decoded", "outliers__image_share": 0.25}
-# A generator that has learned what the teacher's features mean.
-_TOLD = {"generator__train": True, "generator__feature_share": 0.5}
-# A value that is a function gets the flat config of all other changes.
-CASES: Mapping[str, Case] = {
-    "kd": Case({"method.name": "kd"}),
-    # As long as `pixel` takes.
-    "kd-longer": Case({"method.name": "kd", "train.epochs": _times("train.epochs", 1.5)}),
-    "oal-none": _oal("none"),
-    "oal-random": _oal("random"),
-    "oal-random-half": _oal("random", method__outlier_batch=_times("train.batch_size", 0.5)),
-    "oal-diffusion": _oal("diffusion"),
-    "oal-mixed": _oal("mixed"),
-    "oal-noised": _oal("latents", latents__kind="noised"),
-    "oal-class": _oal("latents", latents__kind="class"),
-    "oal-half-random": _oal("half_random"),
-    "oal-latents": _oal("latents"),
-    "oal-guided": _oal("latents", **_GUIDED),
-    "oal-guided-stage2": _oal("latents", **_GUIDED, method__latent_stage=2),
-    "oal-guided-mixed": _oal("latents_mixed", **_GUIDED),
-    "oal-told": _oal("latents", **_TOLD),
-    "oal-told-crossing": _oal("latents", outliers__boundary="crossing", **_TOLD),
-    "oal-crossing-guided": _oal("latents", outliers__boundary="crossing", **_GUIDED),
-    "oal-images": _oal("random", **_IMAGES),
-    "oal-images-guided": _oal("random", **_IMAGES, **_GUIDED),
-    "oal-images-told": _oal("random", **_IMAGES, **_TOLD),
-    "oal-images-told-crossing": _oal("random", outliers__boundary="crossing", **_IMAGES, **_TOLD),
-    "oal-images-random": _oal("random", **_IMAGES | {"outliers__images": "decoded_random"}),
-    "oal-images-half": _oal("random", **_IMAGES | {"outliers__images": "decoded_half"}, **_GUIDED),
-    "pixel": Case({"method.name": "pixel"}),
 }
 
 
@@ -222,14 +180,17 @@ def _shared_by(configs: Mapping[str, Config], folder: Path) -> list[Task]:
         (name for name in configs if stages[name]),
         key=lambda name: (-len(stages[name]), not latents.learns_from_id_latents(configs[name])),
     )
+    # By an earlier run of other cases.
+    made_before = sorted(path.parent for path in folder.glob("*/config.json"))
     found: dict[str, Task] = {}
     for name in order:
         flat = flatten(configs[name]) | {"seed": 0}
         made = {k: v for k, v in flat.items() if not k.startswith(trained)}
         same = artifacts.fingerprint(made | {"sampled": build.reads_sampled(configs[name])})
         if same not in found:
-            places = tuple(task.workdir for task in found.values())
-            found[same] = Task(flat, folder / name, places, stages[name][-1])
+            places = dict.fromkeys([*(task.workdir for task in found.values()), *made_before])
+            places.pop(folder / name, None)
+            found[same] = Task(flat, folder / name, tuple(places), stages[name][-1])
     return list(found.values())
 
 

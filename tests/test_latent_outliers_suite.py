@@ -208,6 +208,16 @@ def test_what_cases_have_in_common_is_made_once():
     assert [task.only for task in alone] == ["features"]
 
 
+def test_what_an_earlier_run_of_other_cases_made_is_found(tmp_path):
+    _, parsed = plan()
+    for case in ("pixel", "oal-diffusion"):
+        (tmp_path / case).mkdir()
+        (tmp_path / case / "config.json").write_text("{}")
+    config = latent_outliers.config_of(parsed.base, {}, latent_outliers.CASES["pixel"])
+    (task,) = latent_outliers._shared_by({"pixel": config}, tmp_path)
+    assert task.reuse == (tmp_path / "oal-diffusion",)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
