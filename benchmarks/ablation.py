@@ -18,8 +18,9 @@ SCORE = "energy"
 BASELINE = "kd"
 
 
-def _oal(source: str = "knn", micl: str = "energy") -> Case:
-    return Case({"method.name": "oal", "method.micl": micl, "outliers.source": source})
+def _oal(source: str = "knn", micl: str = "energy", image_share: float = 0.0) -> Case:
+    outliers = {"outliers.source": source, "outliers.image_share": image_share}
+    return Case({"method.name": "oal", "method.micl": micl, **outliers})
 
 
 CASES = {
@@ -31,6 +32,8 @@ CASES = {
     "oal-diffusion": _oal("diffusion"),
     "oal-random": _oal("random"),
     "oal-mixed": _oal("mixed"),
+    "oal-random-shapes": _oal("random", image_share=0.125),
+    "oal-none-shapes": _oal("none", image_share=0.125),
     "pixel": Case({"method.name": "pixel"}),
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.run import row
 from oal_jax import artifacts, pipeline
-from oal_jax.config import Config, flatten, unflatten, unknown_key
+from oal_jax.config import Config, flatten, unflatten
 from oal_jax.errors import UserError
 from oal_jax.evaluation.tables import Row, read_csv
 from oal_jax.training.log import read
@@ -58,8 +58,9 @@ def parse(
     for case in chosen:
         if case not in cases:
             raise UserError(f"case '{case}' is unknown; known: {', '.join(cases)}")
-    given = unflatten(flatten(load_config(args.config)) | dict(settings))
-    base = _with_overrides(given, overrides)
+    by_flag = {flag.partition("=")[0].partition("config.")[2] for flag in overrides}
+    preset = {key: value for key, value in settings.items() if key not in by_flag}
+    base = unflatten(flatten(load_config(args.config, overrides)) | preset)
     return Plan(base, [int(s) for s in args.seeds.split(",")], chosen, args.workdir)
 
 
@@ -155,26 +156,8 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in everything)
 
 
-def load_config(path: Path) -> Config:
-    """The config of a file, validated."""
+def load_config(path: Path, flags: Sequence[str] = ()) -> Config:
+    """The config of a file under flags `--config.a.b=VALUE`, validated."""
     from oal_jax.main import parse
 
-    return parse(["run", f"--config={path}"]).config
-
-
-def _with_overrides(config: Config, overrides: list[str]) -> Config:
-    flat = flatten(config)
-    for item in overrides:
-        key, _, value = item.removeprefix("--config.").partition("=")
-        if not item.startswith("--config.") or key not in flat:
-            raise UserError(unknown_key(key))
-        kind = type(flat[key])
-        try:
-            if kind is bool:
-                flat[key] = value == "True"
-            else:
-                flat[key] = [value] if kind is list else kind(value)
-        except ValueError:
-            wanted = f"wants a value of type {kind.__name__}, got '{value}'"
-            raise UserError(f"config key '{key}' {wanted}") from None
-    return unflatten(flat)
+    return parse(["run", f"--config={path}", *flags]).config

@@ -37,7 +37,7 @@ from benchmarks.plots import draw as draw
 from benchmarks.run import row
 from benchmarks.timing import Job
 from oal_jax import distributed
-from oal_jax.config import Config, flatten, unflatten
+from oal_jax.config import Config, flatten, sees_images, unflatten
 from oal_jax.data.benchmarks import CLASS_NAMES
 from oal_jax.errors import UserError
 from oal_jax.methods import build
@@ -184,6 +184,9 @@ def make_problem(recipe: str, large: bool, args: argparse.Namespace) -> Problem:
         batch |= {"outlier_latent": normal(side, side, 4), "latent": normal(side, side, 4)}
     else:
         batch["outlier_latent"] = normal(side)
+    if sees_images(config):
+        count = round(config.outliers.image_share * size)
+        batch["outlier_image"] = rng.random((count, *shape), np.float32)
     if config.teacher.views:
         batch["teacher_logits"] = normal(classes)
         batch["teacher_features"] = normal(config.teacher.width)

@@ -1,6 +1,7 @@
 """The suites' rows and tables, and the command's error lines."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from oal_jax.config import Config, flatten, unflatten
 from oal_jax.config_checks import validate
 from oal_jax.errors import UserError
 from oal_jax.evaluation.tables import Row, with_means
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def table(near: float, far: float) -> list[Row]:
@@ -91,11 +94,20 @@ def test_a_mistake_is_one_line(argv, words, capsys):
     assert err.count("\n") == 1
 
 
-def test_overrides_keep_the_type_of_the_field():
-    config = cases._with_overrides(Config(), ["--config.train.epochs=3"])
-    assert config.train.epochs == 3
-    with pytest.raises(UserError, match="wants a value"):
-        cases._with_overrides(Config(), ["--config.train.epochs=three"])
+def test_flags_win_over_what_a_suite_sets():
+    flags = [f"--config={CONFIGS / 'fashion.py'}", "--config.train.epochs=3", "--cases=a"]
+    settings = {"train.epochs": 2, "train.batch_size": 50, "evaluation.scores": ["energy"]}
+    known = {"a": cases.Case({})}
+    base = cases.parse("s", known, [*flags, "--config.evaluation.scores=msp,knn"], settings).base
+    assert (base.train.epochs, base.train.batch_size) == (3, 50)
+    assert list(base.evaluation.scores) == ["msp", "knn"]
+    with pytest.raises(UserError, match=r"train\.epochs"):
+        cases.parse("s", known, [*flags, "--config.train.epochs=three"])
+
+
+def test_a_config_whose_files_are_named_by_flags():
+    flags = [f"--config={CONFIGS / 'cifar10_32px.py'}", "--config.smoke=True"]
+    assert cases.parse("s", {"a": cases.Case({})}, flags).base.smoke
 
 
 def test_spread_needs_two_values_for_a_deviation():

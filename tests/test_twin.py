@@ -90,10 +90,11 @@ def test_the_shipped_teacher_has_our_outputs(torch):
         np.testing.assert_allclose(a, b, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def experiment(micl: str, source: str) -> Config:
+def experiment(micl: str, source: str, image_share: float) -> Config:
     config = Config()
     config.method.micl, config.outliers.source = micl, source
-    config.student.width = 8
+    config.outliers.image_share = image_share
+    config.student.width, config.train.batch_size = 8, BATCH
     # So that the energy loss has its weight, and no part of the update is too small to tell.
     config.method.ramp_start, config.method.ramp_end = -1.0, 0.0
     config.train.warmup, config.train.club_rate = 0.0, 0.01
@@ -121,6 +122,9 @@ def draw(config: Config) -> dict[str, np.ndarray]:
         batch["outlier"] = normal(BATCH, width)
     if latent:
         batch |= {"outlier_latent": normal(BATCH, *LATENT), "latent": normal(BATCH, *LATENT)}
+    if config.outliers.image_share:
+        count = round(config.outliers.image_share * BATCH)
+        batch["outlier_image"] = rng.random((count, *SHAPE), np.float32)
     return batch
 
 
@@ -134,9 +138,9 @@ def in_torch(torch, batch):
 
 
 @functools.cache
-def ours(micl: str, source: str):
+def ours(micl: str, source: str, image_share: float):
     """Config, batch, state before and after a step of ours, and its metrics."""
-    config = experiment(micl, source)
+    config = experiment(micl, source, image_share)
     net = train.student(config, CLASSES)
     shapes = {"latents": (1, *LATENT), "outlier_latent": (1, 8)}
     method = build.make(build.Parts(config, net, SHAPE, shapes, STEPS, 10, None, None), None)
@@ -177,17 +181,19 @@ def load(twin, state) -> None:
 
 
 CASES = [
-    ("energy", "random"),
-    ("energy", "knn"),
-    ("energy", "none"),
-    ("reference", "diffusion"),
+    ("energy", "random", 0.0),
+    ("energy", "random", 0.25),
+    ("energy", "knn", 0.0),
+    ("energy", "none", 0.0),
+    ("energy", "none", 0.25),
+    ("reference", "diffusion", 0.0),
 ]
 
 
 @pytest.mark.parametrize("club", ["pairs", "linear"])
-@pytest.mark.parametrize(("micl", "source"), CASES)
-def test_every_term_of_the_loss_agrees(torch, micl, source, club):
-    config, batch, state, _, metrics = ours(micl, source)
+@pytest.mark.parametrize(("micl", "source", "image_share"), CASES)
+def test_every_term_of_the_loss_agrees(torch, micl, source, image_share, club):
+    config, batch, state, _, metrics = ours(micl, source, image_share)
     twin = twin_of(torch, config, state, club)
     weight = torch.tensor(config.method.energy)
     loss, terms = twin(in_torch(torch, batch), weight)
@@ -204,21 +210,21 @@ def test_every_term_of_the_loss_agrees(torch, micl, source, club):
 
 
 @pytest.mark.parametrize(
-    ("micl", "source", "how"),
+    ("micl", "source", "image_share", "how"),
     [
         *((*case, how) for case in CASES for how in ("reference", "tuned")),
-        ("energy", "random", "compiled"),
-        ("reference", "diffusion", "compiled"),
+        ("energy", "random", 0.25, "compiled"),
+        ("reference", "diffusion", 0.0, "compiled"),
     ],
 )
-def test_a_step_leaves_our_parameters(torch, micl, source, how):
+def test_a_step_leaves_our_parameters(torch, micl, source, image_share, how):
     from benchmarks import timing
     from benchmarks.torch_twin import forms, training
     from benchmarks.torch_twin.models import from_ours
 
     if how == "compiled" and not timing.can_compile("cpu"):
         pytest.skip("no C++ compiler")
-    config, batch, state, after, _ = ours(micl, source)
+    config, batch, state, after, _ = ours(micl, source, image_share)
     form = forms.make("reference" if how == "reference" else "tuned", eager=how != "compiled")
     twin = twin_of(torch, config, state, form.club)
     training.make_step(twin, None, config, form, STEPS)(in_torch(torch, batch))

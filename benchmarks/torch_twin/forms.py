@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from oal_jax.config import Config
+from oal_jax.config import DECODED, Config, sees_images
 from oal_jax.errors import UserError
 
 
@@ -62,6 +62,11 @@ def check(config: Config) -> None:
         raise UserError(
             f"the PyTorch twin does OAL with micl energy or reference, not method.name="
             f"{method.name}, method.micl={method.micl}, method.um={method.um}"
+        )
+    if sees_images(config) and config.outliers.images in DECODED:
+        raise UserError(
+            "the PyTorch twin's outlier images are those of a set, not outliers.images="
+            f"{config.outliers.images}"
         )
     if student.architecture != "resnet" or student.depth not in (18, 34) or not student.affine_bn:
         raise UserError("the PyTorch twin's student is a ResNet-18 or ResNet-34 with affine norms")

@@ -27,7 +27,7 @@ from benchmarks.torch_twin.forms import Form
 from benchmarks.torch_twin.losses import Oal
 from benchmarks.torch_twin.models import Teacher, load_ours
 from oal_jax import artifacts, host_memory
-from oal_jax.config import Config, unflatten
+from oal_jax.config import Config, sees_images, unflatten
 from oal_jax.data import benchmarks, sources
 from oal_jax.data.sources import ImageSet
 from oal_jax.evaluation.metrics import ood_metrics
@@ -199,6 +199,10 @@ class Job:
         channels, classes = self.pixels.shape[1], len(self.pool)
         oal = Oal(config, channels, classes, self.moments, latent_shape, form.club)
         self.oal = oal.to(self.device)
+        self.outlier_images = None
+        if sees_images(config):
+            images = self._images("train", config.outliers.images).images
+            self.outlier_images = batching.as_tensor(images, self.device)
         look = None if config.teacher.views else self.teacher
         step = training.make_step(self.oal, look, config, form, steps)
         self.look = forms.compiled(form, self.oal.student)
@@ -240,7 +244,16 @@ class Job:
         if of_latents:
             batch["outlier_latent"] = self._outliers(of_latents, self.sampled, count)
             batch["latent"] = self.id_latents[indices]
+        if self.outlier_images is not None:
+            share = config.outliers.image_share
+            batch["outlier_image"] = self._shown(max(1, round(share * len(indices))))
         return batch
+
+    def _shown(self, count: int) -> Tensor:
+        """So many outlier images, augmented anew."""
+        rows = torch.arange(count, device=self.device)
+        draws = batching.Draws((1, count), self.config.data, self.device, self.random)
+        return draws.augment(self._rows(self.outlier_images, count), rows, torch.zeros_like(rows))
 
     def _rows(self, pool: Tensor, count: int) -> Tensor:
         """Random rows of a pool, no row twice where there are enough."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.torch_twin.models import GaussianPredictor, LatentAdapter, Projector, ResNet
-from oal_jax.config import Config
+from oal_jax.config import Config, sees_images
 
 Terms = dict[str, Tensor]
 _CLUB_HIDDEN = {"outlier": (256,), "outlier_latent": (32, 16, 256)}
@@ -49,8 +49,9 @@ class Oal(nn.Module):
 
     A batch has `image` (B, c, h, w) in [0, 1], `label`, `teacher_logits`, `teacher_features`. With
     `micl` "energy" there are `outlier` (B, T) and `outlier_latent` (B, C, h, w) where the source
-    gives them, and `latent` of the images with the latter; with "reference" `outlier` and the
-    reduced `outlier_latent` (B, w).
+    gives them, and `latent` of the images with the latter; with a share of outlier images there is
+    `outlier_image` (m, c, h, w). With "reference" there are `outlier` and the reduced
+    `outlier_latent` (B, w).
 
     Args:
       config: the experiment.
@@ -72,7 +73,9 @@ class Oal(nn.Module):
     ) -> None:
         super().__init__()
         s, self.weights = config.student, config.method
-        self.student = ResNet(channels, classes, moments, depth=s.depth, width=s.width, stem=s.stem)
+        sizes = {"depth": s.depth, "width": s.width, "stem": s.stem}
+        id_rows = config.train.batch_size if sees_images(config) else 0
+        self.student = ResNet(channels, classes, moments, **sizes, id_rows=id_rows)
         width, teacher_width = self.student.feature_width, config.teacher.width
         self.projector = Projector(teacher_width, width)
         self.by_energy, self.club_form = config.method.micl == "energy", club
@@ -91,7 +94,11 @@ class Oal(nn.Module):
         """The loss and its terms; `weight` is that of the energy loss at this step."""
         m = self.weights
         mapped = self._mapped(batch) if self.by_energy else {}
-        logits, features = self.student(batch["image"])
+        images, count = batch["image"], len(batch["label"])
+        if "outlier_image" in batch:
+            images = torch.cat([images, batch["outlier_image"]])
+        logits, features = self.student(images)
+        logits, of_outliers, features = logits[:count], logits[count:], features[:count]
         given = batch["teacher_features"].float()
         # Where outliers are mapped by DT they are directions, and so is what DT learns from.
         target = self.projector(
@@ -104,7 +111,12 @@ class Oal(nn.Module):
         }
         loss = terms["ce"] + m.logit_kd * terms["kd_logits"] + m.feature_kd * terms["kd_features"]
         if self.by_energy:
-            return loss + self._energy(batch, logits, features, mapped, weight, terms), terms
+            energies = {
+                name: torch.logsumexp(self.student.fc(f).float(), 1) for name, f in mapped.items()
+            }
+            if "outlier_image" in batch:
+                energies["image"] = torch.logsumexp(of_outliers, 1)
+            return loss + self._energy(batch, logits, features, energies, weight, terms), terms
         for name, factor in (("outlier", m.knn_club), ("outlier_latent", m.latent_club)):
             mean, log_variance = self.club[name](batch[name])
             terms[f"club_{name}"] = _CLUB[self.club_form](mean, log_variance, features)
@@ -123,15 +135,14 @@ class Oal(nn.Module):
                 mapped["latent"] = self.adapter(batch["outlier_latent"])
         return mapped
 
-    def _energy(self, batch, logits, features, mapped, weight, terms: Terms) -> Tensor:
+    def _energy(self, batch, logits, features, energies, weight, terms: Terms) -> Tensor:
         id_energy = torch.logsumexp(logits, 1)
         scale, offset = self.energy["scale"], self.energy["offset"]
         total = torch.zeros((), device=logits.device)
-        for name, outlier_features in mapped.items():
-            outlier_energy = torch.logsumexp(self.student.fc(outlier_features).float(), 1)
+        for name, outlier_energy in energies.items():
             terms[f"energy_{name}"] = separation(id_energy, outlier_energy, scale, offset)
             total = total + weight * terms[f"energy_{name}"]
-        if not mapped:
+        if not energies:
             slope = functional.softplus(scale.detach())
             terms["energy_id"] = functional.softplus(-(slope * id_energy + offset.detach())).mean()
             total = total + weight * terms["energy_id"]

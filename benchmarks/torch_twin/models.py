@@ -2,7 +2,8 @@
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -104,19 +105,44 @@ class Teacher(nn.Module):
         return self.vit.head(features).float(), features.float()
 
 
+class IdNorm(nn.BatchNorm2d):
+    """Training statistics, and so the running ones, are those of the first `rows` images."""
+
+    def __init__(self, channels: int, rows: int) -> None:
+        super().__init__(channels)
+        self.rows = rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised maps, those of the other images by the same statistics."""
+        if not self.training:
+            return super().forward(x)
+        images = x[: self.rows].float()
+        variance, mean = torch.var_mean(images, (0, 2, 3), correction=0)
+        with torch.no_grad():
+            count = images.numel() // images.shape[1]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        shift = self.bias - mean * scale
+        return (x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(x.dtype)
+
+
+Norm = Callable[[int], nn.Module]  # of so many channels
+
+
 class _Block(nn.Module):
     """Two 3 x 3 convolutions and a residual."""
 
-    def __init__(self, before: int, channels: int, stride: int) -> None:
+    def __init__(self, before: int, channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(before, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = norm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = norm(channels)
         self.downsample = None
         if stride > 1 or before != channels:
             shortcut = nn.Conv2d(before, channels, 1, stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels))
+            self.downsample = nn.Sequential(shortcut, norm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         h = functional.relu(self.bn1(self.conv1(x)))
@@ -125,7 +151,10 @@ class _Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The student: images in [0, 1] to (logits, global average of the last map)."""
+    """The student: images in [0, 1] to (logits, global average of the last map).
+
+    With `id_rows` a training batch is so many ID images and then outliers (see `IdNorm`).
+    """
 
     def __init__(
         self,
@@ -136,17 +165,19 @@ class ResNet(nn.Module):
         depth: int,
         width: int,
         stem: str,
+        id_rows: int = 0,
     ) -> None:
         super().__init__()
+        norm = partial(IdNorm, rows=id_rows) if id_rows else nn.BatchNorm2d
         kernel, stride, pool = _STEMS[stem]
         self.normalise, self.pool = Normalise(*moments), pool
         self.conv1 = nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = norm(width)
         before = width
         for i, count in enumerate(_STAGES[depth]):
             blocks = []
             for j in range(count):
-                blocks.append(_Block(before, width * 2**i, 2 if i and not j else 1))
+                blocks.append(_Block(before, width * 2**i, 2 if i and not j else 1, norm))
                 before = width * 2**i
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
         self.feature_width = before

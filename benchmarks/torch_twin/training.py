@@ -14,6 +14,7 @@ from oal_jax.config import Train as TrainConfig
 
 Batch = dict[str, Tensor]
 Step = Callable[[Batch], Terms]
+_IMAGES = ("image", "outlier_image")
 
 
 def multiplier(steps: int, warmup: float, floor: float) -> Callable[[int], float]:
@@ -69,7 +70,8 @@ def make_step(oal: Oal, teacher: nn.Module | None, config: Config, form: Form, s
 
     def step(batch: Batch) -> Terms:
         nonlocal done
-        batch = batch | {"image": forms.images_as(form, batch["image"])}
+        shown = {n: forms.images_as(form, batch[n]) for n in _IMAGES if n in batch}
+        batch = batch | shown
         if look is not None:
             with forms.inference(form, device):
                 outputs = look(batch["image"])
