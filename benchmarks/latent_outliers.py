@@ -57,6 +57,7 @@ _KEPT = ("config.json", "metrics.jsonl", _RESULT)
 SHARED = {
     "evaluation.scores": [SCORE],
     "data.csid": ["none"],
+    "outliers.image_share": 0.0,  # but of the cases that have them
     "stages_seed": 0,
     "train.checkpoint_every": 1000,
 }

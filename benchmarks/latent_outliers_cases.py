@@ -75,5 +75,8 @@ CASES: Mapping[str, Case] = {
     "oal-none-shapes": _oal("none", **_SHAPES),
     "oal-random-shapes": _oal("random", **_SHAPES),
     "oal-guided-shapes": _oal("latents", **_GUIDED, **_SHAPES),
+    "oal-guided-knn-shapes": _oal("latents", latents__guide__by="knn", **_SHAPES),
+    "oal-guided-stage2-shapes": _oal("latents", **_GUIDED, **_SHAPES, method__latent_stage=2),
+    "oal-guided-selected-shapes": _oal("latents", **_GUIDED, **_SELECTED, **_SHAPES),
     "pixel": Case({"method.name": "pixel"}),
 }

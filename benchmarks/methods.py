@@ -22,6 +22,8 @@ SCORES = ("msp", "odin", "energy", "mahalanobis")
 CONTROL = "ce-more"
 _FINE = {"train.epochs": 3, "train.learning_rate": 0.02}
 
+_LATENT = {"outliers.image_share": 0.0}  # outliers are features and latents
+
 
 def _tuned(name: str, start: str = "ce", **more: Any) -> Case:
     """Fine-tuning of a plain classifier by a method."""
@@ -44,8 +46,9 @@ CASES: Mapping[str, Case] = {
     "vos": Case({"method.name": "vos"}),
     "npos": Case({"method.name": "npos"}),
     "logitnorm": Case({"method.name": "logitnorm"}),
-    "oal": Case({"method.name": "oal"}),
-    "oal+um": _tuned("oal", method__um=True),
+    "oal": Case({"method.name": "oal", **_LATENT}),
+    "oal+um": _tuned("oal", method__um=True, **_LATENT),
+    "oal-shapes": Case({"method.name": "oal"}),
     "ce-20": Case({"method.name": "ce", "train.epochs": 20}),
     "ce-20-more": _tuned("ce", "ce-20", train__epochs=6),
     "um-20": _tuned("um", "ce-20", train__epochs=6),

@@ -14,10 +14,10 @@ Axes, and what is timed at each of their values:
     devices   `step` on one batch that so many devices share: on CPU virtual ones, which share the
               cores, in processes of their own; else the first of those that are there
 
-The networks are those of configs/fashion.py, their weights and the data random numbers. The points
-of a series take turns. Rows have `axis`, `value`, `program`, and the `exponent` p of their series
-with its standard error: least squares of log(median seconds) = p log(value) + c, which need three
-points. A picture shows them.
+The networks are those of configs/fashion.py, their weights and the data random numbers; no outlier
+images. The points of a series take turns. Rows have `axis`, `value`, `program`, and the `exponent`
+p of their series with its standard error: least squares of log(median seconds) = p log(value) + c,
+which need three points. A picture shows them.
 """
 
 import argparse
@@ -299,7 +299,7 @@ _PROGRAMS: dict[str, Callable[[int, bool], Iterator[tuple[str, Run]]]] = {
 
 def _config(smoke: bool, changes: Mapping[str, Any] | None = None) -> Config:
     # Steps a call are as many as are logged at once: one. So few images that none fill a memory.
-    base = {"train.log_every": 1, "data.train_images": 1024}
+    base = {"train.log_every": 1, "data.train_images": 1024, "outliers.image_share": 0.0}
     config = load_config(Path("configs") / "fashion.py")
     config = shrink(config) if smoke else config
     return unflatten(flatten(config) | base | dict(changes or {}))

@@ -11,7 +11,8 @@ config. They take turns, a step each, after steps that do not count: compilation
 OAL in two frameworks, in turns too, on the student and batch size of the two recipes of suite
 `job`, and with ViT-B/16 and ResNet-18 at --side pixels (random weights, --batch images):
 
-    oal, oal-large                  our default: the teacher's outputs are cached
+    oal, oal-large                  our default, outlier images apart: the teacher's outputs are
+                                    cached
     oal-sharded                     beside oal, as training calls it: sharded over one device
     oal-teacher, oal-large-teacher  the published recipe: the teacher runs in the step; and
     ...-official                    the same in PyTorch as the official code does it
@@ -37,7 +38,7 @@ from benchmarks.plots import draw as draw
 from benchmarks.run import row
 from benchmarks.timing import Job
 from oal_jax import distributed
-from oal_jax.config import Config, flatten, sees_images, unflatten
+from oal_jax.config import Config, flatten, unflatten
 from oal_jax.data.benchmarks import CLASS_NAMES
 from oal_jax.errors import UserError
 from oal_jax.methods import build
@@ -160,6 +161,7 @@ def _oal(name: str, args: argparse.Namespace) -> list[Job]:
 def make_problem(recipe: str, large: bool, args: argparse.Namespace) -> Problem:
     """A recipe's step, on a batch of random numbers."""
     config, shape, side = configs(smoke=False)[recipe], (28, 28, 1), 8
+    config.outliers.image_share = 0.0
     if large:
         sizes = {
             **{"teacher.patch": 16, "teacher.width": 768, "teacher.depth": args.teacher_depth},
@@ -184,9 +186,6 @@ def make_problem(recipe: str, large: bool, args: argparse.Namespace) -> Problem:
         batch |= {"outlier_latent": normal(side, side, 4), "latent": normal(side, side, 4)}
     else:
         batch["outlier_latent"] = normal(side)
-    if sees_images(config):
-        count = round(config.outliers.image_share * size)
-        batch["outlier_image"] = rng.random((count, *shape), np.float32)
     if config.teacher.views:
         batch["teacher_logits"] = normal(classes)
         batch["teacher_features"] = normal(config.teacher.width)

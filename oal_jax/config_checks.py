@@ -262,9 +262,10 @@ def _check_outliers(config: Config) -> None:
     if sees_images(config) and images not in DECODED:
         data = config.data
         if images == PROCEDURAL and data.source != "bundled":
+            without = ", or outliers.image_share=0" if m.name == "oal" else ""
             raise UserError(
                 f"config outliers.images='{images}' is drawn for the bundled sets alone; give an"
-                f" image set of data.source='{data.source}'"
+                f" image set of data.source='{data.source}'{without}"
             )
         groups = data.near, data.far, data.validation, data.csid
         benchmark = resolve(data.id_set, *groups, data.leave_out)

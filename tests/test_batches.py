@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from oal_jax.config import Config, Data, Exposure, Method, Wild
+from oal_jax.config import Config, Data, Exposure, Method, Outliers, Wild
 from oal_jax.config_checks import validate
 from oal_jax.data import procedural, sources
 from oal_jax.errors import UserError
@@ -245,6 +245,11 @@ def test_sets_of_the_benchmark_are_no_outlier_images(name, images, group):
 def test_procedural_images_are_for_the_bundled_sets():
     settings = Config(method=Method(name="oe"))
     settings.data.source, settings.data.root = "folder", "somewhere"
-    assert "drawn for the bundled sets alone" in refusal(validate, settings)
+    said = refusal(validate, settings)
+    assert "drawn for the bundled sets alone" in said and "image_share" not in said
     settings.outliers.images = "textures"
+    validate(settings)
+    settings.method, settings.outliers = Method(), Outliers(image_share=0.125)
+    assert said + ", or outliers.image_share=0" == refusal(validate, settings)
+    settings.outliers.image_share = 0.0
     validate(settings)
