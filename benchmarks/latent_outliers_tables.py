@@ -112,7 +112,7 @@ def differences(
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a line a case, then paired differences to the control."""
+    """Markdown: a line a case, near-OOD problem by problem, paired differences to the control."""
     names, control = list(dict.fromkeys(r["case"] for r in rows)), rows[0]["control"]
     shown = [c for c in COMPARED if any((r["problem"] != FULL) == c[1] for r in rows)]
     lines = []
@@ -128,7 +128,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append([name, str(len(runs)), str(failed), *cells])
     head = ["case", "runs", "failed", *(c[0] for c in shown), "train s", "s/epoch", "s/outlier"]
     title = f"AUROC of the score `{rows[0]['score']}` and accuracy, percent: mean ± std over seeds"
-    text = [title, "", markdown(head, lines)]
+    text = [title, "", markdown(head, lines), "", *_by_problem(rows, names)]
     if control not in names:
         return "\n".join(text)
     lines = []
@@ -139,13 +139,24 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
             cells.append("-" if values is None else _interval(values))
         lines.append([name, *cells])
     text += [
-        "",
         f"Minus `{control}` of the same seed and problem: mean [95 % interval over seeds]"
         " [over seeds and problems]",
         "",
         markdown(["case", *(c[0] for c in shown)], lines),
     ]
     return "\n".join(text)
+
+
+def _by_problem(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    problems = list(dict.fromkeys(r["problem"] for r in rows))
+    lines = []
+    for name in names:
+        columns = [
+            table_of([r for r in rows if r["problem"] == p], name, p != FULL).of("near")
+            for p in problems
+        ]
+        lines.append([name, *(spread(c[:, 0]) if c.size else "-" for c in columns)])
+    return ["Near-OOD of each problem", "", markdown(["case", *problems], lines), ""]
 
 
 def _interval(values: np.ndarray) -> str:

@@ -154,6 +154,8 @@ def test_the_summary_says_what_is_in_the_rows():
     assert first[head.index("far, full")] == "90.0 ± 0.0"
     assert first[head.index("s/outlier |")] == "- |"
     assert text.count("Minus `b`") == 1
+    assert "| case | full | coat | boot |" in text
+    assert "| a | 51.5 ± 1.3 | 63.5 ± 1.3 | 75.5 ± 1.3 |" in text
 
 
 def test_pictures(tmp_path):
