@@ -6,8 +6,9 @@
 `views-N`: the teacher's outputs on N augmented views an image are cached, and the student sees
 those; `views-all`: the teacher runs anew in every step, on a new view an epoch, as published.
 `dpm-20`, `dpm-10`: diffusion outliers by so many steps of DPM-Solver++; `pndm-50`: by the published
-sampler's 50. All without outlier images. A row a case and seed; on the terminal, of either kind, mean +- std over the seeds and
-the paired differences to the published form. Finished runs are skipped.
+sampler's 50. None has outlier images. A row a case and seed; on the terminal, of either kind,
+mean +- std over the seeds and the paired differences to the published form. Finished runs are
+skipped.
 """
 
 from collections.abc import Mapping, Sequence
