@@ -21,8 +21,9 @@ from oal_jax.errors import UserError
 from oal_jax.main import guard
 
 SUITES = (
-    *("ablation", "compile", "features", "folder", "job", "latents", "latent_outliers"),
-    *("methods", "middle_stage", "outliers", "scaling", "scores", "shortcuts", "startup", "step"),
+    *("ablation", "compile", "features", "folder", "job", "latent_map", "latent_outliers"),
+    *("latents", "methods", "middle_stage", "outliers", "scaling", "scores", "shortcuts"),
+    *("startup", "step"),
 )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import ablation, cases, methods, run, shortcuts
+from benchmarks import ablation, cases, latent_map, methods, run, shortcuts
 from oal_jax import main
 from oal_jax.config import Config, flatten, unflatten
 from oal_jax.config_checks import validate
@@ -44,13 +44,13 @@ def test_summary_shows_mean_spread_and_paired_differences():
     assert "| kd | 55.0 ± 7.1 |" in text
 
 
-@pytest.mark.parametrize("suite", [ablation, methods, shortcuts])
+@pytest.mark.parametrize("suite", [ablation, latent_map, methods, shortcuts])
 def test_every_case_is_a_valid_config(suite, tmp_path):
     for name, case in suite.CASES.items():
         start = {"train.start": str(tmp_path)} if case.start else {}
         config = unflatten(flatten(Config()) | dict(case.changes) | start)
         validate(config)
-        if suite is not shortcuts:  # there all is OAL
+        if suite not in (shortcuts, latent_map):  # there all is OAL
             assert config.method.name == name.split("-")[0].split("+")[0]
         assert not case.start or case.start in suite.CASES
 
