@@ -13,9 +13,9 @@ from oal_jax.config import PROCEDURAL, Config, Knn
 def get_config() -> Config:
     """The embedded default."""
     config = Config()
-    # The noise reaches as far as in the paper: sigma sqrt(768) = 1.94 there, sigma sqrt(128) here.
-    # Beside random directions and latents: what the validation sets chose among all outliers
-    # (README, Do latent outliers help?).
+    # Beside random directions and latents, as the validation sets chose (README, Do latent outliers
+    # help?).
     config.outliers.images, config.outliers.image_share = PROCEDURAL, 0.125
+    # The noise reaches as far as in the paper: sigma sqrt(768) = 1.94 there, sigma sqrt(128) here.
     config.outliers.knn = Knn(features_per_class=500, neighbour=300, sigma=0.17, repeats=5)
     return config
