@@ -32,12 +32,13 @@ from benchmarks.cases import Case, markdown, spread
 from benchmarks.run import row
 from oal_jax import artifacts, distributed, pipeline
 from oal_jax.config import flatten, unflatten
+from oal_jax.data.sources import ImageSet
 from oal_jax.evaluation.metrics import auroc
 from oal_jax.keys import named
 from oal_jax.methods import oal
 from oal_jax.outliers.knn import unit
 from oal_jax.outliers.selection import log_partition
-from oal_jax.stages import generator, train
+from oal_jax.stages import adapter, generator, train
 from oal_jax.stages.context import Context, apply_in_batches, classifier
 
 SUITE = "latent_map"
@@ -79,17 +80,17 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
 def compare(context: Context) -> dict[str, dict[str, float]]:
     """Kind of latents to its `NUMBERS`, for a run whose student is trained."""
     sd, parameters = generator.load(context, components=("vae",))
-    images = context.images("test", limit=_EXAMPLES).images
-    of_id = generator.encode(context, sd, parameters, images)
+    data = context.images("test", limit=_EXAMPLES)
+    of_id = generator.encode(context, sd, parameters, data.images)
     noise = np.asarray(jax.random.normal(named(context.key, "probes"), of_id.shape))
     path = context.directory("latents") / "latents.safetensors"
     sampled = artifacts.read_tensors(path)["latents"]
-    chosen = np.arange(min(_EXAMPLES, len(sampled))) * len(sampled) // min(_EXAMPLES, len(sampled))
-    kinds = dict(zip(KINDS, (of_id, of_id + noise, noise, sampled[chosen]), strict=True))
-    by_map, by_pixels = _sides(context, images.shape[1:])
+    few = sampled[adapter.evenly(len(sampled), _EXAMPLES)]
+    kinds = dict(zip(KINDS, (of_id, of_id + noise, noise, few), strict=True))
+    by_map, by_pixels = _sides(context, data)
     found, energies = {}, {}
     for kind, latents in kinds.items():
-        decoded = generator.decode(context, sd, parameters, latents, images.shape[1:])
+        decoded = generator.decode(context, sd, parameters, latents, data.image_shape)
         (mapped, here), (seen, there) = by_map(latents), by_pixels(decoded)
         energies[kind] = here, there
         cosine = np.sum(np.asarray(unit(mapped)) * np.asarray(unit(seen)), axis=-1)
@@ -99,18 +100,18 @@ def compare(context: Context) -> dict[str, dict[str, float]]:
     return found
 
 
-def _sides(context: Context, image_shape: tuple[int, int, int]):
+def _sides(context: Context, data: ImageSet):
     """Functions of latents (n, C, h, w) and of uint8 images to the student's `Side`."""
     config, mesh = context.config, context.mesh
     params, model_state = train.load(context)
-    net = train.student(config, len(context.images("test", limit=1).class_names))
+    net = train.student(config, len(data.class_names))
     stage, batch = config.method.latent_stage, config.evaluation.batch_size
-    adapter = oal.make_adapter(net, image_shape, stage)
+    into_student = oal.make_adapter(net, data.image_shape, stage)
 
     @jax.jit
     def forward(groups, latents):
         params, model_state = groups
-        mapped = adapter.apply({"params": params["adapter"]}, latents)
+        mapped = into_student.apply({"params": params["adapter"]}, latents)
         return oal.outputs_of_mapped(net, params, model_state, mapped, stage)
 
     groups = distributed.replicate((params, model_state), mesh)

@@ -136,8 +136,8 @@ def test_the_report_is_the_formulas():
 
 
 def test_rows_at_equal_distances_are_of_every_class():
-    np.testing.assert_array_equal(adapter._spread(10, 4), [0, 2, 5, 7])
-    np.testing.assert_array_equal(adapter._spread(3, 8), [0, 1, 2])
+    np.testing.assert_array_equal(adapter.evenly(10, 4), [0, 2, 5, 7])
+    np.testing.assert_array_equal(adapter.evenly(3, 8), [0, 1, 2])
 
 
 @pytest.mark.parametrize("value", [0, 24])

@@ -69,7 +69,7 @@ def run(context: Context) -> list[Path]:
     artifacts.write_tensors(path, flat)
 
     kernel, bias = teacher_head.load(context)
-    bank = np.asarray(unit(features[_spread(len(features), context.config.adapter.bank)]))
+    bank = np.asarray(unit(features[evenly(len(features), context.config.adapter.bank)]))
     found = Adapter(module(context), params, kernel, bias, bank, np.zeros(0, np.float32))
     validation = context.opened("validation")
     every = np.arange(validation.examples)
@@ -125,11 +125,11 @@ def _targets(context: Context) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray,
     if not config.teacher.views:  # then only the first of each class passed through the teacher
         labels = context.train_images().labels
         rows = outliers.first_of_classes(labels, config.outliers.knn.features_per_class)
-    chosen = _spread(len(rows), config.adapter.images or len(rows))
+    chosen = evenly(len(rows), config.adapter.images or len(rows))
     return rows[chosen], features[chosen]
 
 
-def _spread(size: int, count: int) -> Int[np.ndarray, " n"]:
+def evenly(size: int, count: int) -> Int[np.ndarray, " n"]:
     """`count` of `size` rows at equal distances: of all classes, in whatever order they stand."""
     count = min(size, count)
     return np.arange(count) * size // count
@@ -220,7 +220,7 @@ def _report(context: Context, adapter: Adapter, sd, vae, validation, of_validati
     (logits, features), _ = apply_to_set(forward, validation, batch, context.mesh)
     ours = outputs(context, adapter, of_validation)
     found = {"id_validation": compare(*ours, features, logits)}
-    few = of_validation[_spread(len(of_validation), _PROBES)]
+    few = of_validation[evenly(len(of_validation), _PROBES)]
     key = at_step(context.key, "adapter probes", 0)
     noise = np.asarray(jax.random.normal(key, few.shape))
     for name, latents in {"id_decoded": few, "id_noised": few + noise, "normal": noise}.items():
