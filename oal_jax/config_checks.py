@@ -7,7 +7,6 @@ from typing import Any
 
 from oal_jax.config import (
     DECODED,
-    PROCEDURAL,
     Config,
     Latents,
     Outliers,
@@ -260,15 +259,8 @@ def _check_outliers(config: Config) -> None:
             f" step, in each of its train.accumulate={config.train.accumulate} parts"
         )
     if sees_images(config) and images not in DECODED:
-        data = config.data
-        if images == PROCEDURAL and data.source != "bundled":
-            without = ", or outliers.image_share=0" if m.name == "oal" else ""
-            raise UserError(
-                f"config outliers.images='{images}' is drawn for the bundled sets alone; give an"
-                f" image set of data.source='{data.source}'{without}"
-            )
-        groups = data.near, data.far, data.validation, data.csid
-        benchmark = resolve(data.id_set, *groups, data.leave_out)
+        d = config.data
+        benchmark = resolve(d.id_set, d.near, d.far, d.validation, d.csid, d.leave_out)
         for group, names in benchmark._asdict().items():
             if images == names or (group != "id_set" and images in names):
                 raise UserError(

@@ -45,9 +45,9 @@ class Outliers:
     # (sampled ones), latents_mixed (half sampled, half random), half_random (half as many random
     # ones: a control). The other methods that use outliers take the k-NN ones and their latents.
     source: str = "random"
-    # Of the methods that see outlier images: an image set (its split "train"), such as the
-    # embedded "procedural", or "decoded": the sampled latents as images; "decoded_random": N(0, 1)
-    # latents as images, a control; "decoded_half": half of each.
+    # Of the methods that see outlier images: an image set (its split "train"); "procedural": shapes
+    # and textures, drawn as large as the ID images; "decoded": the sampled latents as images;
+    # "decoded_random": N(0, 1) latents as images, a control; "decoded_half": half of each.
     images: str = "procedural"
     # Of method.micl=energy: so many of these images a step, as a share of the ID images, pass
     # through the student beside what `source` gives; 0: none.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from oal_jax import distributed
-from oal_jax.config import DECODED, GENERATED, Config
+from oal_jax.config import DECODED, GENERATED, PROCEDURAL, Config
 from oal_jax.data import class_names, generated, procedural
 from oal_jax.data.benchmarks import CLASS_NAMES
 from oal_jax.errors import UserError
@@ -193,14 +193,15 @@ def _arrays(context: Context, known: Images) -> dict[str, Any]:
         arrays["teacher_features"] = jax.ShapeDtypeStruct((*views, width), jnp.float16)
     elif recipe.teacher:
         arrays["teacher"] = _teacher(context, known)
-    sampled = known.classes * config.latents.per_class
+    sampled, limit = known.classes * config.latents.per_class, context.image_limit
 
     def shape_of(content: str) -> Any:
         if content == "knn":
             return outliers.shapes(config, known.classes, width)
         if content == "outlier images":
-            drawn = procedural.COUNT if config.outliers.images == procedural.NAME else count
-            drawn = min(drawn, 200) if config.smoke else drawn  # as `Context.images`
+            drawn = min(count, limit) if limit else count
+            if config.outliers.images == PROCEDURAL:
+                drawn = procedural.size_of(known.shape, limit)
             return jax.ShapeDtypeStruct((drawn, *known.shape), jnp.uint8)
         if content == "unlabelled images":
             return jax.ShapeDtypeStruct((images_of(config).count // 2, *known.shape), jnp.uint8)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from oal_jax.config import Config, Data, Exposure, Method, Outliers, Wild
+from oal_jax.config import Config, Data, Exposure, Method, Wild
 from oal_jax.config_checks import validate
 from oal_jax.data import procedural, sources
 from oal_jax.errors import UserError
@@ -17,6 +17,7 @@ from oal_jax.stages import batches
 from oal_jax.stages.context import Context
 
 SHAPE, IMAGES, ROWS = (28, 28, 1), 64, 16
+NO_LABELS = np.zeros(3, np.int32), ("ood",)
 # The programs are tiny: compiling them is the cost.
 quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -99,7 +100,7 @@ def test_without_augmentation_the_images_are_those_of_the_sets(tmp_path):
     context = context_of(tmp_path, Method(name="oe"), shift=0, flip=False)
     arrays, (batch,) = drawn(context)
     np.testing.assert_allclose(batch["image"] * 255, arrays["images"][:16], atol=1e-4)
-    known = {image.tobytes() for image in procedural.draw(200, 28)}
+    known = {image.tobytes() for image in procedural.draw(200, SHAPE)}
     assert as_bytes(batch["outlier_image"]) <= known
     assert len(as_bytes(batch["outlier_image"])) == 16  # none twice
 
@@ -210,9 +211,13 @@ def test_outlier_images_that_cannot_be_are_told(tmp_path, monkeypatch):
     assert "outliers.images='procedual': no bundled image set 'procedual': choose one of" in said
     said = refusal(batches.outlier_images, context_of(tmp_path, oe, "sandal"))
     assert "outliers.images='sandal': image set 'sandal' has no split 'train'" in said
-    monkeypatch.setattr("oal_jax.stages.context.load", sources.load)
-    monkeypatch.setattr(procedural, "SIZE", 20)
-    said = refusal(batches.outlier_images, context_of(tmp_path, oe))
+    context, load = context_of(tmp_path, oe, "photographs"), sources.load
+    small = sources.validated("small/train", np.zeros((3, 20, 20, 1), np.uint8), *NO_LABELS)
+    monkeypatch.setattr(
+        "oal_jax.stages.context.load",
+        lambda **wanted: small if wanted["name"] == "photographs" else load(**wanted),
+    )
+    said = refusal(batches.outlier_images, context)
     assert "its images have shape (20, 20, 1), those of fashion/train (28, 28, 1)" in said
 
 
@@ -242,14 +247,14 @@ def test_sets_of_the_benchmark_are_no_outlier_images(name, images, group):
         validate(settings)
 
 
-def test_procedural_images_are_for_the_bundled_sets():
-    settings = Config(method=Method(name="oe"))
-    settings.data.source, settings.data.root = "folder", "somewhere"
-    said = refusal(validate, settings)
-    assert "drawn for the bundled sets alone" in said and "image_share" not in said
-    settings.outliers.images = "textures"
-    validate(settings)
-    settings.method, settings.outliers = Method(), Outliers(image_share=0.125)
-    assert said + ", or outliers.image_share=0" == refusal(validate, settings)
-    settings.outliers.image_share = 0.0
-    validate(settings)
+@pytest.mark.parametrize("method", [Method(name="oe"), Method()])
+def test_procedural_images_are_drawn_in_the_shape_of_the_id_images(tmp_path, monkeypatch, method):
+    images = np.zeros((12, 20, 24, 3), np.uint8)
+    data = sources.validated("mine/train", images, np.zeros(12, np.int32), ("cat",))
+    monkeypatch.setattr("oal_jax.stages.context.load", lambda **wanted: data)
+    context = context_of(tmp_path, method)
+    context.config.data.source, context.config.data.root = "folder", "somewhere"
+    context.config.outliers.image_share = 0.125
+    validate(context.config)
+    shown = batches.outlier_images(context)
+    np.testing.assert_array_equal(shown, procedural.draw(200, (20, 24, 3)))

@@ -1,26 +1,72 @@
 """The drawn outlier images: sizes, what a seed decides, what the pictures have in common."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
-from oal_jax.data import procedural, sources
+from oal_jax.data import procedural
+
+SHAPE = (28, 28, 1)
 
 
 @pytest.fixture(scope="module")
 def images():
     """More than are drawn at a time."""
-    return procedural.draw(1200, 28)
+    return procedural.draw(1200, SHAPE)
 
 
-@pytest.mark.parametrize(("count", "size"), [(0, 28), (1, 12), (7, 33)])
-def test_shape_and_type(count, size):
-    drawn = procedural.draw(count, size)
-    assert drawn.shape == (count, size, size, 1) and drawn.dtype == np.uint8
+@pytest.mark.parametrize(
+    ("count", "shape"), [(0, SHAPE), (1, (12, 12, 1)), (7, (33, 20, 3)), (9, (16, 24, 4))]
+)
+def test_shape_and_type(count, shape):
+    drawn = procedural.draw(count, shape)
+    assert drawn.shape == (count, *shape) and drawn.dtype == np.uint8
+
+
+def test_a_set_is_bounded_in_images_and_bytes():
+    assert procedural.size_of(SHAPE) == procedural.size_of((32, 32, 3)) == 12_000
+    assert procedural.size_of(SHAPE, 200) == 200 and procedural.size_of(SHAPE, 10**6) == 12_000
+    large = (224, 224, 3)
+    assert procedural.size_of(large) > 200 and procedural.size_of(large) * 224**2 * 3 <= 2**28
+    assert procedural.size_of((20_000, 20_000, 3)) == 1
+
+
+def test_large_images_are_drawn_a_few_at_a_time():
+    tracemalloc.start()
+    longer = procedural.draw(30, (224, 224, 3))
+    assert tracemalloc.get_traced_memory()[1] < 128 * 2**20
+    tracemalloc.stop()
+    np.testing.assert_array_equal(longer[:8], procedural.draw(8, (224, 224, 3)))
+    assert len({image.tobytes() for image in longer}) == 30
+
+
+def test_each_image_in_colour_has_a_palette_of_its_own():
+    gray, images = (procedural.draw(60, (28, 28, c)) for c in (1, 3))
+    grounds = set()
+    for level, image in zip(gray[..., 0], images, strict=True):
+        # The drawing is the gray one's: equal levels, rounded here, are about equal colours.
+        for value in np.unique(level)[:3]:
+            assert np.ptp(image[level == value].astype(int), axis=0).max() <= 4
+        grounds.add(tuple(image[level == 0][0]) if (level == 0).any() else None)
+    assert len(grounds) > 30
+    # No channel is another's copy.
+    assert (images[..., 0] != images[..., 1]).mean() > 0.9
+
+
+def test_colours_lie_straight_between_those_of_the_palette():
+    line = np.linspace(0, 1, 13)[None, None]
+    image = procedural.coloured(np.random.default_rng(0), line, 3)[0, 0]
+    np.testing.assert_allclose(
+        np.diff(image, 2, axis=0)[[0, 1, 2, 4, 5, 6, 8, 9, 10]], 0, atol=1e-12
+    )
+    assert np.abs(np.diff(image, 2, axis=0)[[3, 7]]).max() > 0.01
+    assert image.min() >= 0 and image.max() <= 1
 
 
 def test_a_seed_decides_and_a_longer_set_begins_with_the_shorter(images):
-    np.testing.assert_array_equal(procedural.draw(1050, 28), images[:1050])
-    other = procedural.draw(30, 28, seed=1)
+    np.testing.assert_array_equal(procedural.draw(1050, SHAPE), images[:1050])
+    other = procedural.draw(30, SHAPE, seed=1)
     assert all((a != b).any() for a, b in zip(other, images, strict=False))
     # A second thousand is no copy of the first.
     assert all((a != b).any() for a, b in zip(images[1000:], images, strict=False))
@@ -73,11 +119,3 @@ def test_every_kind_lies_in_the_unit_interval(kind):
     assert drawn.shape == (50, 20, 20)
     assert 0 <= drawn.min() < 0.2 and 0.8 < drawn.max() <= 1
     assert (drawn.std(axis=(1, 2)) > 0).mean() > 0.95
-
-
-def test_as_an_image_set():
-    found = sources.load("bundled", procedural.NAME, "train", limit=40)
-    np.testing.assert_array_equal(found.images, procedural.draw(40, procedural.SIZE))
-    assert found.class_names == ("outlier",) and not found.labels.any()
-    again = sources.load("bundled", procedural.NAME, "validation", limit=40)
-    np.testing.assert_array_equal(again.images, found.images)  # every split is the same

@@ -413,7 +413,7 @@ def write_inputs(root: Path) -> list[str]:
         "teacher": {"weights": teacher, "views": 0},
         "generator": {"directory": write_small(root / "generator")},
         "method": {"name": "oal"},
-        "outliers": {"source": "diffusion", "image_share": 0},
+        "outliers": {"source": "diffusion"},
         "outliers.knn": {"features_per_class": 16, "neighbour": 8, "boundary": 4, "anchors": 4},
         "latents": {"per_class": 4, "steps": 2, "chunk": 32, "pictures": 2},
         "student": {"architecture": "wide_resnet", "depth": 10, "width": 1},

@@ -27,8 +27,8 @@ from benchmarks.torch_twin.forms import Form
 from benchmarks.torch_twin.losses import Oal
 from benchmarks.torch_twin.models import Teacher, load_ours
 from oal_jax import artifacts, host_memory
-from oal_jax.config import Config, sees_images, unflatten
-from oal_jax.data import benchmarks, sources
+from oal_jax.config import PROCEDURAL, Config, sees_images, unflatten
+from oal_jax.data import benchmarks, procedural, sources
 from oal_jax.data.sources import ImageSet
 from oal_jax.evaluation.metrics import ood_metrics
 
@@ -70,13 +70,22 @@ class Job:
         for stage in (self.features, self.outliers, self.latents, self.train, self.evaluate):
             yield stage.__name__, stage
 
+    @property
+    def _limit(self) -> int:
+        return 200 if self.config.smoke else 0
+
     def _images(self, split: str, name: str = "", limit: int = 0) -> ImageSet:
-        d = self.config.data
-        limit = limit or (200 if self.config.smoke else 0)
+        d, limit = self.config.data, limit or self._limit
         name = name or d.id_set
         return sources.load(
             d.source, name, split, root=d.root or None, limit=limit, id_set=d.id_set
         )
+
+    def _exposed(self) -> np.ndarray:
+        name, shape = self.config.outliers.images, self.train_set.image_shape
+        if name == PROCEDURAL:
+            return procedural.draw(procedural.size_of(shape, self._limit), shape)
+        return self._images("train", name).images
 
     def _draws(self, views: int) -> batching.Draws:
         shape = (views, len(self.labels))
@@ -201,8 +210,7 @@ class Job:
         self.oal = oal.to(self.device)
         self.outlier_images = None
         if sees_images(config):
-            images = self._images("train", config.outliers.images).images
-            self.outlier_images = batching.as_tensor(images, self.device)
+            self.outlier_images = batching.as_tensor(self._exposed(), self.device)
         look = None if config.teacher.views else self.teacher
         step = training.make_step(self.oal, look, config, form, steps)
         self.look = forms.compiled(form, self.oal.student)

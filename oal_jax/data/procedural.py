@@ -2,37 +2,66 @@
 
 Dead leaves, gratings and marble, kinds of which "Learning to See by Looking at Noise" (Baradad et
 al., arXiv 2106.05963) shows that they carry useful structure; half of them fill the image, half
-are cut to a random outline on black, as garments are. None is a garment, a digit, a letter or a
-photograph, so no near- or far-OOD set is seen in training. Of the validation families the drawn
-shapes are the nearest relative.
+are cut to a random outline on black, as garments are. In colour, each has a palette of its own.
+None is a garment, a digit, a letter or a photograph, so no near- or far-OOD set of the embedded
+benchmark is seen in training. Of its validation families the drawn shapes are the nearest
+relative.
 """
+
+import math
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-NAME = "procedural"  # as an image set; every split of it is the same
-COUNT = 12_000
-SIZE = 28  # pixels a side, as the embedded sets
-_CHUNK = 1000  # images drawn at a time: bounds the memory
+_COUNT, _BYTES = 12_000, 2**28
+# Images, and pixels of a channel, that are drawn at a time: bound the memory.
+_CHUNK, _PIXELS = 1000, 2**20
 _LEAVES = 40
+_PALETTE = 4  # colours, between which gray levels are interpolated
 
 
-def draw(count: int, size: int, seed: int = 0) -> UInt8[np.ndarray, "n s s 1"]:
-    """`count` gray images of `size` x `size` pixels, a third of each kind, in turns.
+def size_of(shape: tuple[int, int, int], limit: int = 0) -> int:
+    """How many images of this shape are a set: 12,000, or as many as fit into 256 MiB.
 
-    Image i depends on `seed` and i's chunk alone, so a longer set begins with a shorter one.
+    Fewer where there is a limit above 0.
     """
-    chunks = []
-    for start in range(0, count, _CHUNK):
+    fit = min(_COUNT, max(1, _BYTES // math.prod(shape)))
+    return min(fit, limit) if limit else fit
+
+
+def draw(count: int, shape: tuple[int, int, int], seed: int = 0) -> UInt8[np.ndarray, "n h w c"]:
+    """`count` images of a shape (height, width, channels), a third of each kind, in turns.
+
+    Image i depends on `seed`, the shape and i's chunk alone, so a longer set begins with a shorter
+    one. Without colour (one channel) the gray levels are the images.
+    """
+    height, width, channels = shape
+    size = max(height, width)
+    middle = np.s_[:, (size - height) // 2 :, (size - width) // 2 :]
+    at_once = min(_CHUNK, max(6, _PIXELS // size**2))
+    images = np.empty((count, *shape), np.uint8)
+    for start in range(0, count, at_once):
         rng = np.random.default_rng([seed, start])
-        drawn = np.empty((_CHUNK, size, size))
+        drawn = np.empty((at_once, size, size))
         for i, kind in enumerate((dead_leaves, gratings, marble)):
-            images = kind(rng, len(drawn[i::3]), size)
-            images[::2] *= outlines(rng, len(images[::2]), size)
-            drawn[i::3] = images
-        chunks.append(drawn[: count - start])
-    images = np.concatenate(chunks) if chunks else np.zeros((0, size, size))
-    return np.rint(255 * images).astype(np.uint8)[..., None]
+            gray = kind(rng, len(drawn[i::3]), size)
+            gray[::2] *= outlines(rng, len(gray[::2]), size)
+            drawn[i::3] = gray
+        gray = drawn[middle][: count - start, :height, :width]
+        colours = gray[..., None] if channels == 1 else coloured(rng, gray, channels)
+        images[start : start + at_once] = np.rint(255 * colours)
+    return images
+
+
+def coloured(
+    rng: np.random.Generator, gray: Float[np.ndarray, "n h w"], channels: int
+) -> Float[np.ndarray, "n h w c"]:
+    """Gray levels in [0, 1] by a random palette for each image, straight between its colours."""
+    palettes = rng.uniform(size=(len(gray), _PALETTE, channels))
+    below = np.minimum((gray * (_PALETTE - 1)).astype(int), _PALETTE - 2)
+    share = (gray * (_PALETTE - 1) - below)[..., None]
+    image = np.arange(len(gray))[:, None, None]
+    return (1 - share) * palettes[image, below] + share * palettes[image, below + 1]
 
 
 def outlines(rng: np.random.Generator, count: int, size: int) -> Float[np.ndarray, "n s s"]:

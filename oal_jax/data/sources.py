@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
-from oal_jax.data import array_records, bundled, corruptions, generated, imglist, procedural
+from oal_jax.data import array_records, bundled, corruptions, generated, imglist
 from oal_jax.data import leave_out as classes
 from oal_jax.data.stored import Stored, read_all
 from oal_jax.errors import UserError
@@ -63,8 +63,8 @@ def load(source: str, name: str, split: str, *, limit: int = 0, **options) -> Im
     """Reads one split of an image set into memory.
 
     Args:
-      source: "bundled" may also be a corrupted copy (see `oal_jax.data.corruptions`) or
-        `oal_jax.data.procedural`; "generated" needs no files (see `oal_jax.data.generated`).
+      source: "bundled" may also be a corrupted copy (see `oal_jax.data.corruptions`); "generated"
+        needs no files (see `oal_jax.data.generated`).
       The rest is as for `open_stored`.
 
     Raises:
@@ -76,9 +76,6 @@ def load(source: str, name: str, split: str, *, limit: int = 0, **options) -> Im
         clean = load(source, corruptions.SETS[name].base, split, limit=limit, **options)
         shifted = corruptions.corrupt(name, clean.images)
         return clean._replace(name=f"{name}/{split}", images=shifted)
-    if source == "bundled" and name == procedural.NAME:
-        drawn = procedural.draw(limit or procedural.COUNT, procedural.SIZE)
-        return validated(f"{name}/{split}", drawn, np.zeros(len(drawn), np.int32), ("outlier",))
     if source == "generated":
         return _generated(name, split, limit, **options)
     stored = open_stored(source, name, split, limit=limit, **options)

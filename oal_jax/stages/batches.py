@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 from oal_jax import artifacts, distributed
+from oal_jax.config import PROCEDURAL
+from oal_jax.data import procedural
 from oal_jax.data.augment import augment, to_unit
 from oal_jax.data.sources import ImageSet
 from oal_jax.data.stream import Streamed
@@ -37,7 +39,7 @@ def unlabelled_images(context: Context) -> np.ndarray:
 
 
 def outlier_images(context: Context) -> np.ndarray:
-    """The images of the set `outliers.images`.
+    """The images of the set `outliers.images`, or drawn ones of the ID images' shape.
 
     Raises:
       UserError: there is no such set, or its images have another shape than the ID images, or are
@@ -45,6 +47,9 @@ def outlier_images(context: Context) -> np.ndarray:
     """
     name = context.config.outliers.images
     data = context.train_images()
+    if name == PROCEDURAL:
+        shape = data.image_shape
+        return procedural.draw(procedural.size_of(shape, context.image_limit), shape)
     try:
         found = context.images("train", name)
     except UserError as error:

@@ -47,6 +47,11 @@ class Context(NamedTuple):
         config = dataclasses.replace(self.config, seed=seed)
         return self._replace(config=config, key=jax.random.key(seed))
 
+    @property
+    def image_limit(self) -> int:
+        """So many images of a set are taken; 0: all."""
+        return 200 if self.config.smoke else 0
+
     def images(self, split: str, name: str = "", limit: int = 0) -> ImageSet:
         """A split of the ID set, or of the OOD or covariate-shifted set `name`, in memory."""
         return load(**self._wanted(split, name, limit))
@@ -70,14 +75,12 @@ class Context(NamedTuple):
         left_out = bool(data.leave_out) and name in LEFT_OUT.values()
         name = benchmark.id_set if left_out else name
         labelled = name in (benchmark.id_set, *benchmark.csid)
-        if self.config.smoke and not limit:
-            limit = 200
         return {
             "source": data.source,
             "name": name,
             "split": split,
             "root": data.root or None,
-            "limit": limit,
+            "limit": limit or self.image_limit,
             "id_set": benchmark.id_set,
             "id_splits": split_names(data.id_splits),
             "labelled": labelled,
