@@ -272,8 +272,8 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before(tmp_path, straight, c
     assert int(state.step) == 14
     # Coroutines that Orbax leaves behind are heard of too, when they are collected.
     messages = [r.getMessage() for r in caplog.records]
-    said = [message for message in messages if message.startswith("checkpoint 21 ")]
-    assert len(said) == 1 and "is damaged, trying the one before" in said[0]
+    said = [message for message in messages if message.startswith("checkpoint ")]
+    assert len(said) == 1 and said[0].startswith("checkpoint 21 is damaged, trying the one before")
     assert "\n" not in said[0]
     # The damaged one is out of the way of the next save at its step.
     assert_same(tmp_path, fit(tmp_path), straight)
