@@ -12,6 +12,7 @@ from PIL import Image
 from benchmarks import job, outliers, plots, run, startup, step, timing
 from benchmarks.timing import Job
 from oal_jax import main, profiling
+from oal_jax.config import flatten
 from oal_jax.errors import UserError
 
 FIELDS = {
@@ -100,7 +101,8 @@ def test_our_side_of_the_job(tmp_path):
         *("teacher", "generator", "features", "outliers", "latents", "train", "evaluate", "score")
     ]
     assert found["compile_s"] > 0
-    assert found["metrics"].keys() >= {"id", "sandal", "bag", "mnist", "letters", "photos"}
+    assert found["quality"].keys() == {"near", "far", "ID acc"}
+    assert all(0 < value <= 100 for (value,) in found["quality"].values())
     *stages, whole = json.loads((profile / profiling.ROWS).read_text())
     assert [row["stage"] for row in stages] == list(found["stages"])[:-1]
     assert all((profile / row["trace"]).exists() for row in stages)
@@ -184,12 +186,37 @@ def test_a_process_that_fails_is_said_in_one_line():
 
 
 def test_the_job_is_summed_up_by_medians():
+    def metrics(sandal, bag, far, accuracy):
+        aurocs = {"sandal": sandal, "bag": bag} | dict.fromkeys(("mnist", "letters", "photos"), far)
+        sets = {name: {"auroc": value} for name, value in aurocs.items()}
+        return sets | {"id": {"accuracy": accuracy}}
+
     found = [
-        {"stages": {"train": t}, "compile_s": c, "metrics": {"id": {"accuracy": t}}}
-        for t, c in ((1.0, 4.0), (5.0, 2.0), (2.0, 3.0))
+        {"stages": {"train": t}, "compile_s": c, "metrics": m}
+        for t, c, m in (
+            (1.0, 4.0, metrics(0.5, 0.7, 0.9, 0.8)),
+            (5.0, 2.0, metrics(0.6, 0.9, 1.0, 0.7)),
+            (2.0, 3.0, metrics(0.2, 0.4, 0.8, 0.9)),
+        )
     ]
-    expected = {"stages": {"train": 2.0}, "compile_s": 3.0, "metrics": {"id": {"accuracy": 2.0}}}
-    assert job.summary(found) == expected
+    assert job.summary(found) == {
+        "stages": {"train": 2.0},
+        "compile_s": 3.0,
+        "quality": {"near": [60, 75, 30], "far": [90, 100, 80], "ID acc": [80, 70, 90]},
+    }
+
+
+def test_every_turn_of_the_job_has_a_seed_of_its_own():
+    """The tiny turn, which does not count, has the first one's."""
+    assert [job._seed([None] * turn)["seed"] for turn in range(4)] == [0, 0, 1, 2]
+
+
+def test_the_short_job_is_the_default_in_fewer_epochs():
+    found = job.configs(smoke=False)
+    flat = {name: flatten(config) for name, config in found.items()}
+    changed = {k for k in flat["default"] if flat["default"][k] != flat["short"][k]}
+    assert changed == {"train.epochs", "teacher.views"}
+    assert flat["short"]["train.epochs"] < flat["default"]["train.epochs"]
 
 
 def test_every_form_has_a_recipe_that_caches_views_as_it_expects():

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from oal_jax.errors import UserError
+from oal_jax.generator import attention
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
@@ -179,6 +180,21 @@ def _exact_gelu(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> 
     return linear * nn.gelu(gate, approximate=False)
 
 
+def _bounded_attention(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    """Attends over large maps by `attention.attend`; the port holds all scores at once."""
+    module = context.module
+    if type(module).__name__ != "FlaxAttention" or context.method_name != "__call__":
+        return next_fun(*args, **kwargs)
+    hidden = args[0]
+    states = next((x for x in (*args[1:2], kwargs.get("context")) if x is not None), hidden)
+    if not attention.is_large(hidden.shape[1], states.shape[1]):
+        return next_fun(*args, **kwargs)
+    projected = module.query(hidden), module.key(states), module.value(states)
+    query, key, value = (x.reshape(*x.shape[:2], module.heads, module.dim_head) for x in projected)
+    mixed = attention.attend(query, key, value)
+    return module.proj_attn(mixed.reshape(*hidden.shape[:2], -1))
+
+
 def apply_unet(
     unet: nn.Module, params: Any, latents: jax.Array, timesteps: jax.Array, states: jax.Array
 ) -> jax.Array:
@@ -194,7 +210,11 @@ def apply_unet(
     Returns:
         (B, C, h, w) in the module's dtype.
     """
-    with _own_arithmetic(), nn.intercept_methods(_exact_gelu):
+    with (
+        _own_arithmetic(),
+        nn.intercept_methods(_exact_gelu),
+        nn.intercept_methods(_bounded_attention),
+    ):
         return unet.apply({"params": params}, latents, jnp.asarray(timesteps), states).sample
 
 
