@@ -59,6 +59,7 @@ CASES: Mapping[str, Case] = {
     "oal-guided-adapted": _oal("latents", **_GUIDED, method__adapt__of=2, method__adapt__steps=2),
     "oal-random-adapted": _oal("random", method__adapt__of=2, method__adapt__steps=2),
     "oal-guided-stage2": _oal("latents", **_GUIDED, method__latent_stage=2),
+    "oal-random-stage2": _oal("random", method__latent_stage=2),
     "oal-guided-mixed": _oal("latents_mixed", **_GUIDED),
     "oal-told": _oal("latents", **_TOLD),
     "oal-told-crossing": _oal("latents", outliers__boundary="crossing", **_TOLD),
@@ -77,6 +78,7 @@ CASES: Mapping[str, Case] = {
     "oal-guided-shapes": _oal("latents", **_GUIDED, **_SHAPES),
     "oal-guided-knn-shapes": _oal("latents", latents__guide__by="knn", **_SHAPES),
     "oal-guided-stage2-shapes": _oal("latents", **_GUIDED, **_SHAPES, method__latent_stage=2),
+    "oal-random-stage2-shapes": _oal("random", **_SHAPES, method__latent_stage=2),
     "oal-guided-selected-shapes": _oal("latents", **_GUIDED, **_SELECTED, **_SHAPES),
     "pixel": Case({"method.name": "pixel"}),
 }

@@ -66,7 +66,8 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _recipes(args: argparse.Namespace) -> dict[str, Latents]:
-    found = {name: config.latents for name, config in configs(smoke=False).items()}
+    made = configs(smoke=False)
+    found = {recipe: made[recipe].latents for recipe in ("default", "reference")}
     for latents in found.values():
         latents.chunk, latents.steps = args.latents, args.steps or latents.steps
     return found
