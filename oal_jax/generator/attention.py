@@ -28,9 +28,9 @@ def attend(
 
 
 def whole(query: Array, key: Array, value: Array) -> Array:
-    """`attend` with all scores at once."""
-    scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1).astype(value.dtype)
+    """`attend` with all scores at once, in the type of the query, as the port has it."""
+    scores = jnp.einsum("bnhd,bmhd->bhnm", query, key)
+    weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1)
     return jnp.einsum("bhnm,bmhd->bnhd", weights, value)
 
 
