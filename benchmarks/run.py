@@ -11,7 +11,8 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,29 @@ def main(argv: Sequence[str]) -> None:
         near = difflib.get_close_matches(args.suite, SUITES, n=1, cutoff=0.0)
         raise UserError(f"suite '{args.suite}' is unknown; nearest: '{near[0]}'")
     suite = import_module(f"benchmarks.{args.suite}")
-    rows = suite.run(rest)
-    artifacts.write_bytes(args.output, (json.dumps(rows, indent=1) + "\n").encode())
+    with _alone(args.output):
+        rows = suite.run(rest)
+        artifacts.write_bytes(args.output, (json.dumps(rows, indent=1) + "\n").encode())
     print(f"{len(rows)} rows: {args.output}")
     if hasattr(suite, "draw"):
         print("pictures:", *suite.draw(rows, args.output))
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """One suite at a time for an output; that it can be written is known before the first run."""
+    lock = output.with_name(f".{output.name}.lock")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written ({error})") from None
+    busy = f"another suite writes --output {output}; wait for it, or choose another file"
+    with artifacts.alone(lock, busy):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from oal_jax.errors import UserError
 
 FRAMEWORKS = ("jax", "torch")
 FORMS = ("reference", "tuned", "shortcuts")  # of the twin; see benchmarks.torch_twin.forms
+_LONG = 10  # seconds of a run, above which it is told of when it ends
 _LIBRARIES = ("torch", "torchvision", "timm", "diffusers", "transformers", "faiss-cpu")
 
 
@@ -140,11 +141,16 @@ def measure(suite: str, jobs: Sequence[Job], args: argparse.Namespace) -> list[d
     turn.
     """
     seconds: list[list[float]] = [[] for _ in jobs]
-    for _ in range(args.runs + 1):
+    for turn in range(args.runs + 1):
         for times, job in zip(seconds, jobs, strict=True):
             start = time.perf_counter()
             job.run()
             times.append(time.perf_counter() - start)
+            if times[-1] > _LONG:
+                print(
+                    f"turn {turn} of {args.runs}: {job.case}, {job.framework}: {times[-1]:.1f} s",
+                    flush=True,
+                )
     return rows_of(suite, jobs, seconds, args.device)
 
 

@@ -9,7 +9,8 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,25 @@ def _write(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def alone(lock: Path, busy: str) -> Iterator[None]:
+    """One process at a time is within; the lock, a file, is given up with its process.
+
+    Raises:
+      UserError: another one is within; it says `busy`.
+    """
+    with lock.open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy) from None
+        except (ImportError, OSError):
+            pass  # no locks on this system or file system: two at once are the user's to avoid
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:

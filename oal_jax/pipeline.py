@@ -282,10 +282,10 @@ def run(
         stages = stages[: names.index(only) + 1]
     mesh = distributed.make_mesh(config.mesh.model)
     _check_alike(config)
-    processes.on_main(lambda: _claim(workdir, config, force))
     context = Context(config, workdir, mesh, jax.random.key(config.seed))
     reuse = [reuse] if isinstance(reuse, Path) else list(reuse or ())
     with _alone(workdir):
+        processes.on_main(lambda: _claim(workdir, config, force))
         for stage in stages:
             _run_stage(stage, context, {s.name for s in stages}, force, reuse, watch)
     return workdir
@@ -339,21 +339,13 @@ def _run_stage(
 
 @contextmanager
 def _alone(workdir: Path) -> Iterator[None]:
-    """One run at a time writes to a directory; the lock goes with its process."""
+    """One run at a time writes to a directory, which is made where there is none."""
+    processes.on_main(lambda: _make(workdir))
     if not distributed.is_main_process():
         yield  # the first process holds it for all
         return
-    with (workdir / ".lock").open("w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another run is at work in {workdir}; wait for it, or choose another --workdir"
-            ) from None
-        except (ImportError, OSError):
-            pass  # no locks on this system or file system: two runs at once are the user's to avoid
+    busy = f"another run is at work in {workdir}; wait for it, or choose another --workdir"
+    with artifacts.alone(workdir / ".lock", busy):
         yield
 
 
@@ -366,14 +358,25 @@ def _done(directory: Path, inputs: dict[str, Any], force: bool) -> bool:
         raise
 
 
+def _make(workdir: Path) -> None:
+    with _writable(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / ".lock").touch()
+
+
 def _claim(workdir: Path, config: Config, force: bool) -> None:
     """Write `config.json`, unless the directory belongs to another config."""
     path, flat = workdir / "config.json", flatten(config)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
+    with _writable(workdir):
         if path.exists() and not force:
             _check_same(workdir, _read_config(path), flat)
         artifacts.write_json(path, flat)
+
+
+@contextmanager
+def _writable(workdir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise

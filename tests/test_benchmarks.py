@@ -94,6 +94,36 @@ def test_a_mistake_is_one_line(argv, words, capsys):
     assert err.count("\n") == 1
 
 
+def test_one_suite_at_a_time_writes_an_output(tmp_path, monkeypatch, capsys):
+    """The second is told so before it runs anything, and leaves the first one's lock alone."""
+    output = tmp_path / "new" / "results.json"
+    flags = ["run", "--suite", "ablation", "--output", str(output)]
+    codes = []
+
+    def inside(rest):
+        if not codes:
+            codes.append(None)
+            codes[0] = main.guard(run.main, flags)
+            assert list(output.parent.iterdir()) == [output.with_name(".results.json.lock")]
+        return []
+
+    monkeypatch.setattr("benchmarks.ablation.run", inside)
+    assert main.guard(run.main, flags) == 0 and codes == [2]
+    assert capsys.readouterr().err == (
+        f"oal_jax: another suite writes --output {output}; wait for it, or choose another file\n"
+    )
+    assert json.loads(output.read_text()) == [] and list(output.parent.iterdir()) == [output]
+
+
+def test_an_output_that_cannot_be_written_is_told_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.ablation.run", lambda rest: pytest.fail("ran"))
+    (tmp_path / "file").touch()
+    output = str(tmp_path / "file" / "results.json")
+    assert main.guard(run.main, ["run", "--suite", "ablation", "--output", output]) == 2
+    err = capsys.readouterr().err
+    assert f"--output {output} cannot be written" in err and err.count("\n") == 1
+
+
 def test_flags_win_over_what_a_suite_sets():
     flags = [f"--config={CONFIGS / 'fashion.py'}", "--config.train.epochs=3", "--cases=a"]
     settings = {"train.epochs": 2, "train.batch_size": 50, "evaluation.scores": ["energy"]}

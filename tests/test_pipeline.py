@@ -292,13 +292,14 @@ def test_a_workdir_below_a_file_is_refused(ran, tmp_path):
 
 
 def test_two_runs_at_once_are_refused(ran, tmp_path):
+    """Also by force, and the second leaves the first one's config.json as it is."""
     pytest.importorskip("fcntl")
     refused = []
 
     def again(_):
         del ran.broken["teacher"]
         with pytest.raises(UserError, match="another run is at work") as caught:
-            pipeline.run(config(), tmp_path)
+            pipeline.run(config(seed=5), tmp_path, force=True)
         refused.append(caught.value)
 
     ran.broken["teacher"] = again
