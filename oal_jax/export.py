@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oal_jax import compilation_cache
 from oal_jax.arguments import Parser
 from oal_jax.errors import UserError
 from oal_jax.main import guard
@@ -48,6 +49,7 @@ def run(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv[1:])
     platforms = check_platforms(args.platforms.split(","))
     _check_output(args.output)
+    compilation_cache.keep_programs()
     from oal_jax import (
         detector,
         pipeline,

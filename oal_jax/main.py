@@ -20,7 +20,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from oal_jax import host_memory, processes
+from oal_jax import compilation_cache, host_memory, processes
 from oal_jax.config import Config, expand, flatten, unknown_key
 from oal_jax.config_checks import validate
 from oal_jax.errors import Preempted, TrainingFailed, UserError
@@ -185,6 +185,7 @@ def run(argv: Sequence[str]) -> None:
 
         compare.run(arguments)
         return
+    compilation_cache.keep_programs()  # before JAX is imported, which a config file may do
     values = parse(argv)
     if values.help:
         print(usage())

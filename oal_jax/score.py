@@ -19,6 +19,7 @@ from typing import TextIO
 
 import numpy as np
 
+from oal_jax import compilation_cache
 from oal_jax.arguments import Parser
 from oal_jax.errors import UserError
 from oal_jax.main import guard
@@ -35,6 +36,7 @@ def run(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv[1:])
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size} must be 1 or more")
+    compilation_cache.keep_programs()
     from oal_jax.data import folder
 
     found = folder.find(args.images)

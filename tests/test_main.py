@@ -328,11 +328,12 @@ def test_shipped_weights_are_where_the_pipeline_looks():
 
 
 def environment(cache):
-    """Of a child process: programs compiled by one child are there for the next."""
+    """Of a child process: what one compiles is there for the next, as a user's is."""
+    inherited = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     return {
-        **os.environ,
+        **inherited,
         "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "XDG_CACHE_HOME": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
@@ -379,6 +380,7 @@ def test_signals_stop_the_command_and_it_goes_on_to_the_same_bits(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     child = subprocess.run([*TRAIN, "--workdir", str(whole)], env=env, capture_output=True)
     assert child.returncode == 0, child.stderr
+    assert any(tmp_path.glob("cache/oal_jax/programs/*/jit_*-cache"))
     command = [*TRAIN, "--workdir", str(stopped)]
     for number, expected, said in [
         (signal.SIGKILL, -9, None),
