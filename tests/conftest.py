@@ -1,30 +1,20 @@
 """Every test runs on four virtual CPU devices, with rank promotion forbidden.
 
-Nothing is kept in the user's directories: what is compiled goes with the tests' own.
+Nothing is kept in the user's directories.
 """
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 # Read when JAX starts its backend, so they are set before anything imports it.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "4"
-# A worker compiles a program once for all of its tests and their child processes.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="oal_jax_tests_")
-os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**31)  # only then its files are locked
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # what is compiled is not kept
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-def pytest_unconfigure():
-    """The programs are of no use to another run."""
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
