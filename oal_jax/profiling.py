@@ -10,6 +10,7 @@ looking at its thread's stack every few milliseconds; another thread takes the t
 """
 
 import csv
+import gc
 import gzip
 import io
 import json
@@ -274,6 +275,19 @@ def part_of(frame: FrameType | None) -> str:
     return ""
 
 
+def _at(thread: int) -> str:
+    """What another thread is at now, by `part_of`."""
+    # Where a walk along the stack collected garbage (Python 3.11 does so at any allocation), the
+    # other thread would go on meanwhile, and the walk would read frames that it has left.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return part_of(sys._current_frames().get(thread))
+    finally:
+        if collects:
+            gc.enable()
+
+
 @contextmanager
 def _sampled(spent: Spent, row: dict[str, Any]) -> Iterator[None]:
     """Adds the seconds of the parts that `part_of` knows of this thread to the row."""
@@ -284,7 +298,7 @@ def _sampled(spent: Spent, row: dict[str, Any]) -> Iterator[None]:
         last = time.monotonic()
         while not stop.wait(_EVERY):
             now = time.monotonic()
-            part = "" if spent.making else part_of(sys._current_frames().get(watched))
+            part = "" if spent.making else _at(watched)
             if part:
                 found[part] += now - last
             last = now

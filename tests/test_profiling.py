@@ -1,6 +1,7 @@
 """`--profile`: what is counted as what, the window that is traced, the files, and its absence."""
 
 import csv
+import gc
 import gzip
 import io
 import json
@@ -82,6 +83,43 @@ def test_the_innermost_frame_that_tells_says_what_a_stage_is_at(places, part):
 def test_a_stack_outside_of_the_package_says_nothing():
     assert profiling.part_of(sys._getframe()) == ""
     assert profiling.part_of(None) == ""
+
+
+def test_looking_at_a_stack_collects_no_garbage(monkeypatch):
+    # In a collection there the other thread goes on, and what is read of its stack is gone.
+    looked, amid = [], []
+
+    def collected(phase, info):
+        frame = sys._getframe()
+        while frame is not None:
+            if phase == "start" and frame.f_code is profiling.part_of.__code__:
+                amid.append(info)
+            frame = frame.f_back
+
+    def part_of(frame):
+        looked.append(frame is not None)
+        return walk(frame)
+
+    def deep(levels):
+        return deep(levels - 1) if levels else time.sleep(0.002)
+
+    walk = profiling.part_of
+    monkeypatch.setattr(profiling, "part_of", part_of)
+    monkeypatch.setattr(profiling, "_EVERY", 1e-4)
+    thresholds, row = gc.get_threshold(), {}
+    gc.callbacks.append(collected)
+    gc.set_threshold(1)  # at each object, so at each frame that is first looked at
+    try:
+        with profiling._sampled(profiling.Spent(), row):
+            for _ in range(50):
+                deep(50)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(collected)
+    assert looked
+    assert all(looked)
+    assert not amid
+    assert gc.isenabled()
 
 
 def test_shares_and_what_is_left_add_up():
