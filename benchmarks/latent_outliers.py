@@ -331,7 +331,8 @@ def _numbers(workdir: Path) -> dict[str, Any]:
     if "knn" in arrays.values() or build.reads_sampled(context.config):
         classes = len(sets.head.bias)
         sampled = seconds["outliers"] + seconds.get("latents", 0) + seconds.get("adapter", 0)
-        each = sampled / (classes * latents.per_class(context.config))
+        count = classes * latents.per_class(context.config)
+        each = sampled / count if count else None
     return {
         "train_s": round(seconds["train"], 2),
         "epoch_s": cases.epoch_seconds(workdir),

@@ -207,7 +207,9 @@ def run(argv: Sequence[str]) -> None:
 def _run(values: flags.FlagValues) -> None:
     from oal_jax import pipeline
     from oal_jax.evaluation.tables import format_table, read_csv
+    from oal_jax.generator import flax_models
 
+    flax_models.leave_torch_out()
     name = Path(config_flags.get_config_filename(values["config"])).stem
     workdir = Path(values.workdir or Path("runs") / name)
     reuse = Path(values.reuse) if values.reuse else None

@@ -59,7 +59,11 @@ def shrink(config: Config) -> Config:
         outliers=replace(config.outliers, knn=knn, crossing=crossing),
         adapter=replace(config.adapter, hidden=32, images=512, epochs=1, batch_size=64, bank=64),
         latents=replace(
-            config.latents, per_class=4 if bundled else 1, steps=4, chunk=32, pictures=4
+            config.latents,
+            per_class=4 if bundled else 1,
+            steps=4,
+            chunk=32,
+            pictures=min(config.latents.pictures, 4),
         ),
         method=replace(config.method, virtual=virtual, exposure=exposure),
         student=_shrink_student(config.student),

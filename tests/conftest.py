@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "4"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # what is compiled is not kept
+os.environ["USE_TORCH"] = "AUTO"  # commands run within tests would leave it out for the others
 
 import jax
 import pytest

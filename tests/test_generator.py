@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,32 @@ def test_import_is_lazy():
         "assert not {'diffusers', 'transformers', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("before", "told"),
+    [
+        ("", ["torch"]),
+        ("flax_models.leave_torch_out(); ", ["ready", "torch"]),  # not before the user asks for it
+        ("import torch; flax_models.leave_torch_out(); ", ["torch", "ready"]),
+        ("os.environ['USE_TORCH'] = '1'; flax_models.leave_torch_out(); ", ["torch"]),
+    ],
+)
+def test_a_command_leaves_torch_out(tmp_path, before, told):
+    (tmp_path / "torch.py").write_text("print('torch', flush=True)")
+    code = f"import os; from oal_jax.generator import flax_models; {before}flax_models.libraries();"
+    environment = {name: value for name, value in os.environ.items() if name != "USE_TORCH"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code} print('ready', flush=True); import torch"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    # This PyTorch has nothing in it: where the libraries take it for one, they may fail.
+    assert done.stdout.split()[: len(told)] == told
+    if told[0] == "ready":
+        assert done.returncode == 0, done.stderr
 
 
 def test_no_deprecation_notices(tiny, caplog):

@@ -11,7 +11,7 @@ from small_stable_diffusion import write_small
 from oal_jax import artifacts, distributed
 from oal_jax.config import Config
 from oal_jax.errors import UserError
-from oal_jax.generator import create
+from oal_jax.generator import create, stable_diffusion
 from oal_jax.stages import generator, latents
 from oal_jax.stages.context import Context
 
@@ -72,6 +72,29 @@ def test_latents_at_another_size_and_of_id_images_on_demand(context):
     of_id = latents.of_training_images(context)
     assert of_id.shape == (12, 8, 8, 4) and of_id.dtype == np.float16
     assert np.isfinite(of_id).all() and of_id.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "left"),
+    [
+        ("random", "outliers", 0),
+        ("random", "class", 0),
+        ("random", "noised", 0),
+        ("diffusion", "outliers", 16),
+    ],
+)
+def test_without_pictures_none_is_drawn(context, monkeypatch, source, kind, left):
+    context.config.latents.pictures, context.config.outliers.source = 0, source
+    context.config.latents.kind = kind
+
+    def none(*_):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(stable_diffusion, "decode_latents", none)
+    latents.run(context)
+    assert latents.channels_last(context).shape == (left, 8, 8, 4)
+    shown = latents.pictures(context)
+    assert shown["outliers"].shape == shown["samples"].shape == (8, 0, 28, 28, 1)
 
 
 def test_chunks_are_of_one_area(context):

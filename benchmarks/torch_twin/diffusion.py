@@ -170,7 +170,8 @@ def sample(
     `unet` is the generator's, as the form runs it. The form says how many are sampled at once, and
     whether they are decoded.
     """
-    device, found = pool.device, []
+    device = pool.device
+    found = [torch.empty((0, *generator.latent_shape), device=device)]
     prompts, empty = _ids(generator, [PROMPT.format(w) for w in words]), _ids(generator, [""])
     mask = injection_mask(generator, words, latents.injection)
     per_call = form.samples_per_call or latents.chunk

@@ -309,7 +309,7 @@ def _samples(inputs: ReportInputs) -> str:
     return "".join(
         f"<h3>{title}</h3>{_sample_grid(images, inputs.class_names)}"
         for title, images in grids
-        if images is not None
+        if images is not None and images.shape[1]
     )
 
 

@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
@@ -20,6 +22,8 @@ import jax.numpy as jnp
 
 from oal_jax.errors import UserError
 from oal_jax.generator import attention
+
+_USE_TORCH = "USE_TORCH"  # which both libraries look at
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
@@ -44,9 +48,36 @@ def _without_notices() -> Iterator[None]:
             logging.getLogger(name).addFilter(_is_wanted)
 
 
+def leave_torch_out() -> None:
+    """Have both libraries do without PyTorch, unless the user's environment says otherwise.
+
+    Where it is installed they import it, which takes seconds. For a whole process, in which their
+    PyTorch classes are then missing: for a command, not for a library.
+    """
+    os.environ.setdefault(_USE_TORCH, "0")
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Where it is to be left out, `import torch` fails here: diffusers tries it all the same."""
+    hidden = os.environ.get(_USE_TORCH) == "0" and "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+
+
 @functools.cache
 def libraries() -> SimpleNamespace:
     """The classes used, imported on first use."""
+    with _without_torch():
+        return _imported()
+
+
+def _imported() -> SimpleNamespace:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers.utils import logging as diffusers_logging

@@ -119,7 +119,8 @@ def apply_in_batches(
 
     The last batch is padded with zeros, and what comes of the padding is cut away, so one
     program serves a set of any size; the batch is split over the devices. Images that are not in
-    memory come in chunks, best of `whole_batch` each: every chunk's last batch is padded.
+    memory come in chunks, best of `whole_batch` each: every chunk's last batch is padded. Of no
+    images at all nothing is computed, and there are no arrays.
     """
     size = whole_batch(batch_size, mesh)
     arrays = (images,) if isinstance(images, np.ndarray) else images

@@ -109,7 +109,8 @@ def encode(context: Context, sd, params, images: np.ndarray, dtype=jnp.float32) 
 
     placed = distributed.place_parameters({"vae": params["vae"]}, context.mesh)
     batch = max(1, _PIXELS // sd.image_size**2)
-    return apply_in_batches(partial(forward, placed), images, batch, context.mesh)[0]
+    found = apply_in_batches(partial(forward, placed), images, batch, context.mesh)
+    return found[0] if found else np.empty((0, *sd.latent_shape), dtype)
 
 
 def decode(context: Context, sd, params, latents: np.ndarray, shape) -> np.ndarray:
@@ -125,7 +126,8 @@ def decode(context: Context, sd, params, latents: np.ndarray, shape) -> np.ndarr
 
     placed = distributed.place_parameters({"vae": params["vae"]}, context.mesh)
     batch = max(1, _PIXELS // sd.image_size**2)
-    return apply_in_batches(partial(forward, placed), latents, batch, context.mesh)[0]
+    found = apply_in_batches(partial(forward, placed), latents, batch, context.mesh)
+    return found[0] if found else np.empty((0, *shape), np.uint8)
 
 
 def _train(context: Context) -> None:

@@ -56,7 +56,7 @@ def run(context: Context) -> list[Path]:
         begin = {"clean": inputs.clean, "steered": guided(config.latents)}
         sampled = sample(inputs.outliers, inputs.labels, inputs.indices, "outlier latents", **begin)
     written = []
-    if selected(config.latents):
+    if selected(config.latents) and len(sampled):
         rows, report = _select(context, sampled, inputs.labels)
         sampled, inputs = sampled[rows], inputs.at(rows)
         written.append(stage / "selection.json")
@@ -124,11 +124,11 @@ def _select(context: Context, latents: np.ndarray, labels: np.ndarray):
 
 
 def per_class(config: Config) -> int:
-    """Latents a class that the stage leaves: those for the report where nothing else reads any."""
+    """Latents a class that the stage leaves: those for pictures where nothing else reads any."""
     given = config.latents
     if build.reads_sampled(config):
         return given.per_class
-    return min(given.per_class, max(given.pictures, 1))
+    return min(given.per_class, given.pictures)
 
 
 def candidates_per_class(config: Config) -> int:
@@ -240,7 +240,8 @@ def _sampler(context: Context, sd, params, class_names):
         if steering is not None and not steered:
             steer = steering._replace(strength=jnp.zeros_like(steering.strength))
         latents = np.empty((len(labels), *sd.latent_shape), np.float32)
-        with tqdm(total=len(labels), desc=name, unit="latent") as bar:
+        none = not len(labels)
+        with tqdm(total=len(labels), desc=name, unit="latent", disable=none) as bar:
             for start in range(0, len(labels), chunk):
                 columns = [v[start : start + chunk] for v in rows]
                 count = len(columns[1])
@@ -299,8 +300,9 @@ def decoded(context: Context) -> np.ndarray:
 def decoded_random(context: Context) -> np.ndarray:
     """N(0, 1) latents decoded, `latents.per_class` a class: what the decoder makes of noise."""
     found = artifacts.read_tensors(context.directory("latents") / _FILE)
-    count = context.config.latents.per_class * (int(found["labels"].max()) + 1)
-    return _decoded(context, _random(context, (count, *found["latents"].shape[1:])))
+    classes = len(context.images("validation", limit=1).class_names)
+    shape = (context.config.latents.per_class * classes, *found["latents"].shape[1:])
+    return _decoded(context, _random(context, shape))
 
 
 def decoded_half(context: Context) -> np.ndarray:
