@@ -62,7 +62,7 @@ def configs(*, smoke: bool) -> dict[str, Config]:
     for recipe, (name, more) in _CONFIGS.items():
         config = load_config(Path("configs") / f"{name}.py")
         changes = {**more, "smoke": smoke, "data.csid": ["none"], "evaluation.scores": ["energy"]}
-        changes["latents.pictures"] = 0
+        changes |= {"latents.pictures": 0}
         found[recipe] = unflatten(flatten(config) | changes)
     return found
 
