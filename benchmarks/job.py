@@ -61,8 +61,8 @@ def configs(*, smoke: bool) -> dict[str, Config]:
     found = {}
     for recipe, (name, more) in _CONFIGS.items():
         config = load_config(Path("configs") / f"{name}.py")
-        changes = {**more, "smoke": smoke, "data.csid": ["none"], "evaluation.scores": ["energy"]}
-        changes |= {"latents.pictures": 0}
+        less = {"data.csid": ["none"], "evaluation.scores": ["energy"], "latents.pictures": 0}
+        changes = {**more, **less, "smoke": smoke}
         found[recipe] = unflatten(flatten(config) | changes)
     return found
 

@@ -71,13 +71,9 @@ def _without_torch() -> Iterator[None]:
 
 
 @functools.cache
+@_without_torch()
 def libraries() -> SimpleNamespace:
     """The classes used, imported on first use."""
-    with _without_torch():
-        return _imported()
-
-
-def _imported() -> SimpleNamespace:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers.utils import logging as diffusers_logging
