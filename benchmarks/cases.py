@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.run import row
-from oal_jax import artifacts, pipeline
 from oal_jax.config import Config, flatten, unflatten
 from oal_jax.errors import UserError
 from oal_jax.evaluation.tables import Row, read_csv
+from oal_jax.runtime import artifacts
+from oal_jax.stages import run as pipeline
 from oal_jax.training.log import read
 
 Tables = dict[tuple[str, int], list[Row]]  # case and seed to near, far and validation rows
@@ -158,6 +159,6 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def load_config(path: Path, flags: Sequence[str] = ()) -> Config:
     """The config of a file under flags `--config.a.b=VALUE`, validated."""
-    from oal_jax.main import parse
+    from oal_jax.config.flags import parse
 
     return parse(["run", f"--config={path}", *flags]).config

@@ -21,8 +21,8 @@ from typing import Any
 
 from benchmarks.cases import markdown
 from benchmarks.run import row
-from oal_jax import artifacts
 from oal_jax.errors import UserError
+from oal_jax.runtime import artifacts
 
 _DEVICES = {"v5e:2x2": 4, "v5e:16x16": 256, "v4:2x2x1": 4, "h100:8": 8}
 _CONFIGS = ("cifar10", "cifar100", "imagenet1k")

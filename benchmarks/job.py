@@ -22,7 +22,7 @@ pictures of latents, as the tuned twin does not, and neither samples latents tha
 not read. Rows have `stages` (name to median seconds), `compile_s` (within the time) and `quality`,
 a value a seed: mean AUROC of the near and of the far sets and ID accuracy, in percent; a compiled
 program is found again from one run to the next with --warm-cache alone. With --profile ours runs
-once more, which does not count, and DIR/CASE gets where its time went (`oal_jax.profiling`).
+once more, which does not count, and DIR/CASE gets where its time went.
 """
 
 import argparse
@@ -40,10 +40,9 @@ from benchmarks import timing
 from benchmarks.cases import load_config, spread
 from benchmarks.plots import draw as draw
 from benchmarks.timing import Job
-from oal_jax.config import Config, Data, flatten, unflatten
-from oal_jax.data import benchmarks
+from oal_jax.config import Config, Data, benchmarks, flatten, unflatten
+from oal_jax.config.smoke import shrink
 from oal_jax.errors import UserError
-from oal_jax.smoke import shrink
 
 # Of ours: the config, and what is changed in it.
 _CONFIGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -193,10 +192,11 @@ def main(argv: Sequence[str]) -> None:
     order = json.loads(Path(argv[1]).read_text())
     if order["device"] == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    from oal_jax import artifacts, host_memory, pipeline, profiling
     from oal_jax.evaluation import protocol
     from oal_jax.generator import flax_models
+    from oal_jax.runtime import artifacts, host_memory, profiling
     from oal_jax.stages import evaluate
+    from oal_jax.stages import run as pipeline
 
     host_memory.keep_freed()  # as the command does
     flax_models.leave_torch_out()

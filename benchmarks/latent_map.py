@@ -30,15 +30,16 @@ from jaxtyping import Float
 from benchmarks import cases
 from benchmarks.cases import Case, markdown, spread
 from benchmarks.run import row
-from oal_jax import artifacts, distributed, pipeline
 from oal_jax.config import flatten, unflatten
 from oal_jax.data.sources import ImageSet
 from oal_jax.evaluation.metrics import auroc
-from oal_jax.keys import named
 from oal_jax.methods import oal
 from oal_jax.outliers.knn import unit
 from oal_jax.outliers.selection import log_partition
+from oal_jax.runtime import artifacts, distributed
+from oal_jax.runtime.keys import named
 from oal_jax.stages import adapter, generator, train
+from oal_jax.stages import run as pipeline
 from oal_jax.stages.context import Context, apply_in_batches, classifier
 
 SUITE = "latent_map"

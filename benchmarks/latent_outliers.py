@@ -41,13 +41,14 @@ from benchmarks.latent_outliers_cases import CASES
 from benchmarks.latent_outliers_figure import Dot, draw_dots
 from benchmarks.latent_outliers_tables import COMPARED, FULL, differences, summary
 from benchmarks.run import row
-from oal_jax import artifacts, pipeline
 from oal_jax.config import Config, expand, flatten, stages_before, unflatten
+from oal_jax.config.smoke import shrink
 from oal_jax.errors import TrainingFailed, UserError
 from oal_jax.evaluation import protocol
-from oal_jax.methods import build
-from oal_jax.smoke import shrink
+from oal_jax.methods import registry
+from oal_jax.runtime import artifacts
 from oal_jax.stages import evaluate, latents
+from oal_jax.stages import run as pipeline
 from oal_jax.stages.context import Context
 
 SUITE, SCORE = "latent_outliers", "energy"
@@ -187,7 +188,7 @@ def _shared_by(configs: Mapping[str, Config], folder: Path) -> list[Task]:
     for name in order:
         flat = flatten(configs[name]) | {"seed": 0}
         made = {k: v for k, v in flat.items() if not k.startswith(trained)}
-        same = artifacts.fingerprint(made | {"sampled": build.reads_sampled(configs[name])})
+        same = artifacts.fingerprint(made | {"sampled": registry.reads_sampled(configs[name])})
         if same not in found:
             places = dict.fromkeys([*(task.workdir for task in found.values()), *made_before])
             places.pop(folder / name, None)
@@ -326,9 +327,9 @@ def _numbers(workdir: Path) -> dict[str, Any]:
         path.parent.name: artifacts.read_json(path)["seconds"]
         for path in workdir.glob("*/manifest.json")
     }
-    arrays = build.METHODS[context.config.method.name].arrays(context.config)
+    arrays = registry.METHODS[context.config.method.name].arrays(context.config)
     each = None
-    if "knn" in arrays.values() or build.reads_sampled(context.config):
+    if "knn" in arrays.values() or registry.reads_sampled(context.config):
         classes = len(sets.head.bias)
         sampled = seconds["outliers"] + seconds.get("latents", 0) + seconds.get("adapter", 0)
         count = classes * latents.per_class(context.config)

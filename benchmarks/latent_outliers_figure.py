@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.middle_stage_figures import save
 from benchmarks.paired import Interval
-from oal_jax.evaluation.figures import SERIES
+from oal_jax.report.figures import SERIES
 
 _ZERO = "#888888"
 _COLUMNS = 2

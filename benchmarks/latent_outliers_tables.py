@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks import paired
 from benchmarks.cases import markdown, spread
-from oal_jax.data.benchmarks import LEFT_OUT
+from oal_jax.config.benchmarks import LEFT_OUT
 from oal_jax.evaluation.tables import MEANS
 
 FULL = "full"  # the problem with all classes

@@ -28,16 +28,16 @@ from jaxtyping import Float, Int
 from benchmarks import cases, middle_stage_figures
 from benchmarks.cases import Case, columns, markdown, mean_of, spread
 from benchmarks.run import row
-from oal_jax import losses, pipeline
 from oal_jax import scores as post_hoc
 from oal_jax.config import flatten, unflatten
+from oal_jax.config.smoke import shrink
 from oal_jax.data.sources import ImageSet
 from oal_jax.errors import UserError
 from oal_jax.evaluation import protocol
-from oal_jax.keys import at_step, named
-from oal_jax.methods import masking
-from oal_jax.smoke import shrink
+from oal_jax.methods import losses, masking
+from oal_jax.runtime.keys import at_step, named
 from oal_jax.stages import batches, estimate_loss, evaluate, train
+from oal_jax.stages import run as pipeline
 from oal_jax.stages.context import Context
 from oal_jax.training.checkpoints import Checkpoints
 from oal_jax.training.state import init_state

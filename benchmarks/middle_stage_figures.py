@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from oal_jax import artifacts
 from oal_jax.data.sources import ImageSet
-from oal_jax.evaluation.figures import SERIES
+from oal_jax.report.figures import SERIES
+from oal_jax.runtime import artifacts
 
 _ACCURACY, _LOSS, _CROSSING = SERIES[0], SERIES[2], "#555555"
 _PANELS = (

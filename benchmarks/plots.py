@@ -91,7 +91,7 @@ def _title(rows: Sequence[Row]) -> str:
 
 
 def _panel(axes: Any, case: str, members: Sequence[Row]) -> None:
-    from oal_jax.evaluation.figures import INK
+    from oal_jax.report.figures import INK
 
     end = max(row["max_s"] for row in members)
     for place, (row, _, color) in enumerate(_bars(members)):
@@ -120,7 +120,7 @@ def _panel(axes: Any, case: str, members: Sequence[Row]) -> None:
 
 def _bars(members: Sequence[Row]) -> Iterator[tuple[Row, str, str]]:
     """Each row with its label and its colour."""
-    from oal_jax.evaluation.figures import SERIES
+    from oal_jax.report.figures import SERIES
 
     colors = {_OURS: SERIES[0]}
     colors |= dict(zip(_FORMS.values(), (SERIES[7], SERIES[1], SERIES[3]), strict=True))

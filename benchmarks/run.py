@@ -17,9 +17,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from oal_jax import artifacts
 from oal_jax.errors import UserError
-from oal_jax.main import guard
+from oal_jax.runtime import artifacts
+from oal_jax.runtime.command import guard
 
 SUITES = (
     *("ablation", "compile", "features", "folder", "job", "latent_map", "latent_outliers"),

@@ -35,8 +35,8 @@ from benchmarks import timing
 from benchmarks.cases import load_config
 from benchmarks.timing import Job
 from oal_jax.config import GENERATED, Config, flatten, unflatten
+from oal_jax.config.smoke import shrink
 from oal_jax.errors import UserError
-from oal_jax.smoke import shrink
 
 Run = Callable[[], Any]
 # Values of each axis, and with --smoke.
@@ -153,7 +153,7 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> Any:
 def _panel(panel: Any, axis: str, rows: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.ticker import NullLocator
 
-    from oal_jax.evaluation.figures import INK, SERIES
+    from oal_jax.report.figures import INK, SERIES
 
     for index, ((_, program), members) in enumerate(series(rows).items()):
         values = np.array([row["value"] for row in members], float)
@@ -210,10 +210,12 @@ def _images(count: int, smoke: bool) -> Iterator[tuple[str, Run]]:
     import jax
     import jax.numpy as jnp
 
-    from oal_jax import distributed, forward, programs
     from oal_jax import scores as post_hoc
+    from oal_jax.aot import programs
     from oal_jax.evaluation import protocol
     from oal_jax.evaluation.protocol import Inputs
+    from oal_jax.runtime import distributed
+    from oal_jax.scores import forward
     from oal_jax.stages import teacher, train
     from oal_jax.stages.context import apply_in_batches, classifier
 
@@ -306,10 +308,11 @@ def _config(smoke: bool, changes: Mapping[str, Any] | None = None) -> Config:
 
 
 def _program(stage: str, changes: Mapping[str, Any], smoke: bool, count: int | None = None) -> Any:
-    """A program of `oal_jax.programs` for the first devices, or all."""
+    """A program of `oal_jax.aot.programs` for the first devices, or all."""
     import jax
 
-    from oal_jax import distributed, programs
+    from oal_jax.aot import programs
+    from oal_jax.runtime import distributed
 
     mesh = distributed.make_mesh(devices=jax.devices()[:count])
     return programs.make(stage, _config(smoke, changes), mesh, jax.default_backend())

@@ -28,7 +28,7 @@ from oal_jax.errors import UserError
 
 CASES = ("help", "imports", "first", "second", "again")
 _IMPORTS = {
-    "jax": "import oal_jax.main, oal_jax.pipeline, oal_jax.stages.train, oal_jax.stages.latents",
+    "jax": "import oal_jax.main, oal_jax.stages.run, oal_jax.stages.train, oal_jax.stages.latents",
     "torch": "import torch, timm, diffusers, transformers",
 }
 
@@ -105,7 +105,7 @@ def _job(case: str, framework: str, starts: Starts) -> Callable[[], None]:
 
 def main(argv: Sequence[str]) -> None:
     """One start of the main job with flags `argv[2:]`; `argv[1]` gets what compilation took."""
-    from oal_jax.profiling import watch_compilation
+    from oal_jax.runtime.profiling import watch_compilation
 
     spent = watch_compilation()
     from oal_jax import main as command

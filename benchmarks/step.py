@@ -37,12 +37,12 @@ from benchmarks.job import RECIPE, configs
 from benchmarks.plots import draw as draw
 from benchmarks.run import row
 from benchmarks.timing import Job
-from oal_jax import distributed
 from oal_jax.config import Config, flatten, unflatten
-from oal_jax.data.benchmarks import CLASS_NAMES
+from oal_jax.config.class_names import CLASS_NAMES
 from oal_jax.errors import UserError
-from oal_jax.methods import build
+from oal_jax.methods import registry
 from oal_jax.models.normalise import moments
+from oal_jax.runtime import distributed
 from oal_jax.stages import teacher, train
 from oal_jax.training import loop
 from oal_jax.training.state import init_state, make_train_step
@@ -200,8 +200,8 @@ def ours(problem: Problem, mesh: Mesh | None = None) -> Callable[[], None]:
     config, classes, batch = problem
     net, seen = train.student(config, classes), teacher.model(config, classes)
     shapes = {"latents": batch["outlier_latent"].shape} | {k: v.shape for k, v in batch.items()}
-    parts = build.Parts(config, net, problem.image_shape, shapes, _STEPS, 100, None, None)
-    method, key = build.make(parts, None), jax.random.key(0)
+    parts = registry.Parts(config, net, problem.image_shape, shapes, _STEPS, 100, None, None)
+    method, key = registry.make(parts, None), jax.random.key(0)
     optimizer = train.make_optimizer(config, list(jax.eval_shape(method.init, key)[0]), _STEPS)
     train_step, variables = make_train_step(method, optimizer, key), {}
     if not config.teacher.views:
@@ -274,7 +274,7 @@ def stepper(config: Config) -> Callable[[], None]:
         raise UserError(f"suite step knows no image size of '{id_set}'")
     shape, classes = _IMAGE_SHAPES[id_set], len(CLASS_NAMES.get(id_set, range(8)))
     net = train.student(config, classes)
-    parts = build.Parts(
+    parts = registry.Parts(
         config,
         net,
         shape,
@@ -284,7 +284,7 @@ def stepper(config: Config) -> Callable[[], None]:
         start_loss=0.5,
         ce_transform=None,
     )
-    method = build.make(parts, constraint=0.5)
+    method = registry.make(parts, constraint=0.5)
     key = jax.random.key(0)
     groups = list(jax.eval_shape(method.init, key)[0])
     optimizer = train.make_optimizer(config, groups, steps=1000)

@@ -18,8 +18,8 @@ import numpy as np
 
 from benchmarks.run import device as jax_device
 from benchmarks.run import row
-from oal_jax import artifacts
 from oal_jax.errors import UserError
+from oal_jax.runtime import artifacts
 
 FRAMEWORKS = ("jax", "torch")
 FORMS = ("reference", "tuned", "shortcuts")  # of the twin; see benchmarks.torch_twin.forms

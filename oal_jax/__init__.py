@@ -8,22 +8,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from oal_jax.detector import Detector, Result, calibrate, load
-    from oal_jax.forward import as_forward
-    from oal_jax.own_model import Sets, benchmark, load_sets
+    from oal_jax.detection.benchmark import Sets, benchmark, load_sets
+    from oal_jax.detection.detector import Detector, Result, calibrate
+    from oal_jax.detection.load import load
+    from oal_jax.scores.forward import as_forward
 
 __version__ = "0.1.0"
 # Imported on first use, so that `import oal_jax` does not start JAX. No module of the package has
 # one of these names: importing it would put the module in the name's place.
 _HOME = {
-    "Detector": "detector",
-    "Result": "detector",
-    "Sets": "own_model",
-    "as_forward": "forward",
-    "benchmark": "own_model",
-    "calibrate": "detector",
-    "load": "detector",
-    "load_sets": "own_model",
+    "Detector": "detection.detector",
+    "Result": "detection.detector",
+    "Sets": "detection.benchmark",
+    "as_forward": "scores.forward",
+    "benchmark": "detection.benchmark",
+    "calibrate": "detection.detector",
+    "load": "detection.load",
+    "load_sets": "detection.benchmark",
 }
 __all__ = [
     "Detector",

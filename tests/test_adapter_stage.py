@@ -9,13 +9,14 @@ import pytest
 from safetensors.numpy import load_file
 from test_smoke import start
 
-from oal_jax import distributed, pipeline
 from oal_jax.config import Config, flatten, stages_before
-from oal_jax.config_checks import validate
+from oal_jax.config.rules import validate
 from oal_jax.errors import UserError
-from oal_jax.methods import build
+from oal_jax.methods import registry
 from oal_jax.models import latent_features
+from oal_jax.runtime import distributed
 from oal_jax.stages import adapter, latents
+from oal_jax.stages import run as pipeline
 from oal_jax.stages.context import Context
 
 
@@ -86,7 +87,7 @@ def test_new_keys_rerun_the_stages_that_read_them_alone(prefix, stages):
 def test_the_new_sources_read_what_they_need(source, arrays):
     config = config_of(outliers__source=source)
     validate(config)
-    assert set(build.METHODS["oal"].arrays(config)) == arrays
+    assert set(registry.METHODS["oal"].arrays(config)) == arrays
     assert latents.learns_from_id_latents(config)
 
 

@@ -7,8 +7,8 @@ import os
 import numpy as np
 import pytest
 
-from oal_jax import artifacts
 from oal_jax.errors import UserError
+from oal_jax.runtime import artifacts
 
 INPUTS = {"config": {"a": 1, "b": [1, 2]}, "stages": {}}
 

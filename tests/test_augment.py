@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oal_jax import keys
 from oal_jax.data.augment import augment, to_unit
+from oal_jax.runtime import keys
 
 KEY = jax.random.key(3)
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 from oal_jax.config import Config, Data, Exposure, Method, Wild
-from oal_jax.config_checks import validate
+from oal_jax.config.rules import validate
 from oal_jax.data import procedural, sources
 from oal_jax.errors import UserError
 from oal_jax.stages import batches

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from oal_jax import distributed, main
+from oal_jax import main
 from oal_jax.config import Config
-from oal_jax.config_checks import validate
+from oal_jax.config.benchmarks import BENCHMARKS, Benchmark, resolve
+from oal_jax.config.class_names import CLASS_NAMES
+from oal_jax.config.rules import validate
 from oal_jax.data import sources
-from oal_jax.data.benchmarks import BENCHMARKS, CLASS_NAMES, Benchmark, resolve
 from oal_jax.errors import UserError
+from oal_jax.runtime import distributed
 from oal_jax.stages.context import Context
 
 # OpenOOD v1.5's lists below benchmark_imglist by benchmark, and the directory of their images.

@@ -11,9 +11,10 @@ from PIL import Image
 
 from benchmarks import job, outliers, plots, run, startup, step, timing
 from benchmarks.timing import Job
-from oal_jax import main, profiling
+from oal_jax import main
 from oal_jax.config import flatten
 from oal_jax.errors import UserError
+from oal_jax.runtime import profiling
 
 FIELDS = {
     *("suite", "case", "framework", "median_s", "min_s", "max_s", "runs", "device", "versions"),

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import ablation, cases, latent_map, methods, run, shortcuts
 from oal_jax import main
 from oal_jax.config import Config, flatten, unflatten
-from oal_jax.config_checks import validate
+from oal_jax.config.rules import validate
 from oal_jax.errors import UserError
 from oal_jax.evaluation.tables import Row, with_means
 

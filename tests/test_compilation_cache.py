@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from oal_jax.compilation_cache import settings
+from oal_jax.runtime.compilation_cache import settings
 
 
 def test_programs_are_kept_in_the_users_directory(tmp_path):

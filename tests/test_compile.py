@@ -15,13 +15,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from oal_jax import compile as command
-from oal_jax import distributed, main, pipeline, program_costs, programs, topologies
+from oal_jax import main
+from oal_jax.aot import costs, programs, topologies
 from oal_jax.config import Config, Data, Student
+from oal_jax.config.smoke import shrink
 from oal_jax.data.sources import load
 from oal_jax.errors import UserError
-from oal_jax.methods import build
-from oal_jax.smoke import shrink
-from oal_jax.stages import streams
+from oal_jax.methods import registry
+from oal_jax.runtime import distributed
+from oal_jax.stages import run as pipeline
+from oal_jax.training import arrays as streams
 from oal_jax.training import loop
 
 ROOT = Path(__file__).parent.parent
@@ -155,7 +158,7 @@ def test_sets_of_unknown_sizes_are_told():
 
 
 def counted(function, *arguments) -> dict[str, int]:
-    return program_costs.flops(jax.jit(function).trace(*arguments).jaxpr)
+    return costs.flops(jax.jit(function).trace(*arguments).jaxpr)
 
 
 def test_products_count_a_multiplication_and_an_addition():
@@ -205,7 +208,7 @@ def test_loops_count_as_often_as_they_run_and_branches_once():
 def test_flops_agree_with_the_compilers_count():
     program = programs.make("train", shrink(config_of(name="ce")), mesh_of(1), "cpu")
     traced = program.function.trace(*program.arguments)
-    ours = sum(program_costs.flops(traced.jaxpr).values())
+    ours = sum(costs.flops(traced.jaxpr).values())
     # Before optimization; its count has the element-wise arithmetic too.
     theirs = traced.lower().cost_analysis()["flops"]
     assert 0.8 < ours / theirs < 1
@@ -223,8 +226,8 @@ def test_calls_of_the_host_are_found_inside_loops():
 
         return jax.lax.scan(body, x, length=2)[0]
 
-    assert program_costs.host_calls(jax.jit(function).trace(1.0).jaxpr) == ["debug_callback"]
-    assert program_costs.host_calls(jax.jit(jnp.sin).trace(1.0).jaxpr) == []
+    assert costs.host_calls(jax.jit(function).trace(1.0).jaxpr) == ["debug_callback"]
+    assert costs.host_calls(jax.jit(jnp.sin).trace(1.0).jaxpr) == []
 
 
 def test_messages_of_a_compiled_program_are_counted_by_loop_and_size():
@@ -239,7 +242,7 @@ def test_messages_of_a_compiled_program_are_counted_by_loop_and_size():
         return jax.lax.scan(body, jnp.ones(6), length=5)[0]
 
     text = jax.jit(function).lower(jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=rows))
-    found = program_costs.collectives(text.compile().as_text())
+    found = costs.collectives(text.compile().as_text())
     assert [(c.kind, c.bytes, c.times) for c in found] == [("all-reduce", 6 * 4, 5)]
     assert "while/body" in found[0].op
 
@@ -271,7 +274,7 @@ def sends(config: Config) -> tuple[Counter, int]:
     quick = {"xla_backend_optimization_level": 0}
     text = program.function.lower(*program.arguments).compile(quick).as_text()
     sent: Counter = Counter()
-    for one in program_costs.collectives(text):
+    for one in costs.collectives(text):
         sent[one.kind] += one.times * one.bytes
     trained = jax.tree.leaves(program.arguments[0].params)
     return sent, sum(leaf.size * leaf.dtype.itemsize for leaf in trained)
@@ -279,7 +282,7 @@ def sends(config: Config) -> tuple[Counter, int]:
 
 def all_but(names: tuple[str, ...]) -> list:
     marks = {True: (), False: pytest.mark.slow}
-    return [pytest.param(name, marks=marks[name in names]) for name in build.METHODS]
+    return [pytest.param(name, marks=marks[name in names]) for name in registry.METHODS]
 
 
 @pytest.mark.parametrize("method", all_but(REPRESENTATIVE))
@@ -338,7 +341,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_the_text_of_a_tpu_program_is_read():
-    assert program_costs.collectives(HLO) == [
+    assert costs.collectives(HLO) == [
         ("all-reduce", 16 * 4 + 6 * 2, 20, "jit(call)/while/body/sum"),
         ("all-gather", 8 * 4, 20, "jit(call)/gather"),
         ("collective-permute", 8, 1, "unknown"),

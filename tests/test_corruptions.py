@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from oal_jax.config.benchmarks import BENCHMARKS
 from oal_jax.data import corruptions, sources
-from oal_jax.data.benchmarks import BENCHMARKS
 
 NAMES = BENCHMARKS["fashion"].csid
 COUNT = 400

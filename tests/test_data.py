@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oal_jax.data import build, bundled, corruptions, sources, synthesis
-from oal_jax.data.benchmarks import BENCHMARKS
+from oal_jax.config.benchmarks import BENCHMARKS
+from oal_jax.data import bundled, corruptions, sources
 from oal_jax.errors import UserError
+from tools.fashion_set import build, synthesis
 
 FASHION = BENCHMARKS["fashion"]
 ID_SPLITS = {"train": 12_000, "extra": 28_000, "validation": 1_000, "test": 2_000}
@@ -190,7 +191,7 @@ def test_damaged_file_is_named(tree: Path, damage) -> None:
         sources.load("bundled", "mnist", "test", root=str(tree))
     message = one_line(error)
     assert str(records(tree) if damage is not Path.unlink else "mnist-test") in message
-    assert "python -m oal_jax.data.build" in message
+    assert "python -m tools.fashion_set.build" in message
 
 
 @pytest.mark.parametrize("text", ["{", "[]", None])
@@ -312,7 +313,15 @@ def test_build_names_the_missing_raw_file_and_its_package(tmp_path: Path) -> Non
 
 
 def test_build_command_ends_with_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "oal_jax.data.build", "--raw", tmp_path, "--output", tmp_path]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.fashion_set.build",
+        "--raw",
+        tmp_path,
+        "--output",
+        tmp_path,
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert run.stdout == ""

@@ -12,11 +12,12 @@ import safetensors.numpy
 from scipy.special import logsumexp, softmax
 
 import oal_jax
-from oal_jax import artifacts, pipeline
 from oal_jax.data import sources
-from oal_jax.detector import check_images
+from oal_jax.detection.detector import check_images
 from oal_jax.errors import UserError
+from oal_jax.runtime import artifacts
 from oal_jax.stages import evaluate
+from oal_jax.stages import run as pipeline
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from oal_jax import artifacts, distributed, pipeline
 from oal_jax.config import Config
 from oal_jax.errors import UserError
 from oal_jax.methods.base import Method, unchanged
+from oal_jax.runtime import artifacts, distributed
+from oal_jax.stages import run as pipeline
 from oal_jax.training import loop, session
 from oal_jax.training.state import averaged, init_state, make_train_step, with_average
 

@@ -11,11 +11,13 @@ import pytest
 import safetensors.numpy
 
 import oal_jax
-from oal_jax import artifacts, export, main, scores
+from oal_jax import export, main, scores
 from oal_jax.data import sources
-from oal_jax.detector import predict
+from oal_jax.detection import exported
+from oal_jax.detection.detector import predict
 from oal_jax.evaluation.tables import read_csv
-from oal_jax.forward import as_forward
+from oal_jax.runtime import artifacts
+from oal_jax.scores.forward import as_forward
 
 _RELOAD = """
 import sys
@@ -75,7 +77,7 @@ def test_it_runs_alone_and_agrees(capsys, finished_run, images, tmp_path):
     assert (
         described["files"].keys()
         == files
-        == {*map(str, (export.PROGRAM, export.WEIGHTS)), "README.md"}
+        == {*map(str, (exported.PROGRAM, exported.WEIGHTS)), "README.md"}
     )
     for file, entry in described["files"].items():
         assert entry["sha256"] == artifacts.sha256(output / file)
@@ -99,7 +101,7 @@ def test_it_runs_alone_and_agrees(capsys, finished_run, images, tmp_path):
 
 
 def test_the_program_is_for_every_platform(finished_run):
-    program = export.exported(oal_jax.load(finished_run))
+    program = exported.exported(oal_jax.load(finished_run))
     assert program.platforms == ("cpu", "cuda", "tpu") and program.nr_devices == 1
     assert [str(aval) for aval in program.in_avals] == ["uint8[b,28,28,1]"]
     assert [str(aval) for aval in program.out_avals] == [
@@ -136,7 +138,7 @@ def test_every_score_can_be_exported(name):
     state = scores.fit(made, outputs, labels, head)
     forward = as_forward(_toy)
     detector = oal_jax.Detector(forward, made, state, np.zeros(1, np.float32), (6, 6, 1))
-    program = export.exported(detector, ["cpu"])
+    program = exported.exported(detector, ["cpu"])
     assert str(program.out_avals[2]) == "float32[b]"
     if name not in COMPARED:
         return
@@ -183,7 +185,7 @@ def test_an_export_replaces_an_export(capsys, finished_run, tmp_path, monkeypatc
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "_card", fail)
+    monkeypatch.setattr(exported, "_card", fail)
     assert run(capsys, *flags, "--keep-id=0.6")[0] == 130
     assert json.loads((output / "model.json").read_text())["keep_id"] == 0.7
     assert os.listdir(tmp_path) == ["out"]

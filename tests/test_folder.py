@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from oal_jax.data import folder
-from oal_jax.data.folder import Unreadable, decode, find, stream
+from oal_jax.data import image_files
+from oal_jax.data.image_files import Unreadable, decode, find, stream
 from oal_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -217,8 +217,8 @@ def test_the_order_is_kept_and_decoding_stays_a_little_ahead(tmp_path, monkeypat
             time.sleep(0.002)  # the next chunks overtake this one
         return np.full(image_shape, number % 256, np.uint8), False
 
-    monkeypatch.setattr(folder, "decode", stand_in)
-    monkeypatch.setattr(folder, "_SMALL", 0)
+    monkeypatch.setattr(image_files, "decode", stand_in)
+    monkeypatch.setattr(image_files, "_SMALL", 0)
     seen, ahead = [], 0
     for chunk in stream(tmp_path, names, (2, 2, 1), workers=3):
         seen += chunk.names

@@ -16,15 +16,15 @@ from safetensors.numpy import load_file, save_file
 from small_stable_diffusion import write_weights
 
 import oal_jax.pretrained
-from oal_jax import pipeline
 from oal_jax.config import Config
-from oal_jax.config_checks import validate
+from oal_jax.config.rules import validate
 from oal_jax.data import sources
 from oal_jax.errors import UserError
 from oal_jax.generator import conditioning, create, flax_models, samplers, training
 from oal_jax.generator import stable_diffusion as stable
 from oal_jax.generator.schedule import NoiseSchedule
 from oal_jax.pretrained import diffusers_directory, torch_layout
+from oal_jax.stages import run as pipeline
 
 SHIPPED = Path(oal_jax.pretrained.__file__).parent / "weights" / "fashion_sd"
 TINY = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from oal_jax.config import Config
-from oal_jax.config_checks import validate
+from oal_jax.config.rules import validate
 from oal_jax.errors import UserError
 from oal_jax.generator import guidance, samplers
 from oal_jax.generator.schedule import NoiseSchedule

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from oal_jax import host_memory
+from oal_jax.runtime import host_memory
 
 FAULTS = """
 import ctypes, resource, sys

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 import oal_jax.pretrained
-from oal_jax.config import Config
-from oal_jax.config_checks import validate
+from oal_jax.config import Config, hub_names
+from oal_jax.config.rules import validate
 from oal_jax.errors import UserError
 from oal_jax.generator import stable_diffusion as stable
 from oal_jax.pretrained import diffusers_directory, hub
@@ -190,8 +190,8 @@ def test_a_name_without_a_commit_is_refused(name):
 
 
 def test_names_and_paths():
-    assert hub.parse("~/models/sd") is None and hub.parse("") is None
-    assert str(hub.parse(MODEL)) == MODEL
+    assert hub_names.parse("~/models/sd") is None and hub_names.parse("") is None
+    assert str(hub_names.parse(MODEL)) == MODEL
     assert hub.locate("~/models") == Path.home() / "models"
 
 

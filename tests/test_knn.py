@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from oal_jax import artifacts, distributed
 from oal_jax.config import Config, Knn
-from oal_jax.keys import at_step
 from oal_jax.outliers import knn
 from oal_jax.outliers import pools as pools_module
+from oal_jax.runtime import artifacts, distributed
+from oal_jax.runtime.keys import at_step
 from oal_jax.stages import outliers
 from oal_jax.stages.context import Context
 

@@ -7,10 +7,10 @@ import pytest
 from safetensors.numpy import load_file
 from small_stable_diffusion import write_small
 
-from oal_jax import artifacts, distributed
 from oal_jax.config import Config
 from oal_jax.generator import create, samplers
-from oal_jax.keys import named
+from oal_jax.runtime import artifacts, distributed
+from oal_jax.runtime.keys import named
 from oal_jax.stages import generator, latent_inputs, latents
 from oal_jax.stages.context import Context
 

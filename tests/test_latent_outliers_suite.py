@@ -12,10 +12,11 @@ from scipy import stats
 from benchmarks import cases, latent_outliers, run
 from benchmarks.latent_outliers_tables import FULL, differences, summary, table_of
 from benchmarks.paired import paired_interval
-from oal_jax import artifacts, main
+from oal_jax import main
 from oal_jax.config import Config
-from oal_jax.config_checks import validate
+from oal_jax.config.rules import validate
 from oal_jax.errors import UserError
+from oal_jax.runtime import artifacts
 
 CONFIG = Path(__file__).parent.parent / "configs" / "fashion.py"
 

@@ -8,10 +8,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small_stable_diffusion import write_small
 
-from oal_jax import artifacts, distributed
 from oal_jax.config import Config
 from oal_jax.errors import UserError
 from oal_jax.generator import create, stable_diffusion
+from oal_jax.runtime import artifacts, distributed
 from oal_jax.stages import generator, latents
 from oal_jax.stages.context import Context
 

@@ -12,15 +12,18 @@ import pytest
 import tfds_sets
 from PIL import Image
 
-from oal_jax import artifacts, distributed, main, pipeline
+from oal_jax import main
 from oal_jax.config import Config, Data, flatten, unflatten
-from oal_jax.config_checks import validate
+from oal_jax.config.benchmarks import resolve
+from oal_jax.config.class_names import generated_names
+from oal_jax.config.rules import validate
+from oal_jax.config.smoke import shrink
 from oal_jax.data import corruptions, generated, sources, stream
-from oal_jax.data.benchmarks import resolve
 from oal_jax.data.leave_out import kept_labels, relabelled
 from oal_jax.errors import UserError
-from oal_jax.smoke import shrink
+from oal_jax.runtime import artifacts, distributed
 from oal_jax.stages import evaluate, features, generator, teacher
+from oal_jax.stages import run as pipeline
 from oal_jax.stages.context import Context
 
 NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "shirt", "sneaker", "boot")
@@ -223,7 +226,7 @@ def test_tfds_records(tmp_path):
 def test_generated_images(limit):
     options = {"id_set": "cifar10", "leave_out": ["dog", "ship"], "limit": limit}
     data = sources.load("generated", "cifar10", "train", **options)
-    names = [n for n in generated.names("cifar10") if n not in ("dog", "ship")]
+    names = [n for n in generated_names("cifar10") if n not in ("dog", "ship")]
     assert list(data.class_names) == names
     assert data.examples == (limit or 80)
     count = 10 * (-(-limit // 8)) or 100
@@ -239,7 +242,7 @@ def test_generated_images(limit):
 def test_smoke_runs_find_a_class_to_leave_out():
     config = Config(data=Data("folder", id_set="pets", leave_out=("cat",)), smoke=True)
     config = shrink(config)
-    names = generated.names("pets")
+    names = generated_names("pets")
     assert config.data.leave_out == names[:1]
     config = shrink(Config(data=Data("imglist", id_set="cifar10", leave_out=("ship",)), smoke=True))
     assert config.data.leave_out == ("ship",)

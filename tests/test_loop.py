@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oal_jax import distributed, main
+from oal_jax import main
 from oal_jax.errors import UserError
-from oal_jax.keys import at_step
+from oal_jax.runtime import distributed
+from oal_jax.runtime.keys import at_step
 from oal_jax.stages.train import _check_collapse
 from oal_jax.training import log, loop
 from oal_jax.training.checkpoints import Checkpoints

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, rel_entr, softmax
 
-from oal_jax import losses
+from oal_jax.methods import losses
 
 # Worked by hand: two pairs in two dimensions.
 MEAN = np.array([[1.0, 0.0], [0.0, 2.0]])

@@ -16,8 +16,8 @@ import safetensors.numpy
 
 from oal_jax import config, main
 from oal_jax.config import Config, flatten
-from oal_jax.config_checks import validate
-from oal_jax.config_ranges import CHOICES
+from oal_jax.config.ranges import CHOICES
+from oal_jax.config.rules import validate
 from oal_jax.errors import UserError
 from oal_jax.scores import SCORES
 from oal_jax.stages import generator, teacher
@@ -318,7 +318,7 @@ def test_choices_are_those_that_exist():
 
 
 def test_shipped_weights_are_where_the_pipeline_looks():
-    from oal_jax import pipeline
+    from oal_jax.stages import run as pipeline
 
     looked = {
         str(pipeline._package("pretrained", "weights", n))
@@ -419,7 +419,7 @@ def test_the_command_imports_little_before_its_flags_are_known():
 
 def test_skipping_everything_imports_no_model_library():
     heavy = ("diffusers", "transformers", "tensorflow", "torch", "matplotlib", "flax", "orbax")
-    code = "import oal_jax.pipeline, oal_jax.evaluation.tables, oal_jax.main, sys;"
+    code = "import oal_jax.stages.run, oal_jax.evaluation.tables, oal_jax.main, sys;"
     code += f"print([m for m in {heavy} if m in sys.modules])"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert child.stdout.strip() == "[]"

@@ -11,13 +11,13 @@ import optax
 import pytest
 import test_outlier_methods
 
-from oal_jax import distributed, losses
-from oal_jax.config_ranges import CHOICES
-from oal_jax.methods import ce, kd, masking, oal, pixel, unleashing_mask
+from oal_jax.config.ranges import CHOICES
+from oal_jax.methods import ce, kd, losses, masking, oal, pixel, unleashing_mask
 from oal_jax.methods.base import Method
 from oal_jax.models.mutual_information import GaussianPredictor
 from oal_jax.models.projector import Projector
 from oal_jax.outliers import knn
+from oal_jax.runtime import distributed
 from oal_jax.training.optimizer import grouped_sgd
 from oal_jax.training.state import TrainState, init_state, make_train_step
 

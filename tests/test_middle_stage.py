@@ -12,12 +12,13 @@ import pytest
 from PIL import Image
 
 from benchmarks import middle_stage, middle_stage_figures, run
-from oal_jax import main, pipeline
+from oal_jax import main
 from oal_jax.config import Config, flatten, unflatten
-from oal_jax.config_checks import validate
+from oal_jax.config.rules import validate
 from oal_jax.data.sources import ImageSet
 from oal_jax.errors import UserError
 from oal_jax.stages import estimate_loss, train
+from oal_jax.stages import run as pipeline
 from oal_jax.training.checkpoints import Checkpoints
 
 CONFIG = Path(__file__).parent.parent / "configs" / "fashion.py"

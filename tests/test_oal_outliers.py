@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from oal_jax.config import Config
-from oal_jax.config_checks import validate
+from oal_jax.config.rules import validate
 from oal_jax.errors import UserError
-from oal_jax.methods import build, oal
+from oal_jax.methods import oal, registry
 from oal_jax.methods.oal import Adaptation
 from oal_jax.models.conv import Conv, batch_norm
 from oal_jax.models.resnet import ResNet
@@ -203,4 +203,4 @@ def test_the_control_that_decodes_noise_samples_nothing():
     for images, reads in wanted.items():
         config.outliers.images = images
         validate(config)
-        assert build.reads_sampled(config) == reads
+        assert registry.reads_sampled(config) == reads

@@ -12,9 +12,19 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from oal_jax import distributed, losses
-from oal_jax.keys import named
-from oal_jax.methods import class_queue, doe, logitnorm, npos, outlier_exposure, poem, vos, woods
+from oal_jax.methods import (
+    class_queue,
+    doe,
+    logitnorm,
+    losses,
+    npos,
+    outlier_exposure,
+    poem,
+    vos,
+    woods,
+)
+from oal_jax.runtime import distributed
+from oal_jax.runtime.keys import named
 
 ROWS, CLASSES, WIDTH, IMAGE = 16, 3, 8, (12, 12, 1)
 # The programs are tiny: compiling them is the cost.

@@ -427,7 +427,9 @@ def test_sets_that_are_not_there_are_told():
 
 
 def test_benchmark_is_the_function_whatever_was_imported_before():
-    code = "import sys, oal_jax; assert 'jax' not in sys.modules; import oal_jax.own_model;"
+    code = (
+        "import sys, oal_jax; assert 'jax' not in sys.modules; import oal_jax.detection.benchmark;"
+    )
     code += "from oal_jax import benchmark, Sets; print(callable(benchmark), Sets._fields[0]);"
     code += "import pkgutil;"
     code += "print({m.name for m in pkgutil.iter_modules(oal_jax.__path__)} & set(oal_jax.__all__))"

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from oal_jax import artifacts, main, pipeline
+from oal_jax import main
 from oal_jax.config import Config, flatten, unflatten
+from oal_jax.config.smoke import shrink
 from oal_jax.errors import UserError
-from oal_jax.smoke import shrink
+from oal_jax.runtime import artifacts
+from oal_jax.stages import run as pipeline
 
 ALL = [stage.name for stage in pipeline.plan(Config())]
 
@@ -319,7 +321,7 @@ def test_stages_are_reused_from_another_run_of_the_same_inputs(ran, tmp_path):
 def test_a_class_with_too_few_images_is_told(tmp_path, capsys):
     import jax
 
-    from oal_jax import distributed
+    from oal_jax.runtime import distributed
     from oal_jax.stages import outliers
     from oal_jax.stages.context import Context
 

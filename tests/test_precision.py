@@ -16,13 +16,11 @@ from flax.traverse_util import flatten_dict
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import oal_jax
-from oal_jax import artifacts, distributed, pipeline
 from oal_jax.config import Config
-from oal_jax.config_checks import validate
-from oal_jax.config_ranges import CHOICES
+from oal_jax.config.ranges import CHOICES
+from oal_jax.config.rules import validate
+from oal_jax.detection.exported import exported
 from oal_jax.errors import UserError
-from oal_jax.export import exported
-from oal_jax.keys import at_step
 from oal_jax.methods import ce, outlier_exposure, unleashing_mask, woods
 from oal_jax.methods.base import Method, split_variables
 from oal_jax.models.conv import batch_norm
@@ -30,7 +28,10 @@ from oal_jax.models.densenet import DenseNet
 from oal_jax.models.resnet import ResNet
 from oal_jax.models.vit import POOLS, VisionTransformer, narrow_product
 from oal_jax.models.wide_resnet import WideResNet
+from oal_jax.runtime import artifacts, distributed
+from oal_jax.runtime.keys import at_step
 from oal_jax.stages import evaluate, teacher, train
+from oal_jax.stages import run as pipeline
 from oal_jax.stages.context import Context
 from oal_jax.training import state as training_state
 from oal_jax.training.state import TrainState, check_split, compiler_options, make_train_step, split

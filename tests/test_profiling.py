@@ -18,9 +18,11 @@ import pytest
 from PIL import Image
 
 import oal_jax
-from oal_jax import artifacts, main, pipeline, processes, profiling
+from oal_jax import main
 from oal_jax.config import Config
 from oal_jax.errors import UserError
+from oal_jax.runtime import artifacts, processes, profiling
+from oal_jax.stages import run as pipeline
 
 CONFIG = Path(__file__).parent.parent / "configs" / "fashion.py"
 COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -321,7 +323,7 @@ def test_the_command_profiles_what_runs_and_says_what_is_skipped(stages, tmp_pat
 
 def test_without_the_flag_nothing_is_imported_or_written(stages, tmp_path, monkeypatch):
     monkeypatch.delattr(oal_jax, "profiling")
-    monkeypatch.setitem(sys.modules, "oal_jax.profiling", None)  # an import would fail
+    monkeypatch.setitem(sys.modules, "oal_jax.runtime.profiling", None)  # an import would fail
     assert command(tmp_path / "run") == 0
     assert not (tmp_path / "run" / "profile").exists()
 

@@ -16,11 +16,12 @@ from oal_jax import main
 from oal_jax import scores as post_hoc
 from oal_jax.config import Config, flatten
 from oal_jax.errors import UserError
-from oal_jax.evaluation import bootstrap, compare, protocol, tables
+from oal_jax.evaluation import bootstrap, protocol, tables
 from oal_jax.evaluation.metrics import METRICS, auroc, ood_metrics
 from oal_jax.evaluation.protocol import Inputs, evaluate
 from oal_jax.evaluation.search import search, write_search
 from oal_jax.evaluation.tables import OpenOODRow, Row, read_csv, write_csv
+from oal_jax.report import compare
 from oal_jax.scores import Head, Outputs, Score
 
 FASHION = Path(__file__).parents[1] / "configs" / "fashion.py"

@@ -10,24 +10,22 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from oal_jax.artifacts import write_bytes
 from oal_jax.errors import UserError
 from oal_jax.evaluation import (
     Inputs,
-    ReportInputs,
     Row,
     bootstrap,
     evaluate,
-    figures,
     format_table,
     protocol,
-    report,
-    write_report,
     write_tables,
 )
 from oal_jax.evaluation.metrics import ood_metrics
 from oal_jax.evaluation.search import Trial
 from oal_jax.evaluation.tables import with_means
+from oal_jax.report import figures, run_page
+from oal_jax.report.run_page import ReportInputs, write_report
+from oal_jax.runtime.artifacts import write_bytes
 from oal_jax.scores import Head, Outputs
 
 CLASSES, WIDTH = 4, 8
@@ -112,7 +110,7 @@ def full(data, inputs):
     sets = {**data, "ood": {**data["ood"], "fog": csid}, "groups": {**GROUPS, "fog": "csid"}}
     result = evaluate(SCORES, **sets, params={"knn": {"k": 5}}, batch_size=64)
     pictures = {
-        name: report.extremes(
+        name: run_page.extremes(
             result.ood_scores["energy"][name], rng.integers(0, 256, (50, 28, 28, 3), dtype=np.uint8)
         )
         for name in ("bag", "digits")
@@ -297,14 +295,14 @@ def test_report_has_every_section_and_fetches_nothing(tmp_path, inputs):
 
 
 def test_report_escapes_strings(inputs):
-    page = report.render(inputs)
+    page = run_page.render(inputs)
     assert "<script" not in page and "<b>bold" not in page and "<i>" not in page
     assert "&lt;script&gt;alert(&#x27;x&#x27;)" in page
     assert "boot &amp; shoe" in page and "oal &amp; more" in page
 
 
 def test_report_of_everything(full):
-    page = report.render(full)
+    page = run_page.render(full)
     parser = _parse(page)
     titles = re.findall(r"<h2>(.*?)</h2>", page)
     assert titles == [
@@ -331,7 +329,7 @@ def test_report_of_everything(full):
 
 
 def test_table_of_shares_called_ood(full):
-    page = report.render(full)
+    page = run_page.render(full)
     section = page[page.index("id=thresholds") : page.index("id=covariate-shift")]
     for shares in full.rejected.values():
         cells = "".join(f"<td>{value:.2f}</td>" for value in shares.values())
@@ -342,11 +340,11 @@ def test_table_of_shares_called_ood(full):
 def test_extremes_are_the_ends_of_the_order():
     scores = np.array([0.5, 3.0, -1.0, 2.0, 0.0, 1.0])
     images = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1)
-    found = report.extremes(scores, images, count=2)
+    found = run_page.extremes(scores, images, count=2)
     assert found.most.ravel().tolist() == [1, 3] and found.most_scores.tolist() == [3.0, 2.0]
     assert found.least.ravel().tolist() == [2, 4] and found.least_scores.tolist() == [-1.0, 0.0]
-    assert len(report.extremes(scores, images).most) == 3  # none is shown as both
-    assert len(report.extremes(scores[:1], images[:1]).most) == 1
+    assert len(run_page.extremes(scores, images).most) == 3  # none is shown as both
+    assert len(run_page.extremes(scores[:1], images[:1]).most) == 1
 
 
 def test_names_with_dollars_are_no_formulas():
@@ -355,17 +353,17 @@ def test_names_with_dollars_are_no_formulas():
 
 
 def test_report_is_deterministic(inputs):
-    assert report.render(inputs) == report.render(inputs)
+    assert run_page.render(inputs) == run_page.render(inputs)
 
 
 def test_sections_without_data_are_left_out(inputs):
     bare = ReportInputs(*inputs[: ReportInputs._fields.index("validation_rows")])
-    page = report.render(bare)
+    page = run_page.render(bare)
     _parse(page)
     assert re.findall(r"<h2>(.*?)</h2>", page) == ["Results", "Configuration"]
     assert not re.search(r"\bNone\b", page)
     assert page.count("</svg>") == 2  # all scores at a glance, which needs the rows alone
-    _parse(report.render(bare._replace(rows=[])))
+    _parse(run_page.render(bare._replace(rows=[])))
 
 
 def test_large_inputs_stay_small(inputs):
@@ -382,7 +380,7 @@ def test_large_inputs_stay_small(inputs):
         id_samples=rng.integers(0, 256, (200, 9, 60, 60, 3), dtype=np.uint8),
         outlier_samples=rng.integers(0, 256, (9, 8, 48, 48, 3), dtype=np.uint8),
     )
-    page = report.render(big)
+    page = run_page.render(big)
     assert len(page) < 3e6
     assert "190 more classes" in page
 

@@ -10,12 +10,13 @@ from safetensors.numpy import load_file
 
 from oal_jax import main
 from oal_jax.config import GENERATED, Config
-from oal_jax.config_checks import validate
-from oal_jax.data import class_names, generated, sources
-from oal_jax.data.benchmarks import BENCHMARKS
+from oal_jax.config.benchmarks import BENCHMARKS
+from oal_jax.config.class_names import IMAGENET, generated_names
+from oal_jax.config.rules import validate
+from oal_jax.config.smoke import shrink
+from oal_jax.data import class_names, sources
 from oal_jax.errors import UserError
 from oal_jax.generator.conditioning import prompt_word
-from oal_jax.smoke import shrink
 from oal_jax.stages import outliers
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -97,7 +98,7 @@ def test_generated_sets_have_the_classes_of_those_that_they_stand_for():
     other = of_set("svhn", "test", 200)
     assert other.class_names == ("ood",) and (other.labels == 0).all()
     assert np.median(nearest(other)[1]) > 3 * np.median(distance)
-    names = {name: generated.names(name) for name in ("imagenet200", "imagenet", "my_set")}
+    names = {name: generated_names(name) for name in ("imagenet200", "imagenet", "my_set")}
     assert [len(known) for known in names.values()] == [200, 20, 10]
     for known in names.values():
         assert all(prompt_word(name) for name in known)
@@ -108,10 +109,10 @@ def test_imagenet_s_ids_become_words():
         *("tench", "toilet tissue", "pine_tree"),
     )
     # Labels that everybody knows.
-    words = tuple(class_names.IMAGENET.values())
+    words = tuple(IMAGENET.values())
     known = {1: "goldfish", 207: "golden retriever", 281: "tabby", 417: "balloon", 954: "banana"}
     assert {i: words[i] for i in known} == known
-    assert list(class_names.IMAGENET) == sorted(class_names.IMAGENET) and len(set(words)) == 1000
+    assert list(IMAGENET) == sorted(class_names.IMAGENET) and len(set(words)) == 1000
 
 
 def test_the_words_of_imagenet200_come_from_its_list(tmp_path):
@@ -125,7 +126,7 @@ def test_the_words_of_imagenet200_come_from_its_list(tmp_path):
         "imglist", "imagenet200", "validation", root=str(tmp_path), image_size=8
     )
     assert load().class_names[1] == "class 1"
-    ids = list(class_names.IMAGENET)[::-5]  # 200, not in their usual order
+    ids = list(IMAGENET)[::-5]  # 200, not in their usual order
     rows = [f"imagenet_1k/train/{id_}/{id_}_7.JPEG {label}" for label, id_ in enumerate(ids)]
     (lists / "train_imagenet200.txt").write_text("\n".join(rows))
     assert load().class_names == class_names.words(ids)
@@ -152,7 +153,7 @@ def test_a_smoke_run_passes_every_stage_and_needs_no_files(tmp_path, monkeypatch
     assert start(name, tmp_path / "run", *flags) == 0
     assert "nearood" in capsys.readouterr().out
     tensors = load_file(tmp_path / "run/teacher/teacher.safetensors")
-    classes = len(generated.names(ID_SETS[name]))
+    classes = len(generated_names(ID_SETS[name]))
     assert tensors["head.kernel"].shape == (64, classes)
     assert list((tmp_path / "run" / "outliers").glob("lazy_outliers.safetensors"))
     latents = load_file(tmp_path / "run/latents/latents.safetensors")

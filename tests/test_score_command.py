@@ -177,8 +177,9 @@ def test_a_broken_off_file_is_never_taken_for_a_whole_one(
 
 _MEASURE = """
 import resource, sys
-from oal_jax import detector, score
-from oal_jax.detector import Result
+from oal_jax import score
+from oal_jax.detection import detector
+from oal_jax.detection.detector import Result
 import numpy as np
 
 def stand_in(self, images):

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 from tfds_sets import a_class, an_image, png, write
 
-from oal_jax import distributed
 from oal_jax.data import manifest, sources, stream
 from oal_jax.errors import UserError
+from oal_jax.runtime import distributed
 from oal_jax.training import loop
 
 KEY = jax.random.key(3)

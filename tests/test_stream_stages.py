@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from oal_jax import artifacts, distributed, pipeline
 from oal_jax.config import Config
-from oal_jax.config_checks import validate
+from oal_jax.config.rules import validate
 from oal_jax.data.sources import ImageSet
 from oal_jax.data.stream import Streamed
 from oal_jax.errors import UserError
+from oal_jax.runtime import artifacts, distributed
 from oal_jax.stages import batches
+from oal_jax.stages import run as pipeline
 from oal_jax.stages.context import Context
 
 SIDE = 16

@@ -10,18 +10,19 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from oal_jax import distributed, main
-from oal_jax.config import Config, Data, Generator, Teacher, expand
-from oal_jax.config_checks import validate
+from oal_jax import main
+from oal_jax.config import Config, Data, Generator, Teacher
+from oal_jax.config.rules import validate
 from oal_jax.errors import UserError
 from oal_jax.methods.alignment import aligned_cross_entropy
 from oal_jax.models.resized import Resized
 from oal_jax.models.resnet import ResNet
 from oal_jax.models.vit import VisionTransformer
-from oal_jax.pipeline import plan
 from oal_jax.pretrained.classifiers import load_classifier, save_timm
+from oal_jax.runtime import distributed
 from oal_jax.stages import generator, teacher
 from oal_jax.stages.context import Context
+from oal_jax.stages.run import plan, sized
 from oal_jax.training.optimizer import adam_by_part
 
 CONFIG = Path(__file__).parent.parent / "configs" / "cifar10_32px.py"
@@ -100,14 +101,14 @@ def test_gray_images_become_those_of_three_channels():
 
 def test_the_config_gets_the_sizes_of_the_file(tmp_path):
     path = vit_file(tmp_path / "weights.safetensors", width=32, depth=2, mlp_ratio=3.0)
-    found = expand(Config(teacher=Teacher(weights=str(path)))).teacher
+    found = sized(Config(teacher=Teacher(weights=str(path)))).teacher
     assert (found.patch, found.width, found.depth, found.heads) == (8, 32, 2, 2)
     assert found.mlp_ratio == 3.0
     path = resnet_file(tmp_path / "resnet.safetensors")
-    assert expand(Config(teacher=Teacher(weights=str(path)))).teacher.width == 16
+    assert sized(Config(teacher=Teacher(weights=str(path)))).teacher.width == 16
     config = Config(teacher=Teacher(weights="nowhere.safetensors"))
     config.method.name = "ce"  # without a teacher
-    assert expand(config) == config
+    assert sized(config) == config
 
 
 def test_a_head_of_other_classes_is_replaced_only_where_it_is_trained(tmp_path):

@@ -9,15 +9,15 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import oal_jax
-from oal_jax import artifacts
 from oal_jax.config import Config, Knn, Latents
 from oal_jax.generator import conditioning, create, samplers, stable_diffusion
-from oal_jax.keys import named
-from oal_jax.methods import build
+from oal_jax.methods import registry
 from oal_jax.models.normalise import moments
 from oal_jax.models.resnet import ResNet
 from oal_jax.models.vit import VisionTransformer
 from oal_jax.outliers import knn
+from oal_jax.runtime import artifacts
+from oal_jax.runtime.keys import named
 from oal_jax.stages import train
 from oal_jax.training.state import init_state, make_train_step
 
@@ -115,7 +115,7 @@ def draw(config: Config) -> dict[str, np.ndarray]:
         "teacher_logits": 3 * normal(BATCH, CLASSES),
         "teacher_features": normal(BATCH, width),
     }
-    feature, latent = build.SOURCES[config.outliers.source]
+    feature, latent = registry.SOURCES[config.outliers.source]
     if config.method.micl == "reference":
         return batch | {"outlier": normal(BATCH, width), "outlier_latent": normal(BATCH, 8)}
     if feature:
@@ -143,7 +143,7 @@ def ours(micl: str, source: str, image_share: float):
     config = experiment(micl, source, image_share)
     net = train.student(config, CLASSES)
     shapes = {"latents": (1, *LATENT), "outlier_latent": (1, 8)}
-    method = build.make(build.Parts(config, net, SHAPE, shapes, STEPS, 10, None, None), None)
+    method = registry.make(registry.Parts(config, net, SHAPE, shapes, STEPS, 10, None, None), None)
     key = jax.random.key(0)
     optimizer = train.make_optimizer(config, list(jax.eval_shape(method.init, key)[0]), STEPS)
     state = init_state(method, optimizer, key)
@@ -157,7 +157,7 @@ def twin_of(torch, config, state, club: str):
     from benchmarks.torch_twin.losses import Oal
 
     latent = (8,) if config.method.micl == "reference" else (LATENT[2], *LATENT[:2])
-    if config.method.micl == "energy" and not build.SOURCES[config.outliers.source][1]:
+    if config.method.micl == "energy" and not registry.SOURCES[config.outliers.source][1]:
         latent = None
     twin = Oal(config, SHAPE[2], CLASSES, MOMENTS, latent, club)
     load(twin, state)

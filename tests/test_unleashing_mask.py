@@ -13,13 +13,14 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from oal_jax import artifacts, config_checks, config_ranges, distributed, pipeline
-from oal_jax.config import Config, Data, Method, Student, Train, stages_before
+from oal_jax.config import Config, Data, Method, Student, Train, ranges, rules, stages_before
 from oal_jax.errors import UserError
-from oal_jax.keys import at_step, named
-from oal_jax.methods import build, ce, masking, unleashing_mask
+from oal_jax.methods import ce, masking, registry, unleashing_mask
 from oal_jax.models.densenet import DenseNet
+from oal_jax.runtime import artifacts, distributed
+from oal_jax.runtime.keys import at_step, named
 from oal_jax.stages import batches, estimate_loss, train
+from oal_jax.stages import run as pipeline
 from oal_jax.stages.context import Context
 from oal_jax.training.state import TrainState, init_state, make_train_step
 
@@ -359,10 +360,10 @@ def test_the_constraint_comes_from_the_config_or_from_the_estimate(tmp_path):
 
         def made(parts, constraint):
             logged.append(constraint)
-            return build.METHODS["ce"].build(parts)
+            return registry.METHODS["ce"].build(parts)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(build, "make", made)
+            patch.setattr(registry, "make", made)
             train.make_method(context, train.student(context.config, 3), (8, 8, 1), arrays, 16)
         return logged[0]
 
@@ -389,13 +390,13 @@ def test_the_estimate_is_made_where_the_loss_wants_it(method, expected):
 
 
 def test_every_method_has_a_recipe_whose_arrays_can_be_read():
-    assert set(build.METHODS) == set(config_ranges.CHOICES["method.name"])
-    assert set(build.SOURCES) == set(config_ranges.CHOICES["outliers.source"])
+    assert set(registry.METHODS) == set(ranges.CHOICES["method.name"])
+    assert set(registry.SOURCES) == set(ranges.CHOICES["outliers.source"])
     names = {stage.name for stage in pipeline.STAGES}
-    for name, recipe in build.METHODS.items():
+    for name, recipe in registry.METHODS.items():
         assert set(stages_before(Config(method=Method(name=name)))) <= names
-        for micl in config_ranges.CHOICES["method.micl"]:
-            for source in build.SOURCES:
+        for micl in ranges.CHOICES["method.micl"]:
+            for source in registry.SOURCES:
                 settings = Config(method=Method(name=name, micl=micl))
                 settings.outliers.source = source
                 assert set(recipe.arrays(settings).values()) <= set(batches.READERS)
@@ -405,9 +406,9 @@ def test_every_method_has_a_recipe_whose_arrays_can_be_read():
 def test_the_shipped_configs_are_the_papers(path):
     settings = runpy.run_path(str(path))["get_config"]()
     with pytest.raises(UserError, match=r"data\.root|train\.start"):
-        config_checks.validate(settings)
+        rules.validate(settings)
     settings.train.start, settings.data.root = "run", "data"
-    config_checks.validate(settings)
+    rules.validate(settings)
     assert settings.method.name == path.stem.rpartition("_")[2]
     if not path.stem.startswith("cifar"):
         return
@@ -448,10 +449,10 @@ def test_the_shipped_configs_are_the_papers(path):
 def test_configs_that_cannot_be(method, start, message):
     settings = Config(method=method, train=Train(start=start))
     if message is None:
-        config_checks.validate(settings)
+        rules.validate(settings)
         return
     with pytest.raises(UserError, match=message) as caught:
-        config_checks.validate(settings)
+        rules.validate(settings)
     assert "\n" not in str(caught.value)
 
 
@@ -467,7 +468,7 @@ def test_configs_that_cannot_be(method, start, message):
 )
 def test_students_that_cannot_be(student, message):
     with pytest.raises(UserError, match=message):
-        config_checks.validate(Config(student=student))
+        rules.validate(Config(student=student))
 
 
 def refusal(context, net, data):

@@ -26,11 +26,11 @@ from benchmarks.torch_twin import diffusion, forms, outliers, training
 from benchmarks.torch_twin.forms import Form
 from benchmarks.torch_twin.losses import Oal
 from benchmarks.torch_twin.models import Teacher, load_ours
-from oal_jax import artifacts, host_memory
-from oal_jax.config import PROCEDURAL, Config, sees_images, unflatten
-from oal_jax.data import benchmarks, procedural, sources
+from oal_jax.config import PROCEDURAL, Config, benchmarks, sees_images, unflatten
+from oal_jax.data import procedural, sources
 from oal_jax.data.sources import ImageSet
 from oal_jax.evaluation.metrics import ood_metrics
+from oal_jax.runtime import artifacts, host_memory
 
 _WEIGHTS = Path(oal_jax.__file__).parent / "pretrained" / "weights"
 # Where outliers come from, by outliers.source: features, latents.

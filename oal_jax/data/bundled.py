@@ -1,6 +1,6 @@
 """The image sets that come with the package, checked against their manifest before they are read.
 
-They are made by `oal_jax.data.build`; `embedded/LICENSES.md` says whose they are.
+They are made by `tools.fashion_set.build`; `embedded/LICENSES.md` says whose they are.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 from oal_jax.errors import UserError
 
 # What to do about a damaged set; ends the messages.
-REMEDY = "reinstall the package or rebuild with python -m oal_jax.data.build"
+REMEDY = "reinstall the package or rebuild with python -m tools.fashion_set.build"
 
 
 def embedded_root() -> Path:
@@ -23,7 +23,7 @@ def read_manifest(root: Path) -> dict:
     """The manifest of the sets below `root`: `sets` by name, each with splits, source, files.
 
     Raises:
-      UserError: `manifest.json` is missing or not what `oal_jax.data.build` writes.
+      UserError: `manifest.json` is missing or not what `tools.fashion_set.build` writes.
     """
     path = root / "manifest.json"
     try:

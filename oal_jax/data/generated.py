@@ -10,22 +10,11 @@ import zlib
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from oal_jax.data import class_names
-from oal_jax.data.benchmarks import CLASS_NAMES
+from oal_jax.config.class_names import generated_names
 
 SIZE = 32  # pixels a side, where nothing else is asked for
-_MOST_CLASSES = 200
-_FEW = tuple(class_names.IMAGENET.values())
 _CELLS = 4  # of a pattern, a side
 _PER_CLASS = 10  # images of a split, where no number is asked for
-
-
-def names(id_set: str) -> tuple[str, ...]:
-    """The classes of the generated set that stands for `id_set`."""
-    known = CLASS_NAMES.get(id_set, _FEW[:10])
-    if len(known) > _MOST_CLASSES:
-        return _FEW[:20]
-    return _FEW[: len(known)] if known[0].startswith("class ") else known
 
 
 def draw(
@@ -38,7 +27,7 @@ def draw(
       limit: number of images; 0: ten a class.
       size: side of the images; 0: `SIZE`.
     """
-    known, size = names(id_set), size or SIZE
+    known, size = generated_names(id_set), size or SIZE
     count = limit or _PER_CLASS * len(known)
     rng = np.random.default_rng(zlib.crc32(f"{name}/{split}".encode()))
     labels = np.arange(count) % len(known)

@@ -16,8 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from oal_jax import artifacts
 from oal_jax.errors import UserError
+from oal_jax.runtime import artifacts
 
 NAME = "SHA256SUMS"
 _DIGITS = frozenset("0123456789abcdef")
@@ -189,6 +189,6 @@ def run(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from oal_jax.main import guard
+    from oal_jax.runtime.command import guard
 
     sys.exit(guard(run, sys.argv))

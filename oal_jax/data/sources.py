@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
-from oal_jax.data import array_records, bundled, corruptions, generated, imglist
+from oal_jax.config.class_names import generated_names
+from oal_jax.data import bundled, corruptions, generated, openood, tfds
 from oal_jax.data import leave_out as classes
 from oal_jax.data.stored import Stored, read_all
 from oal_jax.errors import UserError
@@ -101,7 +102,7 @@ def _generated(
 
     if not leave_out:
         return draw(limit)
-    whole = generated.names(id_set or name)
+    whole = generated_names(id_set or name)
     table, names = classes.relabelled(whole, leave_out, left_out)
     # The classes come in turn: of so many images at least `limit` are wanted.
     data = draw(-(-limit // int(np.sum(table >= 0))) * len(whole))
@@ -124,8 +125,8 @@ def open_stored(
 
     Args:
       source: "bundled" (the sets that come with the package, see `oal_jax.data.bundled`), "tfds"
-        (prepared once with `tfds build`, see `oal_jax.data.array_records`), "imglist" (OpenOOD's
-        lists) or "folder" (a folder a class), for both of which `oal_jax.data.imglist` says what
+        (prepared once with `tfds build`, see `oal_jax.data.tfds`), "imglist" (OpenOOD's
+        lists) or "folder" (a folder a class), for both of which `oal_jax.data.openood` says what
         `root` must hold.
       name: the set; for "tfds" also NAME/CONFIG, NAME:VERSION, NAME@SPLIT.
       split: such as "train", "validation" or "test".
@@ -173,9 +174,9 @@ def _open_whole(
     id_set = id_set or name
     if source == "bundled":
         directory = bundled.verified_directory(name, root)
-        return array_records.open_bundled(directory, name, split, limit, bundled.REMEDY)
+        return tfds.open_bundled(directory, name, split, limit, bundled.REMEDY)
     if source == "tfds":
-        return array_records.open_split(
+        return tfds.open_split(
             name,
             split,
             root=root,
@@ -188,10 +189,10 @@ def _open_whole(
         )
     if source not in SOURCES:
         raise UserError(f"unknown image source {source!r}: choose one of {', '.join(SOURCES)}")
-    wanted = imglist.Wanted(
+    wanted = openood.Wanted(
         *(root or "", id_set, name, split, labelled, limit, image_size, on_corrupt)
     )
-    return imglist.open_list(wanted) if source == "imglist" else imglist.open_folder(wanted)
+    return openood.open_list(wanted) if source == "imglist" else openood.open_folder(wanted)
 
 
 def validated(

@@ -13,14 +13,14 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 from PIL import Image
 
-from oal_jax.data import folder
+from oal_jax.data import image_files
 from oal_jax.errors import UserError
 
 MAX_BYTES = 16 * 2**30
 ON_CORRUPT = ("error", "skip")
 _LOGGER = logging.getLogger("absl")
 _TASK = 64  # images a task of a thread
-# Threads that decode small images hinder each other (see `oal_jax.data.folder`): they take turns.
+# Threads that decode small images hinder each other (see `image_files`): they take turns.
 _SMALL = 16 << 10  # bytes an image
 _IN_TURN = threading.Lock()
 
@@ -108,17 +108,17 @@ def check_on_corrupt(value: str) -> None:
 def decode(data: bytes, fit: Fit) -> UInt8[np.ndarray, "h w c"] | Damaged:
     """The pixels of an encoded image, or what is wrong with it."""
     try:
-        with Image.open(io.BytesIO(data), formats=folder.formats()[0]) as opened:
+        with Image.open(io.BytesIO(data), formats=image_files.formats()[0]) as opened:
             image: Image.Image = opened
             if image.mode[0] in "IF":  # `convert` would cut off what is above 255
-                image = folder.convert(image, fit.mode)
+                image = image_files.convert(image, fit.mode)
             elif image.mode != fit.mode:
                 image = image.convert(fit.mode)
             pixels = np.asarray(
                 image if fit.resize is None else resize_and_crop(image, *fit.resize)
             )
     except Exception as error:  # a damaged file makes PIL's decoders raise almost anything
-        return Damaged(folder.reason(error))
+        return Damaged(image_files.reason(error))
     if fit.size not in (None, pixels.shape[:2]):
         return Damaged(f"its shape is {pixels.shape[:2]}, the set's {fit.size}")
     return pixels if pixels.ndim == 3 else pixels[..., None]
@@ -184,10 +184,10 @@ def read_all(stored: Stored) -> Arrays:
     Raises:
       UserError: as `read`; images of several sizes, none at all, or too many.
     """
-    folder.formats()  # PIL's plugins, before there are threads
+    image_files.formats()  # PIL's plugins, before there are threads
     count, images, labels = stored.examples, None, []
     tasks = [range(i, min(i + _TASK, count)) for i in range(0, count, _TASK)]
-    with folder.quiet(), ThreadPoolExecutor() as threads:
+    with image_files.quiet(), ThreadPoolExecutor() as threads:
         for task, rows in zip(tasks, threads.map(partial(read, stored), tasks), strict=True):
             for index, (pixels, label) in zip(task, rows, strict=True):
                 if isinstance(pixels, Damaged):

@@ -31,7 +31,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int, Int32, UInt8
 
-from oal_jax.data import folder, stored
+from oal_jax.data import image_files, stored
 from oal_jax.data.sources import Chunk
 from oal_jax.data.stored import Damaged, Stored
 
@@ -268,7 +268,7 @@ def _running(read: Callable[[int], Any], numbers: range, workers: int) -> Iterat
     """`map(read, numbers)`, computed ahead in threads or processes, which end with the context."""
     import grain
 
-    folder.formats()  # PIL's plugins, before there are threads
+    image_files.formats()  # PIL's plugins, before there are threads
     threads = 1 if workers else min(max(os.cpu_count() or 2, 2), 8)
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     data = grain.MapDataset.range(numbers.start, numbers.stop).map(read).to_iter_dataset(ahead)
@@ -283,7 +283,7 @@ def _running(read: Callable[[int], Any], numbers: range, workers: int) -> Iterat
             num_workers=workers, per_worker_buffer_size=_WORKER_BUFFER
         )
         data = data.mp_prefetch(spread, worker_init_fn=_start_worker)
-    with folder.quiet():
+    with image_files.quiet():
         batches = iter(data)
         try:
             yield _from_workers(batches) if workers else batches
@@ -313,7 +313,7 @@ def _start_worker(index: int, count: int) -> None:
 
     # Grain imports JAX; should anything use it here, it is not the accelerator of the training.
     jax.config.update("jax_platforms", "cpu")
-    folder.silence()
+    image_files.silence()
     parent = multiprocessing.parent_process()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

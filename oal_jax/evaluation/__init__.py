@@ -1,4 +1,4 @@
-"""Metrics, the near/far protocol, search, intervals, tables, comparisons, report with pictures.
+"""Metrics, the near/far protocol, search, intervals, tables, comparisons.
 
 Names are imported on first use, so that `oal_jax.evaluation.metrics` needs NumPy alone.
 """
@@ -9,7 +9,6 @@ from typing import Any
 _HOME = {
     "Evaluation": "protocol",
     "Inputs": "protocol",
-    "ReportInputs": "report",
     "Row": "tables",
     "evaluate": "protocol",
     "format_table": "tables",
@@ -17,7 +16,6 @@ _HOME = {
     "ood_metrics": "metrics",
     "threshold": "protocol",
     "write_csv": "tables",
-    "write_report": "report",
     "write_tables": "protocol",
 }
 __all__ = list(_HOME)

@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from oal_jax import scores as post_hoc
-from oal_jax.artifacts import write_json, write_tensors
 from oal_jax.errors import UserError
 from oal_jax.evaluation import tables
 from oal_jax.evaluation.metrics import METRICS, id_accuracy, ood_metrics
 from oal_jax.evaluation.tables import MEANS, Row, Shifted, with_means
+from oal_jax.runtime.artifacts import write_json, write_tensors
 
 CSID = "csid"  # the group of covariate-shifted ID sets
 GROUPS = (*MEANS, CSID)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from oal_jax.artifacts import write_bytes
 from oal_jax.errors import UserError
+from oal_jax.runtime.artifacts import write_bytes
 
 MEANS = {"near": "nearood", "far": "farood", "validation": "valood"}  # group -> its mean row
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from oal_jax.generator import conditioning, flax_models
 from oal_jax.generator import stable_diffusion as stable
 from oal_jax.generator.stable_diffusion import StableDiffusion
-from oal_jax.keys import named
+from oal_jax.runtime.keys import named
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]

@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from oal_jax import losses
+from oal_jax.methods import losses
 from oal_jax.methods.base import Method, accuracy, split_variables
 from oal_jax.methods.student import forward, id_loss
 from oal_jax.outliers.knn import unit

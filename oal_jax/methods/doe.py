@@ -23,10 +23,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from oal_jax import losses
-from oal_jax.keys import named
+from oal_jax.methods import losses
 from oal_jax.methods.base import Method
 from oal_jax.methods.student import Transform, forward, id_loss, init_student
+from oal_jax.runtime.keys import named
 
 
 def worst_perturbation(

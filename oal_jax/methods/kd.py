@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from oal_jax import losses
-from oal_jax.keys import named
+from oal_jax.methods import losses
 from oal_jax.methods.base import (
     Batch,
     Groups,
@@ -23,6 +22,7 @@ from oal_jax.methods.base import (
 from oal_jax.methods.student import Outputs, Transform, forward, id_loss
 from oal_jax.models.projector import Projector
 from oal_jax.outliers.knn import unit
+from oal_jax.runtime.keys import named
 
 
 def distillation(

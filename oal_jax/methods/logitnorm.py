@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from oal_jax import losses
+from oal_jax.methods import losses
 from oal_jax.methods.base import Method
 from oal_jax.methods.student import Transform, forward, id_loss, init_student
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from oal_jax.keys import named
 from oal_jax.methods.base import Groups, Method
+from oal_jax.runtime.keys import named
 
 Scores = dict[str, Any]  # the tree of the parameters, masked tensors alone
 

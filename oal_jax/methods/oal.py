@@ -20,14 +20,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from oal_jax import losses
-from oal_jax.keys import named
-from oal_jax.methods import kd
+from oal_jax.methods import kd, losses
 from oal_jax.methods.base import Groups, Method, apply_group, split_variables
 from oal_jax.methods.student import Transform, forward, separate
 from oal_jax.models.mutual_information import GaussianPredictor
 from oal_jax.models.projector import LatentAdapter, LatentMap, Projector
 from oal_jax.outliers.knn import unit
+from oal_jax.runtime.keys import named
 
 
 class Adaptation(NamedTuple):

@@ -9,8 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from oal_jax import losses
-from oal_jax.methods import kd
+from oal_jax.methods import kd, losses
 from oal_jax.methods.base import Method
 from oal_jax.methods.student import Transform, forward
 

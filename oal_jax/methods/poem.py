@@ -24,7 +24,6 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Key
 
-from oal_jax.keys import named
 from oal_jax.methods import class_queue
 from oal_jax.methods.base import Method
 from oal_jax.methods.outlier_exposure import hinge_terms
@@ -37,6 +36,7 @@ from oal_jax.methods.student import (
     output_sizes,
     separate,
 )
+from oal_jax.runtime.keys import named
 
 
 def posterior_sampling(

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from oal_jax import losses
-from oal_jax.keys import named
+from oal_jax.methods import losses
 from oal_jax.methods.base import (
     Groups,
     Metrics,
@@ -19,6 +18,7 @@ from oal_jax.methods.base import (
     split_variables,
     whole_mean,
 )
+from oal_jax.runtime.keys import named
 
 Transform = Callable[[Float[Array, ""]], Float[Array, ""]]
 Outputs = tuple[Float[Array, "b k"], Float[Array, "b d"]]

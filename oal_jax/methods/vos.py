@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from oal_jax import losses
-from oal_jax.keys import named
-from oal_jax.methods import class_queue
+from oal_jax.methods import class_queue, losses
 from oal_jax.methods.base import Method
 from oal_jax.methods.student import Transform, forward, id_loss, init_student, output_sizes
+from oal_jax.runtime.keys import named
 
 
 def virtual_outliers(

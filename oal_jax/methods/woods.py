@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from oal_jax import losses
+from oal_jax.methods import losses
 from oal_jax.methods.base import Groups, Method, after_the_last, whole_mean
 from oal_jax.methods.student import Transform, forward, id_loss, init_student
 

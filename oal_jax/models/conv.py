@@ -93,7 +93,16 @@ def rematerialised(block: type[nn.Module]) -> type[nn.Module]:
     return nn.remat(block, static_argnums=(2,))  # `train`; the module itself counts as the first
 
 
+def with_maps(net: nn.Module, variables: Any, images: Float[Array, "n h w c"]) -> tuple:
+    """(logits, features, feature maps from the input's side to the last) in evaluation mode."""
+    (logits, features), sown = net.apply(variables, images, train=False, mutable=["maps"])
+    maps = sown.get("maps", {})
+    # stage2 before stage10.
+    ordered = [maps[name][0] for name in sorted(maps, key=lambda name: (len(name), name))]
+    return logits, features, ordered
+
+
 def sow_map(module: nn.Module, stage: int, x: Float[Array, "b h w c"]) -> None:
-    """Offer a feature map to who asks with `mutable=["maps"]`; it costs nothing otherwise."""
+    """Sow a feature map into the collection `maps`: free unless the caller makes it mutable."""
     if not module.is_initializing():  # else it would become one of the module's variables
         module.sow("maps", f"stage{stage}", x)

@@ -20,15 +20,14 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import Partial
 
-from oal_jax import artifacts
 from oal_jax.errors import UserError
-from oal_jax.forward import make_forward
+from oal_jax.models.conv import with_maps
 from oal_jax.models.normalise import Moments, moments
 from oal_jax.models.resnet import ResNet
 from oal_jax.models.vit import VisionTransformer
 from oal_jax.pretrained import resnet, vit
 from oal_jax.pretrained.tensor_files import TensorFile, fit, read
-from oal_jax.scores import FIELDS, Head
+from oal_jax.runtime import artifacts
 
 _METADATA = "oal_jax"  # key of what a file of ours says of itself
 # OpenOOD's constants for CIFAR-10 and CIFAR-100, by the number of classes.
@@ -55,8 +54,9 @@ class Classifier(NamedTuple):
 
     net: nn.Module
     variables: dict[str, Any]
-    head: Head
-    forward: Partial  # float images (n, h, w, c) in [0, 1] to `scores.Outputs`
+    head: tuple[np.ndarray, np.ndarray]  # (kernel (d, c), bias (c,)) of the last linear layer
+    # Float images (n, h, w, c) in [0, 1] to (logits, features, feature maps).
+    forward: Partial
     config: Config
 
 
@@ -118,8 +118,8 @@ def load_classifier(
     return Classifier(
         net,
         variables,
-        Head(np.asarray(last["kernel"]), np.asarray(last["bias"])),
-        Partial(_checked(shape, family is vit), make_forward(net, variables, FIELDS)),
+        (np.asarray(last["kernel"]), np.asarray(last["bias"])),
+        Partial(_checked(shape, family is vit, net), variables),
         Config(name, classes, shape, *given),
     )
 
@@ -299,17 +299,17 @@ def _resized(file, flat, inferred, size: int) -> dict[tuple, np.ndarray]:
 
 # Cached, so that equal checks are one function to jit.
 @cache
-def _checked(shape: tuple[int, int, int], fixed_size: bool):
-    return partial(_check_and_run, shape, fixed_size)
+def _checked(shape: tuple[int, int, int], fixed_size: bool, net: nn.Module):
+    return partial(_check_and_run, shape, fixed_size, net)
 
 
-def _check_and_run(shape, fixed_size, forward, images):
+def _check_and_run(shape, fixed_size, net, variables, images):
     wanted = ", ".join(map(str, ("n", *(shape if fixed_size else ("h", "w", shape[2])))))
     given = images.shape[1:] if fixed_size else images.shape[3:]
     if images.ndim != 4 or given != (shape if fixed_size else shape[2:]):
         hint = "; image_size resizes the position embeddings" if fixed_size else ""
         raise UserError(f"images have shape {images.shape}, the network takes ({wanted}){hint}")
-    return forward(images)
+    return with_maps(net, variables, images)
 
 
 def export_timm(

@@ -6,30 +6,23 @@ that holds more than tensors and plain values is refused. Needs torch. Exit code
 `oal_jax.main`.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from oal_jax.errors import UserError
-from oal_jax.main import guard
+from oal_jax.runtime.command import BareParser, guard
 
 # Modules that wrap the network, one name of which is before every tensor's.
 _WRAPPERS = ("module", "_orig_mod", "model", "net")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Instead of printing the usage and leaving."""
-        raise UserError(f"{message}; see --help")
-
-
 def run(argv: Sequence[str]) -> None:
     """Parse the arguments, convert, print a line about it."""
-    parser = _Parser("oal_jax.pretrained.convert", description=__doc__, allow_abbrev=False)
+    parser = BareParser("oal_jax.pretrained.convert", __doc__)
     parser.add_argument("--input", type=Path, required=True, help="file of torch.save")
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
     parser.add_argument("--key", help="entry with the tensors, where the file has several")
@@ -53,7 +46,7 @@ def convert(source: Path, target: Path, key: str | None = None) -> dict[str, np.
       UserError: torch is missing, no such file, a file that can't be read with
         `weights_only=True`, no tensors in it or several lots of them.
     """
-    from oal_jax import artifacts
+    from oal_jax.runtime import artifacts
 
     if target.suffix != ".safetensors":
         raise UserError(f"--output {target} must end in .safetensors")

@@ -1,50 +1,17 @@
-"""Models on the Hugging Face hub, written `hub:ORG/NAME@COMMIT`.
+"""Models on the Hugging Face hub: the directory of one, fetched where the cache lacks it.
 
-The commit is part of the name, so that a config means the same weights tomorrow. The local cache is
-looked at first, and nothing is asked of the network when all is there (`HF_HOME`, `HF_HUB_CACHE`,
-`HF_HUB_OFFLINE`, `HF_ENDPOINT` and `HF_TOKEN` mean what they mean to huggingface_hub). Importing
-this file imports nothing: names are checked before JAX starts.
+The local cache is looked at first, and nothing is asked of the network when all is there
+(`HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, `HF_ENDPOINT` and `HF_TOKEN` mean what they mean to huggingface_hub).
 """
 
 import errno
 import re
 from pathlib import Path
-from typing import NamedTuple
 
+from oal_jax.config.hub_names import HubModel, parse
 from oal_jax.errors import UserError
 
-PREFIX = "hub:"
 _SECONDS = 30  # that the hub has to answer what files a model has
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-class HubModel(NamedTuple):
-    """A repository of models at a commit."""
-
-    repository: str
-    commit: str
-
-    def __str__(self) -> str:
-        return f"{PREFIX}{self.repository}@{self.commit}"
-
-
-def parse(text: str) -> HubModel | None:
-    """The model that `hub:ORG/NAME@COMMIT` names; None for a path.
-
-    Raises:
-        UserError: it begins with `hub:` and goes on otherwise. Branches and tags can move, so they
-            are no commits.
-    """
-    if not text.startswith(PREFIX):
-        return None
-    repository, _, commit = text.removeprefix(PREFIX).partition("@")
-    if not _NAME.fullmatch(repository) or not _COMMIT.fullmatch(commit):
-        raise UserError(
-            f"'{text}' is not {PREFIX}ORG/NAME@COMMIT, with the 40 hexadecimal digits of a commit"
-            " (the hub shows them under Files, History)"
-        )
-    return HubModel(repository, commit)
 
 
 def locate(text: str) -> Path:

@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from oal_jax import distributed
 from oal_jax.errors import UserError
+from oal_jax.runtime import distributed
 from oal_jax.scores.outputs import Forward, Outputs, as_pytree, check, rows
 
 State = Mapping[str, Array]

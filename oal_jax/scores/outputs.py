@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from oal_jax import distributed
 from oal_jax.errors import UserError
+from oal_jax.runtime import distributed
 
 GRAM_POWERS = (1, 2, 3, 4, 5)  # as OpenOOD; the paper goes on to 10, at twice the memory
 

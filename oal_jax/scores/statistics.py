@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from oal_jax import distributed
 from oal_jax.errors import UserError
+from oal_jax.runtime import distributed
 from oal_jax.scores.outputs import rows
 
 _ROWS = 4096  # inputs a chunk

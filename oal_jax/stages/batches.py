@@ -8,20 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
-from oal_jax import artifacts, distributed
 from oal_jax.config import PROCEDURAL
 from oal_jax.data import procedural
 from oal_jax.data.augment import augment, to_unit
 from oal_jax.data.sources import ImageSet
 from oal_jax.data.stream import Streamed
 from oal_jax.errors import UserError
-from oal_jax.keys import at_step, named
-from oal_jax.methods import build
-from oal_jax.methods.build import SOURCES
+from oal_jax.methods import registry
+from oal_jax.methods.registry import SOURCES
 from oal_jax.outliers.knn import sample_random, unit
 from oal_jax.outliers.pools import draw_rows
-from oal_jax.stages import features, latents, outliers, streams, teacher
+from oal_jax.runtime import artifacts, distributed
+from oal_jax.runtime.keys import at_step, named
+from oal_jax.stages import features, latents, outliers, teacher
 from oal_jax.stages.context import Context
+from oal_jax.training import arrays as streams
 from oal_jax.training import loop
 
 
@@ -91,7 +92,7 @@ def make_arrays(context: Context, data: ImageSet | Streamed) -> dict[str, Any]:
     """All that the batches are drawn from, on the host; the loop puts it on the devices."""
     config = context.config
     arrays = streams.arrays(data)
-    recipe = build.METHODS[config.method.name]
+    recipe = registry.METHODS[config.method.name]
     if recipe.teacher and config.teacher.views:
         views = artifacts.read_tensors(context.directory("features") / "views.safetensors")
         arrays |= {f"teacher_{name}": value for name, value in views.items()}
@@ -121,7 +122,7 @@ def make_batches(context: Context, arrays: dict[str, Any], net: Any) -> loop.Mak
     energy = config.method.name == "oal" and config.method.micl == "energy"
     width = config.teacher.width
     latent_shape = arrays["latents"].shape[1:] if "latents" in arrays else ()
-    recipe = build.METHODS[config.method.name]
+    recipe = registry.METHODS[config.method.name]
     contents, per_image = recipe.arrays(config), recipe.outliers_per_image(config)
 
     def pool(key, step, arrays, name, count):

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from oal_jax import artifacts, distributed, losses
 from oal_jax.data.augment import augment
 from oal_jax.data.sources import ImageSet
 from oal_jax.data.stream import Streamed
-from oal_jax.keys import at_step, named
-from oal_jax.methods import masking
+from oal_jax.methods import losses, masking
+from oal_jax.runtime import artifacts, distributed
+from oal_jax.runtime.keys import at_step, named
 from oal_jax.stages import train
 from oal_jax.stages.context import Context, whole_batch
 

@@ -10,13 +10,13 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Int32
 
-from oal_jax import artifacts, distributed
 from oal_jax import scores as post_hoc
 from oal_jax.data.sources import ImageSet
 from oal_jax.data.stream import Streamed
 from oal_jax.evaluation.protocol import Inputs
-from oal_jax.forward import make_forward
+from oal_jax.runtime import artifacts, distributed
 from oal_jax.scores import Head, Outputs
+from oal_jax.scores.forward import make_forward
 from oal_jax.stages import train
 from oal_jax.stages.context import Context
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from oal_jax import artifacts
 from oal_jax.data.augment import augment
-from oal_jax.keys import named
+from oal_jax.runtime import artifacts
+from oal_jax.runtime.keys import named
 from oal_jax.stages import outliers, teacher
 from oal_jax.stages.context import Context, apply_in_batches, apply_to_set
 

@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from oal_jax import artifacts, distributed, processes
-from oal_jax.config import GENERATED
+from oal_jax.config import GENERATED, hub_names
 from oal_jax.data import class_names
 from oal_jax.data.augment import to_unit
 from oal_jax.errors import UserError
 from oal_jax.generator import conditioning, create, stable_diffusion
 from oal_jax.generator.training import latent_scale, make_diffusion_trainer, make_vae_trainer
-from oal_jax.keys import named
 from oal_jax.outliers.knn import unit
 from oal_jax.pretrained import diffusers_directory, hub
+from oal_jax.runtime import artifacts, distributed, processes
+from oal_jax.runtime.keys import named
 from oal_jax.stages.context import Context, apply_in_batches
 from oal_jax.training import loop, session
 
@@ -91,7 +91,7 @@ def run(context: Context) -> list[Path]:
     found = diffusers_directory.files(where)
     hashes = {str(p.relative_to(where)): artifacts.sha256(p) for p in found}
     kind = "shipped" if where == Path(str(SHIPPED)) else _TRAINED if trained else str(where)
-    kind = config.directory if hub.parse(config.directory) or drawn else kind
+    kind = config.directory if hub_names.parse(config.directory) or drawn else kind
     # What else of the config outliers and latents depend on, where it is given.
     words = {"class_words": config.class_words} if config.class_words else {}
     path = context.directory("generator") / "source.json"

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int32, UInt32
 from oal_jax.data.sources import ImageSet
 from oal_jax.data.stream import Streamed
 from oal_jax.generator import samplers
-from oal_jax.keys import named
+from oal_jax.runtime.keys import named
 from oal_jax.stages import generator, outliers
 from oal_jax.stages.context import Context
 

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from oal_jax import artifacts, distributed
 from oal_jax.config import Config, guided, selected
 from oal_jax.data.sources import ImageSet
 from oal_jax.data.stream import Streamed
 from oal_jax.generator import conditioning, guidance, samplers, stable_diffusion
-from oal_jax.keys import named
-from oal_jax.methods import build
+from oal_jax.methods import registry
 from oal_jax.models.latent_features import apply_in_loop
 from oal_jax.outliers import selection
+from oal_jax.runtime import artifacts, distributed
+from oal_jax.runtime.keys import named
 from oal_jax.stages import adapter, generator, latent_inputs
 from oal_jax.stages.context import Context
 
@@ -126,7 +126,7 @@ def _select(context: Context, latents: np.ndarray, labels: np.ndarray):
 def per_class(config: Config) -> int:
     """Latents a class that the stage leaves: those for pictures where nothing else reads any."""
     given = config.latents
-    if build.reads_sampled(config):
+    if registry.reads_sampled(config):
         return given.per_class
     return min(given.per_class, given.pictures)
 
@@ -138,7 +138,7 @@ def candidates_per_class(config: Config) -> int:
 
 def learns_from_id_latents(config: Config) -> bool:
     """Whether the method reads `of_training_images`."""
-    return _OF_ID in build.METHODS[config.method.name].arrays(config).values()
+    return _OF_ID in registry.METHODS[config.method.name].arrays(config).values()
 
 
 def _id_latents(context: Context, sd, params) -> np.ndarray:

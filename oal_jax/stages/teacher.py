@@ -17,12 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from oal_jax import artifacts, distributed
 from oal_jax.config import GENERATED, Config
 from oal_jax.data.augment import augment
 from oal_jax.errors import UserError
 from oal_jax.generator import conditioning
-from oal_jax.keys import named
 from oal_jax.methods import alignment, base
 from oal_jax.methods.ce import cross_entropy
 from oal_jax.models.normalise import moments
@@ -30,8 +28,11 @@ from oal_jax.models.resized import Resized
 from oal_jax.models.resnet import ResNet
 from oal_jax.models.vit import VisionTransformer
 from oal_jax.pretrained import classifiers
-from oal_jax.stages import generator, streams
+from oal_jax.runtime import artifacts, distributed
+from oal_jax.runtime.keys import named
+from oal_jax.stages import generator
 from oal_jax.stages.context import Context, apply_to_set, classifier
+from oal_jax.training import arrays as streams
 from oal_jax.training import loop, session
 from oal_jax.training.optimizer import adam_by_part, adamw
 from oal_jax.training.state import init_state, make_train_step

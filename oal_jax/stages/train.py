@@ -11,19 +11,20 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from oal_jax import artifacts, distributed
 from oal_jax.config import Config, stages_before
 from oal_jax.data.sources import ImageSet
 from oal_jax.data.stream import Streamed
 from oal_jax.errors import UserError
-from oal_jax.keys import named
-from oal_jax.methods import base, build
+from oal_jax.methods import base, registry
 from oal_jax.models.densenet import DenseNet
 from oal_jax.models.normalise import moments
 from oal_jax.models.resnet import ResNet
 from oal_jax.models.wide_resnet import WideResNet
-from oal_jax.stages import batches, streams, teacher
+from oal_jax.runtime import artifacts, distributed
+from oal_jax.runtime.keys import named
+from oal_jax.stages import batches, teacher
 from oal_jax.stages.context import Context, apply_to_set, classifier
+from oal_jax.training import arrays as streams
 from oal_jax.training import loop, session
 from oal_jax.training.optimizer import grouped_sgd
 from oal_jax.training.state import (
@@ -80,7 +81,7 @@ def assemble(
     `estimated` is what stage `estimate_loss` says, where the config has that stage.
     """
     plan = make_plan(config, examples)
-    parts = build.Parts(
+    parts = registry.Parts(
         config,
         net,
         image_shape,
@@ -91,7 +92,7 @@ def assemble(
         ce_transform=None,
     )
     given = config.method.constraint
-    return build.make(parts, given if given >= 0 else estimated.get("constraint"))
+    return registry.make(parts, given if given >= 0 else estimated.get("constraint"))
 
 
 def make_plan(config: Config, examples: int) -> loop.Plan:

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from oal_jax import distributed
 from oal_jax.errors import UserError
+from oal_jax.runtime import distributed
 
 _LOGGER = logging.getLogger("absl")
 

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 from tqdm import tqdm
 
-from oal_jax import distributed, processes
 from oal_jax.errors import Preempted, TrainingFailed, UserError
-from oal_jax.keys import at_step
+from oal_jax.runtime import distributed, processes
+from oal_jax.runtime.keys import at_step
 from oal_jax.training.checkpoints import Checkpoints
 from oal_jax.training.log import MetricsLog
 from oal_jax.training.state import compiler_options

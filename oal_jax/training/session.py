@@ -7,8 +7,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from oal_jax import distributed, processes
 from oal_jax.errors import Preempted
+from oal_jax.runtime import distributed, processes
 from oal_jax.training import loop
 from oal_jax.training.checkpoints import Checkpoints
 from oal_jax.training.log import MetricsLog

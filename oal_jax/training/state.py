@@ -11,10 +11,10 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from oal_jax import distributed
 from oal_jax.errors import UserError
-from oal_jax.keys import at_step
 from oal_jax.methods.base import Batch, Groups, Method, Metrics, Part
+from oal_jax.runtime import distributed
+from oal_jax.runtime.keys import at_step
 
 
 @flax.struct.dataclass

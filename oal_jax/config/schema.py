@@ -3,22 +3,21 @@
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from oal_jax.config_methods import Adapt as Adapt
-from oal_jax.config_methods import Exposure as Exposure
-from oal_jax.config_methods import Method as Method
-from oal_jax.config_methods import Virtual as Virtual
-from oal_jax.config_methods import Wild as Wild
-from oal_jax.config_outliers import Adapter as Adapter
-from oal_jax.config_outliers import Crossing as Crossing
-from oal_jax.config_outliers import Guide as Guide
-from oal_jax.config_outliers import Knn as Knn
-from oal_jax.config_outliers import Latents as Latents
-from oal_jax.config_outliers import Outliers as Outliers
-from oal_jax.config_outliers import Select as Select
-from oal_jax.config_outliers import guided, selected
+from oal_jax.config.methods import Adapt as Adapt
+from oal_jax.config.methods import Exposure as Exposure
+from oal_jax.config.methods import Method as Method
+from oal_jax.config.methods import Virtual as Virtual
+from oal_jax.config.methods import Wild as Wild
+from oal_jax.config.outliers import Adapter as Adapter
+from oal_jax.config.outliers import Crossing as Crossing
+from oal_jax.config.outliers import Guide as Guide
+from oal_jax.config.outliers import Knn as Knn
+from oal_jax.config.outliers import Latents as Latents
+from oal_jax.config.outliers import Outliers as Outliers
+from oal_jax.config.outliers import Select as Select
+from oal_jax.config.outliers import guided, selected
 from oal_jax.errors import UserError
 
 
@@ -27,7 +26,7 @@ class Data:
     """What is in-distribution, and what the detector is tested on."""
 
     # "bundled": inside the package; "tfds": a prepared TFDS directory; "imglist": OpenOOD's own
-    # directory; "folder": ROOT/SET/SPLIT/CLASS/image, for one's own sets (oal_jax/data/imglist.py);
+    # directory; "folder": ROOT/SET/SPLIT/CLASS/image, for one's own sets (oal_jax/data/openood.py);
     # "generated": random patterns, for smoke runs.
     source: str = "bundled"
     root: str = ""  # directory of the sets; empty: TFDS's own default
@@ -229,39 +228,7 @@ DECODED = {
 
 
 def expand(config: Config) -> Config:
-    """The config with what it only names written out.
-
-    `evaluation.scores` as a flag may give it ("energy,knn", "all") becomes one name an entry; the
-    teacher's sizes are those of the file `teacher.weights`.
-
-    Raises:
-      UserError: there is no such file, or none that can be read.
-    """
-    return _expand_scores(_expand_teacher(config))
-
-
-def _expand_teacher(config: Config) -> Config:
-    weights = getattr(config.teacher, "weights", "")
-    if not isinstance(weights, str) or weights in ("", GENERATED) or config.smoke:
-        return config
-    if config.method.name not in METHOD_STAGES or "teacher" not in stages_before(config):
-        return config
-    path = Path(weights).expanduser()
-    if not path.is_file():
-        raise UserError(
-            f"config teacher.weights={weights}: there is no such file; give a ViT or ResNet as"
-            " timm or torchvision publish it (.safetensors), or Google (.npz), such as the"
-            " model.safetensors of timm/vit_base_patch16_224.orig_in21k"
-        )
-    from oal_jax.pretrained.classifiers import describe  # starts JAX's import
-
-    found = describe(path)
-    names = ("patch", "width", "depth", "heads", "mlp_ratio")
-    sizes = {name: found[name] for name in names if name in found}
-    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, **sizes))
-
-
-def _expand_scores(config: Config) -> Config:
+    """The config with one score an entry in `evaluation.scores`, given "energy,knn" or "all"."""
     names = getattr(config.evaluation, "scores", None)
     if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
         return config  # for `validate` to complain of

@@ -210,7 +210,7 @@ def pictures(rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from oal_jax.evaluation.figures import INK, SERIES
+    from oal_jax.report.figures import INK, SERIES
 
     ran = [row for row in rows[:-1] if "seconds" in row][::-1]
     skipped = [row["stage"] for row in rows[:-1] if "seconds" not in row]

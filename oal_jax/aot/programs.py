@@ -12,17 +12,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from oal_jax import distributed
 from oal_jax.config import DECODED, GENERATED, PROCEDURAL, Config
+from oal_jax.config.class_names import CLASS_NAMES, generated_names
 from oal_jax.data import class_names, generated, procedural
-from oal_jax.data.benchmarks import CLASS_NAMES
 from oal_jax.errors import UserError
 from oal_jax.generator import create, stable_diffusion, stable_diffusion_v1
 from oal_jax.generator.stable_diffusion import StableDiffusion
-from oal_jax.keys import named
-from oal_jax.methods import build
-from oal_jax.stages import batches, generator, latents, outliers, streams, teacher, train
+from oal_jax.methods import registry
+from oal_jax.runtime import distributed
+from oal_jax.runtime.keys import named
+from oal_jax.stages import batches, generator, latents, outliers, teacher, train
 from oal_jax.stages.context import Context, forward_pass
+from oal_jax.training import arrays as streams
 from oal_jax.training import loop
 from oal_jax.training.state import fresh_state, make_train_step, with_average
 
@@ -77,7 +78,7 @@ def images_of(config: Config) -> Images:
             " the config without it"
         )
     if data.source == GENERATED:
-        side, names = data.image_size or generated.SIZE, generated.names(data.id_set)
+        side, names = data.image_size or generated.SIZE, generated_names(data.id_set)
         return Images(names, (side, side, 3), data.train_images or 10 * len(names))
     if data.id_set not in _COUNTS:
         raise UserError(
@@ -186,7 +187,7 @@ def _arrays(context: Context, known: Images) -> dict[str, Any]:
     if not config.data.stream:
         stored = _images(count, known)
         arrays = {"images": _in_lines(stored["image"]), "labels": stored["label"]}
-    recipe, width = build.METHODS[config.method.name], config.teacher.width
+    recipe, width = registry.METHODS[config.method.name], config.teacher.width
     if recipe.teacher and config.teacher.views:
         views = (config.teacher.views, count)
         arrays["teacher_logits"] = jax.ShapeDtypeStruct((*views, known.classes), jnp.float16)

@@ -12,8 +12,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Key
 
-from oal_jax import processes
 from oal_jax.errors import UserError
+from oal_jax.runtime import processes
 
 JOIN_TIMEOUT = 120  # seconds for all processes of a run to find one another
 HEARTBEAT_TIMEOUT = 60  # seconds of silence after which a process counts as dead

@@ -22,16 +22,18 @@ import test_methods
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from oal_jax import distributed, processes, program_costs
 from oal_jax import scores as post_hoc
+from oal_jax.aot import costs
 from oal_jax.config import Config
 from oal_jax.data.augment import augment
 from oal_jax.errors import UserError
-from oal_jax.methods import build, ce, student
+from oal_jax.methods import ce, registry, student
 from oal_jax.outliers import knn
+from oal_jax.runtime import distributed, processes
 from oal_jax.scores import Head, Outputs
-from oal_jax.stages import generator, latents, streams
+from oal_jax.stages import generator, latents
 from oal_jax.stages.context import Context, apply_in_batches, classifier
+from oal_jax.training import arrays as streams
 from oal_jax.training import loop
 from oal_jax.training.checkpoints import Checkpoints
 from oal_jax.training.optimizer import grouped_sgd
@@ -414,7 +416,7 @@ def test_joining_two_split_batches_sends_nothing():
             return [jax.lax.with_sharding_constraint(part, rows) for part in separate(joined)]
 
         text = jax.jit(function).lower(*batches).compile().as_text()
-        return program_costs.collectives(text)
+        return costs.collectives(text)
 
     assert sent(student.join, lambda x: student.separate(x, 8)) == []
     assert sent(lambda *both: jnp.concatenate(both), lambda x: (x[:8], x[8:])) != []
@@ -453,7 +455,7 @@ def method_of(name):
     virtual.queue, virtual.samples, virtual.candidates = 4, 16, 8
     virtual.neighbour, virtual.boundary, virtual.npos_keep, virtual.start = 2, 4, 2, 0.0
     rng, rows, latent = np.random.default_rng(0), 16, (5, 5, 4)
-    recipe = build.METHODS[name]
+    recipe = registry.METHODS[name]
     each = rows * recipe.outliers_per_image(config)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
     batch = {
@@ -467,7 +469,7 @@ def method_of(name):
         "outlier_image": rng.uniform(size=(each, *IMAGE)).astype(np.float32),
         "wild_image": rng.uniform(size=(each, *IMAGE)).astype(np.float32),
     }
-    parts = build.Parts(
+    parts = registry.Parts(
         config,
         NET,
         IMAGE,
@@ -477,7 +479,7 @@ def method_of(name):
         start_loss=1.0,
         ce_transform=None,
     )
-    return build.make(parts, constraint=0.5), batch
+    return registry.make(parts, constraint=0.5), batch
 
 
 def steps_of_methods(mesh, names) -> dict[str, list[float]]:
@@ -518,7 +520,7 @@ def write_results(path: Path) -> None:
     """What the test below compares, on all devices of the process that it runs in."""
     mesh = distributed.make_mesh()
     assert mesh.size == 8
-    steps = steps_of_methods(mesh, build.METHODS)
+    steps = steps_of_methods(mesh, registry.METHODS)
     results = flat(train(mesh), draws(mesh), steps)
     np.savez(path, **results, outliers=np.asarray(outliers_of_a_class()))
 
@@ -530,7 +532,7 @@ def test_every_method_is_alike_on_one_two_and_eight_devices(tmp_path, trained_on
     command = [sys.executable, "-c", code, str(tmp_path / "eight.npz")]
     child = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     try:
-        one, two = (steps_of_methods(mesh_of(size), build.METHODS) for size in (1, 2))
+        one, two = (steps_of_methods(mesh_of(size), registry.METHODS) for size in (1, 2))
         here = flat(trained_on_one, draws(mesh_of(1)), one)
         _, err = child.communicate(timeout=300)
     finally:

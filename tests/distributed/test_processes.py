@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-CONFIG = str(Path(__file__).parents[1] / "configs" / "fashion.py")
+CONFIG = str(Path(__file__).parents[2] / "configs" / "fashion.py")
 EPOCHS, EVERY = 120, 10  # of the toy training: 7 steps each
 HEARTBEAT = 10
 
@@ -60,7 +60,7 @@ def toy(directory: Path, epochs=EPOCHS, streamed=False, train_step=None):
     """Train the regression of `test_loop` on all devices of all processes; its last state."""
     import test_loop
 
-    from oal_jax import distributed
+    from oal_jax.runtime import distributed
     from oal_jax.training import session
 
     return session.train(
@@ -81,8 +81,8 @@ def toy(directory: Path, epochs=EPOCHS, streamed=False, train_step=None):
 
 def act(action: str, directory: Path, count: int, index: int, port: int) -> None:
     """What a process of these tests does."""
-    from oal_jax import artifacts, distributed, processes
     from oal_jax.errors import UserError
+    from oal_jax.runtime import artifacts, distributed, processes
 
     distributed.initialize(f"127.0.0.1:{port}", count, index, heartbeat_timeout=HEARTBEAT)
     import jax
@@ -109,7 +109,7 @@ def collectives(directory: Path) -> None:
     """Everything that one process leaves to another, or to all."""
     import jax
 
-    from oal_jax import artifacts, distributed, processes
+    from oal_jax.runtime import artifacts, distributed, processes
 
     mesh, index = distributed.make_mesh(), jax.process_index()
     assert dict(mesh.shape) == {"data": 4, "model": 1}

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oal_jax import artifacts
 from oal_jax.config import Config, flatten
 from oal_jax.errors import UserError
-from oal_jax.evaluation import page, tables
+from oal_jax.evaluation import tables
 from oal_jax.evaluation.tables import Row
+from oal_jax.report import html
+from oal_jax.runtime import artifacts
 
 # Names of OpenOOD's postprocessors, which are the stems of its files, where ours are others.
 _OPENOOD_SCORES = {"ebo": "energy", "mls": "max_logit", "mds": "mahalanobis"}
@@ -189,7 +190,7 @@ def format_text(cases: Sequence[Case], table: Table, differences: Table) -> str:
 def format_page(cases: Sequence[Case], table: Table, differences: Table) -> str:
     """The comparison as one HTML page."""
     legend = "".join(
-        f"<tr><th>{page.text(case.name)}</th><td>{page.text(case.label)}</td></tr>"
+        f"<tr><th>{html.text(case.name)}</th><td>{html.text(case.label)}</td></tr>"
         for case in cases
     )
     parts = [
@@ -208,9 +209,9 @@ def format_page(cases: Sequence[Case], table: Table, differences: Table) -> str:
             ours = tables.as_openood(cases[0].mean, score)
             lines = tables.difference(ours, tables.as_openood(case.mean, score))
             heading = f"{case.name} to {cases[0].name}, set by set, score {score}"
-            items = "".join(f"<li>{page.text(line)}</li>" for line in lines)
-            parts.append(f"<h2>{page.text(heading)}</h2><ul>{items}</ul>")
-    return page.document("Comparison of runs", "<h1>Comparison of runs</h1>\n" + "\n".join(parts))
+            items = "".join(f"<li>{html.text(line)}</li>" for line in lines)
+            parts.append(f"<h2>{html.text(heading)}</h2><ul>{items}</ul>")
+    return html.document("Comparison of runs", "<h1>Comparison of runs</h1>\n" + "\n".join(parts))
 
 
 def _parse(arguments: Sequence[str]) -> tuple[list[Path], str]:
@@ -377,16 +378,16 @@ def _html(table: Table, names: Sequence[str], top: Callable, sign: str) -> str:
     lines, title = [], None
     for (measure, score), cells in table.items():
         if measure != title:
-            lines.append(f"<tr><th colspan={len(names) + 1}>{page.text(measure)}</th></tr>")
+            lines.append(f"<tr><th colspan={len(names) + 1}>{html.text(measure)}</th></tr>")
             title = measure
         marked = top((measure, score))
         columns = "".join(
             f"<td{' class=best' if name in marked else ''}>{_shown(cells.get(name), sign)}</td>"
             for name in names
         )
-        lines.append(f"<tr><th>{page.text(score)}</th>{columns}</tr>\n")
-    head = "".join(f"<th>{page.text(name)}</th>" for name in names)
-    return page.table(f"<th></th>{head}", "".join(lines))
+        lines.append(f"<tr><th>{html.text(score)}</th>{columns}</tr>\n")
+    head = "".join(f"<th>{html.text(name)}</th>" for name in names)
+    return html.table(f"<th></th>{head}", "".join(lines))
 
 
 def _write(output: str, cases, table: Table, differences: Table) -> None:

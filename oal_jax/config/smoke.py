@@ -3,8 +3,8 @@
 import dataclasses
 
 from oal_jax.config import GENERATED, Config, Student
-from oal_jax.data import generated
-from oal_jax.data.benchmarks import CLASS_NAMES, split_names
+from oal_jax.config.benchmarks import split_names
+from oal_jax.config.class_names import CLASS_NAMES, generated_names
 
 
 def shrink(config: Config) -> Config:
@@ -18,13 +18,13 @@ def shrink(config: Config) -> Config:
     bundled = data.source == "bundled"
     if not bundled and not data.root:
         data = replace(data, source=GENERATED, image_size=32, stream=False)
-        known = generated.names(data.id_set)
+        known = generated_names(data.id_set)
         if not set(split_names(data.leave_out)) <= set(known):
             data = replace(data, leave_out=known[: len(data.leave_out)])
     # Of few classes 32 images each stand for a class, of many 8.
     classes = 16 if bundled or data.id_set not in CLASS_NAMES else len(CLASS_NAMES[data.id_set])
     if data.source == GENERATED:
-        classes = len(generated.names(data.id_set))
+        classes = len(generated_names(data.id_set))
     each = min(32, max(8, 512 // classes))
     knn = replace(
         config.outliers.knn,

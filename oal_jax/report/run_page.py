@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from oal_jax.artifacts import write_bytes
-from oal_jax.evaluation import figures, page
 from oal_jax.evaluation.bootstrap import Interval
-from oal_jax.evaluation.page import text
 from oal_jax.evaluation.search import Trial, describe
 from oal_jax.evaluation.tables import MEANS, Row, Shifted, is_mean
+from oal_jax.report import figures, html
+from oal_jax.report.html import text
+from oal_jax.runtime.artifacts import write_bytes
 
 _SCORES_SHOWN = 6  # with pictures; tables show all
 _CLASSES_SHOWN = 10
@@ -110,7 +110,7 @@ def render(inputs: ReportInputs) -> str:
         if content
     )
     body = f"{_header(inputs)}\n<main>\n{body}\n</main>"
-    return page.document(f"{inputs.run_name}: OOD report", body)
+    return html.document(f"{inputs.run_name}: OOD report", body)
 
 
 def _header(inputs: ReportInputs) -> str:
@@ -146,9 +146,9 @@ def _results(inputs: ReportInputs) -> str:
     means = [row for row in inputs.rows if is_mean(row)]
     sets = [row for row in inputs.rows if not is_mean(row)]
     tables = (
-        page.metric_table(means, page.ALL)
+        html.metric_table(means, html.ALL)
         + "<h3>Each set</h3>"
-        + page.metric_table(sets, page.SHORT)
+        + html.metric_table(sets, html.SHORT)
     )
     return note + tables + _overview(means, inputs.intervals)
 
@@ -171,7 +171,7 @@ def _overview(means: Sequence[Row], intervals: Sequence[Interval] | None) -> str
         }
         charts.append(figures.overview(values, ends, title))
     note = "<p class=note>Bars: 95 % of bootstrap samples of the test inputs.</p>"
-    return "<h3>All scores</h3>" + (note if intervals else "") + page.charts(charts)
+    return "<h3>All scores</h3>" + (note if intervals else "") + html.charts(charts)
 
 
 def _distributions(inputs: ReportInputs) -> str:
@@ -201,7 +201,7 @@ def _distributions(inputs: ReportInputs) -> str:
         f"<p class=note>The dashed line is the threshold that keeps {kept} of ID validation inputs."
     )
     note += f" {left} more scores are in the table only.</p>" if left else "</p>"
-    return note + page.charts(charts)
+    return note + html.charts(charts)
 
 
 def _thresholds(inputs: ReportInputs) -> str:
@@ -209,7 +209,7 @@ def _thresholds(inputs: ReportInputs) -> str:
         return ""
     groups = inputs.groups or {}
     sets = list(next(iter(inputs.rejected.values())))
-    head = "".join(f"<th>{text(name)}{page.tag(groups.get(name, ''))}</th>" for name in sets)
+    head = "".join(f"<th>{text(name)}{html.tag(groups.get(name, ''))}</th>" for name in sets)
     lines = "".join(
         f"<tr><th>{text(score)}</th>"
         + "".join(f"<td>{shares[name]:.2f}</td>" for name in sets)
@@ -225,7 +225,7 @@ def _thresholds(inputs: ReportInputs) -> str:
         figures.shares(inputs.rejected[score], groups, wanted, score)
         for score in list(inputs.rejected)[:_SCORES_SHOWN]
     ]
-    return note + page.table(f"<th>score</th>{head}", lines) + page.charts(charts)
+    return note + html.table(f"<th>score</th>{head}", lines) + html.charts(charts)
 
 
 def _covariate_shift(inputs: ReportInputs) -> str:
@@ -243,11 +243,11 @@ def _covariate_shift(inputs: ReportInputs) -> str:
     )
     means = [row for row in inputs.full_spectrum_rows or () if is_mean(row)]
     sets = [row for row in inputs.full_spectrum_rows or () if not is_mean(row)]
-    found += page.table(head, lines)
+    found += html.table(head, lines)
     if not means:
         return found
     note = "<p class=note>ID test and all shifted sets together are the ID side.</p>"
-    tables = page.metric_table(means, page.ALL) + page.metric_table(sets, page.SHORT)
+    tables = html.metric_table(means, html.ALL) + html.metric_table(sets, html.SHORT)
     return f"{found}<h3>Full spectrum</h3>{note}{tables}"
 
 
@@ -269,7 +269,7 @@ def _extremes(inputs: ReportInputs) -> str:
                 ("least", pictures.least, pictures.least_scores),
             )
         )
-        blocks.append(f"<h3>{text(name)}{page.tag(groups.get(name, ''))}</h3>{strips}")
+        blocks.append(f"<h3>{text(name)}{html.tag(groups.get(name, ''))}</h3>{strips}")
     note = f"<p class=note>Below each image its ood_score, {text(score)}; higher is more OOD.</p>"
     return note + "<div class=strips>" + "".join(f"<div>{b}</div>" for b in blocks) + "</div>"
 
@@ -301,7 +301,7 @@ def _training(inputs: ReportInputs) -> str:
     if inputs.val_accuracy is not None:
         accuracy = {"ID validation": inputs.val_accuracy}
         charts.append(figures.curves(accuracy, "ID validation accuracy", "percent"))
-    return page.charts(charts) if charts else ""
+    return html.charts(charts) if charts else ""
 
 
 def _samples(inputs: ReportInputs) -> str:
@@ -331,7 +331,7 @@ def _validation(inputs: ReportInputs) -> str:
     if not inputs.validation_rows:
         return ""
     note = "<p class=note>For choosing hyper-parameters; in no mean above.</p>"
-    return note + page.metric_table(inputs.validation_rows, page.SHORT)
+    return note + html.metric_table(inputs.validation_rows, html.SHORT)
 
 
 def _search(inputs: ReportInputs) -> str:
@@ -351,7 +351,7 @@ def _search(inputs: ReportInputs) -> str:
     )
     return (
         f"{note}<details><summary>{len(inputs.trials)} values</summary>"
-        f"{page.table(head, lines)}</details>"
+        f"{html.table(head, lines)}</details>"
     )
 
 

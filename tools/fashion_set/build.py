@@ -1,10 +1,10 @@
 """Builds the embedded image sets from their raw files.
 
     pip install "oal_jax[prepare]"
-    python -m oal_jax.data.build --raw DIR --output oal_jax/data/embedded
+    python -m tools.fashion_set.build --raw DIR --output oal_jax/data/embedded
 
 Needs TensorFlow (extra `prepare`), because TFDS writes with it; reading needs none. DIR holds the
-files of `oal_jax.data.raw_files`, in any sub-folders; all are in packages of Debian 12 and PyPI
+files of `raw_files`, in any sub-folders; all are in packages of Debian 12 and PyPI
 (dataset-fashion-mnist, opencv-doc, lomiri-wallpapers-16.04 and -20.04, fonts-comic-neue,
 fonts-dancingscript, fonts-humor-sans; matplotlib, scikit-image, scikit-learn).
 
@@ -28,9 +28,9 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from oal_jax.data import raw_files, synthesis
-from oal_jax.data.synthesis import Made
 from oal_jax.errors import UserError
+from tools.fashion_set import raw_files, synthesis
+from tools.fashion_set.synthesis import Made
 
 VERSION = "1.0.0"
 # Names of the kept classes of Fashion-MNIST, by their original label. Sandal and Bag are left out.
@@ -289,7 +289,7 @@ def build(raw: Path, output: Path) -> None:
 
 def main() -> int:
     """The command; returns its exit code (2: the user's mistake, in one line on stderr)."""
-    parser = argparse.ArgumentParser(prog="python -m oal_jax.data.build")
+    parser = argparse.ArgumentParser(prog="python -m tools.fashion_set.build")
     parser.add_argument("--raw", type=Path, required=True, help="folder with the raw files")
     parser.add_argument("--output", type=Path, required=True, help="where the sets are written")
     arguments = parser.parse_args()

@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from oal_jax.errors import UserError
+from oal_jax.models.conv import with_maps
 from oal_jax.scores import FIELDS, Outputs, summarise
 
 
@@ -33,11 +34,7 @@ def _bound(net, wanted):
 
 
 def _apply(net, wanted, variables, images: Float[Array, "n h w c"]) -> Outputs:
-    (logits, features), sown = net.apply(variables, images, train=False, mutable=["maps"])
-    maps = sown.get("maps", {})
-    # stage2 before stage10.
-    ordered = [maps[name][0] for name in sorted(maps, key=lambda name: (len(name), name))]
-    return summarise(logits, features, ordered, wanted)
+    return summarise(*with_maps(net, variables, images), wanted)
 
 
 def as_forward(function: Callable) -> Partial:

@@ -10,7 +10,6 @@ with them either; those of OpenOOD v1.5 (arXiv 2306.09301) are held-out images o
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from oal_jax.data.class_names import IMAGENET
 from oal_jax.errors import UserError
 
 NO_SETS = ("none",)  # given for a group: it is empty, whatever the benchmark says
@@ -63,25 +62,6 @@ BENCHMARKS = {
     "cifar100": Benchmark("cifar100", ("cifar10", "tin"), _CIFAR_FAR, ("val_tin",)),
     "imagenet200": _IMAGENET._replace(id_set="imagenet200"),
     "imagenet": _IMAGENET,
-}
-
-_CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
-_CIFAR100 = """
-apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
-camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
-dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
-leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
-otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray
-road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
-sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
-wardrobe whale willow_tree wolf woman worm
-"""
-# ID sets of OpenOOD to the names of their classes, in the order of the labels.
-CLASS_NAMES = {
-    "cifar10": tuple(_CIFAR10.split()),
-    "cifar100": tuple(name.replace("_", " ") for name in _CIFAR100.split()),
-    "imagenet200": tuple(f"class {i}" for i in range(200)),
-    "imagenet": tuple(IMAGENET.values()),
 }
 
 

@@ -1,4 +1,4 @@
-"""The raw inputs of `oal_jax.data.build`: their sha256, where they come from, and their licences.
+"""The raw inputs of `build`: their sha256, where they come from, and their licences.
 
 All are files of free packages. Copy them, or unpack the whole packages with `dpkg-deb -x` and
 `pip download` + `unzip`, anywhere under the folder given as `--raw`: they are found by name and

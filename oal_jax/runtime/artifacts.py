@@ -12,13 +12,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import safetensors.numpy
 
-from oal_jax import processes
 from oal_jax.errors import UserError
+from oal_jax.runtime import processes
 
 MANIFEST = "manifest.json"
 _STARTED = "started.json"
@@ -279,3 +279,25 @@ def copy_stage(source: Path, target: Path) -> None:
     _clear(target)
     for name in (*output_hashes(source), MANIFEST):
         write_bytes(target / name, (source / name).read_bytes())
+
+
+@contextmanager
+def whole_text_file(path: Path) -> Iterator[TextIO]:
+    """A text file that has its name only once it is written to its end."""
+    temporary = path.with_name(path.name + ".partial")
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; give the name of a CSV file")
+    try:
+        # Names that are no UTF-8 come out as the bytes that they are.
+        file = temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="")
+    except OSError as error:
+        raise UserError(f"--output {path} can't be written ({error.strerror})") from None
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,5 +1,6 @@
 """The stages in order: which a config needs, what each depends on, which are done already."""
 
+import dataclasses
 import errno
 import hashlib
 import os
@@ -13,12 +14,20 @@ from typing import Any, NamedTuple
 
 import jax
 
-from oal_jax import artifacts, distributed, processes
-from oal_jax.config import Config, expand, flatten, stages_before, unflatten
-from oal_jax.config_checks import validate
+from oal_jax.config import (
+    GENERATED,
+    METHOD_STAGES,
+    Config,
+    expand,
+    flatten,
+    hub_names,
+    stages_before,
+    unflatten,
+)
+from oal_jax.config.rules import validate
+from oal_jax.config.smoke import shrink
 from oal_jax.errors import UserError
-from oal_jax.pretrained import hub
-from oal_jax.smoke import shrink
+from oal_jax.runtime import artifacts, distributed, processes
 from oal_jax.stages.context import Context
 
 
@@ -41,9 +50,9 @@ def _data_files(config: Config) -> dict[str, Any]:
     if data.source == "imglist":
         return _hashes(root / "benchmark_imglist" / data.id_set, True)
     if data.source == "tfds":
-        from oal_jax.data import array_records
+        from oal_jax.data import tfds
 
-        root = array_records.sets_root(data.root or None)
+        root = tfds.sets_root(data.root or None)
     if data.source in ("folder", "tfds"):
         return _stats(root)
     # The manifest vouches for every bundled file, and each is checked when it is read.
@@ -70,7 +79,7 @@ def _generator_files(config: Config) -> dict[str, Any]:
     given = config.generator.directory
     if given:
         # A commit of the hub stands for its files; those of a directory are several GB.
-        return {} if hub.parse(given) else _stats(Path(given).expanduser())
+        return {} if hub_names.parse(given) else _stats(Path(given).expanduser())
     shipped = _package("pretrained", "weights", "fashion_sd")
     read = _data_files(config) | _hashes(shipped, not config.generator.train)
     if config.generator.feature_share:  # then its training reads the teacher
@@ -84,9 +93,9 @@ def _without_views(teacher: Any) -> dict[str, Any]:
 
 def _latents_reads(config: Config) -> dict[str, Any]:
     # Where the training reads none, only those of the report are sampled.
-    from oal_jax.methods import build
+    from oal_jax.methods import registry
 
-    return _data_files(config) | {"sampled_for_training": build.reads_sampled(config)}
+    return _data_files(config) | {"sampled_for_training": registry.reads_sampled(config)}
 
 
 def _evaluate_reads(config: Config) -> dict[str, Any]:
@@ -269,7 +278,7 @@ def run(
     Raises:
       UserError: an impossible config, a directory of another config, a damaged file.
     """
-    config = expand(config)
+    config = sized(expand(config))
     validate(config)
     if config.smoke:
         config = shrink(config)
@@ -301,6 +310,33 @@ def _check_alike(config: Config) -> None:
                 f"config {key} is {value!r} in process {processes.index()} and"
                 f" {there.get(key)!r} in process 0; give all processes the same config"
             )
+
+
+def sized(config: Config) -> Config:
+    """The config with the teacher's sizes read off the file `teacher.weights`.
+
+    Raises:
+      UserError: there is no such file, or none that can be read.
+    """
+    weights = config.teacher.weights
+    read = isinstance(weights, str) and weights not in ("", GENERATED) and not config.smoke
+    if not read or config.method.name not in METHOD_STAGES:
+        return config
+    if "teacher" not in stages_before(config):
+        return config
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"config teacher.weights={weights}: there is no such file; give a ViT or ResNet as"
+            " timm or torchvision publish it (.safetensors), or Google (.npz), such as the"
+            " model.safetensors of timm/vit_base_patch16_224.orig_in21k"
+        )
+    from oal_jax.pretrained.classifiers import describe  # flax, which a finished run needs not
+
+    described = describe(path)
+    names = ("patch", "width", "depth", "heads", "mlp_ratio")
+    sizes = {name: described[name] for name in names if name in described}
+    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, **sizes))
 
 
 def _run_stage(

@@ -37,8 +37,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
+from oal_jax.config.class_names import CLASS_NAMES
 from oal_jax.data import class_names, manifest
-from oal_jax.data.benchmarks import CLASS_NAMES
 from oal_jax.data.stored import Encoded, Fit, Stored, check_on_corrupt, first_of_each
 from oal_jax.errors import UserError
 

@@ -13,15 +13,15 @@ from oal_jax.config import (
     Student,
     flatten,
     guided,
+    hub_names,
     sees_images,
     selected,
     stages_before,
     unknown_key,
 )
-from oal_jax.config_ranges import CHOICES, RANGES
-from oal_jax.data.benchmarks import resolve, split_names
+from oal_jax.config.benchmarks import resolve, split_names
+from oal_jax.config.ranges import CHOICES, RANGES
 from oal_jax.errors import UserError
-from oal_jax.pretrained import hub
 
 STREAMED = ("tfds", "imglist", "folder")  # values of data.source
 _FINE_TUNINGS = ("um", "umap", "woods")  # methods that are nothing without a start
@@ -44,7 +44,7 @@ def validate(config: Config) -> None:
         raise UserError(
             f"config data.root is empty; data.source={data.source} wants the directory of the sets"
         )
-    hub.parse(config.generator.directory)
+    hub_names.parse(config.generator.directory)
     _check_student(config.student)
     stage = config.method.latent_stage
     if stage not in range(4) or (stage and config.student.architecture != "resnet"):

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from oal_jax import scores as post_hoc
+from oal_jax.config.benchmarks import resolve
 from oal_jax.data import sources
-from oal_jax.data.benchmarks import resolve
-from oal_jax.detector import (
+from oal_jax.detection.detector import (
     Labelled,
     check_classes,
     check_images,
@@ -18,7 +18,7 @@ from oal_jax.errors import UserError
 from oal_jax.evaluation import protocol
 from oal_jax.evaluation.protocol import Evaluation, Inputs
 from oal_jax.evaluation.search import search as search_parameters
-from oal_jax.forward import as_forward, scaled
+from oal_jax.scores.forward import as_forward, scaled
 from oal_jax.scores.outputs import check as check_outputs
 
 
@@ -41,7 +41,7 @@ def load_sets(
     train_images: int = 0,
     image_size: int = 0,
 ) -> Sets:
-    """The sets of a benchmark in `oal_jax.data.benchmarks`, in memory.
+    """The sets of a benchmark in `oal_jax.config.benchmarks`, in memory.
 
     Args:
       id_set: "fashion" (inside the package), "cifar10", "cifar100", "imagenet200" or "imagenet".

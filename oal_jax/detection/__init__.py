@@ -1,0 +1,1 @@
+"""Detectors made of a finished run or of anybody's model."""

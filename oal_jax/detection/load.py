@@ -1,0 +1,135 @@
+"""The detector of a finished run."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Float
+
+from oal_jax import scores as post_hoc
+from oal_jax.detection.detector import Detector, check_share, run_detector, sorted_scores
+from oal_jax.errors import UserError
+from oal_jax.runtime import artifacts, distributed
+from oal_jax.scores import Head, Outputs, Score, State
+from oal_jax.scores.forward import make_forward, scaled
+from oal_jax.stages import evaluate, train
+from oal_jax.stages import run as pipeline
+from oal_jax.stages.context import Context
+
+
+def load(
+    directory: str | os.PathLike,
+    score: str | None = None,
+    keep_id: float | None = None,
+    batch_size: int = 256,
+) -> Detector:
+    """The detector of a finished run. Needs no image on disk; every file read is verified.
+
+    Args:
+      directory: the run's working directory.
+      score: a key of `scores.SCORES`; None for the first of the config. One that the run did not
+        list is fitted now, on the run's saved outputs (or, where those don't suffice, its images).
+      keep_id: share of ID validation images to keep; None for the config's.
+      batch_size: images that the model sees at once.
+
+    Raises:
+      UserError: no run, not finished, damaged; an unknown score.
+    """
+    context = pipeline.resolve(Path(directory).expanduser())
+    config = context.config.evaluation
+    name = score or config.scores[0]
+    post_hoc.make(name)  # an unknown name is told before any file is read
+    keep_id = config.keep_id if keep_id is None else keep_id
+    check_share(keep_id)
+    _check_finished(context, "train")
+    card, forward, head = _classifier(context, name)
+    if _is_current(context, "report") and _fitted_file(name) in artifacts.output_hashes(
+        context.directory("report")
+    ):
+        params, state, values = _fitted(context, name)
+    else:
+        print(f"oal_jax: {directory} lists no score {name}; fitting it now", file=sys.stderr)
+        params, (state, values) = {}, _fit(context, post_hoc.make(name), head, forward)
+    made = post_hoc.make(name, **params)
+    mesh = distributed.make_mesh()
+    return Detector(
+        forward=distributed.replicate(forward, mesh),
+        score=made,
+        state=distributed.replicate(state, mesh),
+        id_val_scores=sorted_scores(values, name),
+        image_shape=tuple(card["image_shape"]),
+        keep_id=keep_id,
+        class_names=tuple(card["class_names"]),
+        batch_size=batch_size,
+        params=params,
+    )
+
+
+def _check_finished(context: Context, stage: str) -> None:
+    if not _is_current(context, stage):
+        raise UserError(
+            f"stage {stage} of {context.workdir} is not finished; run python -m oal_jax.main"
+            f" --config FILE --workdir {context.workdir}"
+        )
+
+
+def _is_current(context: Context, stage: str) -> bool:
+    """Whether a stage was done, and on the student that is there now."""
+    directory, trained = context.directory(stage), context.directory("train")
+    if not (directory / artifacts.MANIFEST).exists():
+        return False
+    if stage == "train":
+        return True
+    return artifacts.made_from(directory, "train") == artifacts.output_hashes(trained)
+
+
+def _classifier(context: Context, name: str) -> tuple[dict[str, Any], Partial, Head]:
+    """What `classifier.json` says, the student's forward function, and its last layer."""
+    directory = context.directory("train")
+    for file in (train.CLASSIFIER, train.STUDENT):
+        artifacts.verified(directory, file)
+    card = artifacts.read_json(directory / train.CLASSIFIER)
+    net = train.student(context.config, len(card["class_names"]))
+    variables = train.student_variables(*train.load(context))
+    fc = variables["params"]["fc"]
+    forward = make_forward(net, variables, post_hoc.make(name).needs)
+    return card, forward, Head(np.asarray(fc["kernel"]), np.asarray(fc["bias"]))
+
+
+def _fitted_file(name: str) -> str:
+    return f"detectors/{name}.safetensors"
+
+
+def _fitted(context: Context, name: str) -> tuple[dict[str, Any], State, np.ndarray]:
+    """Parameters, state and ID validation ood_scores as the report saved them."""
+    directory = context.directory("report")
+    tensors = artifacts.read_tensors(artifacts.verified(directory, _fitted_file(name)))
+    params = artifacts.read_json(artifacts.verified(directory, "parameters.json")).get(name, {})
+    params = {k: tuple(v) if isinstance(v, list) else v for k, v in params.items()}
+    values = tensors.pop("id_val_scores")
+    return params, {k.removeprefix("state."): v for k, v in tensors.items()}, values
+
+
+def _fit(
+    context: Context, score: Score, head: Head, forward: Partial
+) -> tuple[State, Float[np.ndarray, " m"]]:
+    """State and ID validation ood_scores of a score that the run did not list."""
+    _check_finished(context, "evaluate")
+    for file in artifacts.output_hashes(context.directory("evaluate")):
+        artifacts.verified(context.directory("evaluate"), file)
+    sets, size = evaluate.inputs(context), context.config.evaluation.batch_size
+
+    def outputs(inputs) -> Outputs:
+        if all(getattr(inputs.outputs, field) is not None for field in score.needs):
+            return inputs.outputs
+        images = inputs.images()
+        return post_hoc.compute(scaled(forward, images), images, size, score.needs)
+
+    fitted_on = sets.id_train if score.fit_on == "train" else sets.id_val
+    state = post_hoc.fit(score, outputs(fitted_on), fitted_on.labels, head, f"ID {score.fit_on}")
+    if score.perturb:
+        return state, run_detector(score, forward, state, sets.id_val.images(), size)[-1]
+    return state, post_hoc.apply(score, state, outputs(sets.id_val), size, "ID val")

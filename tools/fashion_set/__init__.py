@@ -1,0 +1,1 @@
+"""Makes the embedded image sets and weights; no user of the package runs it."""
