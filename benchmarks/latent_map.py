@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float
+from oal_jax.outliers.selection import log_partition
 
 from benchmarks import cases
 from benchmarks.cases import Case, markdown, spread
@@ -35,7 +36,6 @@ from oal_jax.data.sources import ImageSet
 from oal_jax.evaluation.metrics import auroc
 from oal_jax.methods import oal
 from oal_jax.outliers.knn import unit
-from oal_jax.outliers.selection import log_partition
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.runtime.keys import named
 from oal_jax.stages import adapter, generator, train

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from oal_jax.config.ranges import CHOICES
 
 from oal_jax import config, main
 from oal_jax.config import Config, flatten
-from oal_jax.config.ranges import CHOICES
 from oal_jax.config.rules import validate
 from oal_jax.errors import UserError
 from oal_jax.scores import SCORES

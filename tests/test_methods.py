@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 import test_outlier_methods
-
 from oal_jax.config.ranges import CHOICES
+
 from oal_jax.methods import ce, kd, losses, masking, oal, pixel, unleashing_mask
 from oal_jax.methods.base import Method
 from oal_jax.models.mutual_information import GaussianPredictor

@@ -14,10 +14,10 @@ import test_models
 import test_outlier_methods
 from flax.traverse_util import flatten_dict
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from oal_jax.config.ranges import CHOICES
 
 import oal_jax
 from oal_jax.config import Config
-from oal_jax.config.ranges import CHOICES
 from oal_jax.config.rules import validate
 from oal_jax.detection.exported import exported
 from oal_jax.errors import UserError

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from oal_jax.methods.alignment import aligned_cross_entropy
 from safetensors.numpy import load_file
 
 from oal_jax import main
 from oal_jax.config import Config, Data, Generator, Teacher
 from oal_jax.config.rules import validate
 from oal_jax.errors import UserError
-from oal_jax.methods.alignment import aligned_cross_entropy
 from oal_jax.models.resized import Resized
 from oal_jax.models.resnet import ResNet
 from oal_jax.models.vit import VisionTransformer

@@ -1,97 +1,223 @@
-"""The dataclasses of a config that say what a method's loss is made of."""
+"""Options of the training methods: one class a method, and which of them a method reads."""
 
 from dataclasses import dataclass, field
 
-
-@dataclass
-class Exposure:
-    """Of the methods that see outlier images: oe, energy, poem, doe."""
-
-    weight: float = 0.5  # of oe: the uniform cross-entropy on outliers
-    hinge: float = 0.1  # of energy, poem: weight of the squared hinges
-    # E = -logsumexp(logits): ID is pushed below margin_in, outliers above margin_out. In units of
-    # the logits: these suit the embedded set's small student; published for CIFAR: -25 and -7.
-    margin_in: float = -7.0
-    margin_out: float = -3.0
-    shared_statistics: bool = False  # batch statistics of ID and outliers together, as published
-    poem_ratio: int = 4  # candidates for each outlier that is trained on
-    poem_buffer: int = 4096  # features kept, of ID and of outliers each
-    poem_refresh: int = 20  # steps between two posteriors
-    poem_covariance: float = 1.0  # 20: the official code's wider sampling
-    doe: float = 1.0  # weight of outlier exposure in doe
-    doe_start: float = 0.5  # fraction of the training before weights are perturbed
-    doe_ascend: bool = True  # False: lower the regret, as the official code
+from oal_jax.config.options import option
 
 
 @dataclass
-class Virtual:
-    """Of the methods that make outliers in feature space: vos, npos."""
+class Distillation:
+    """Distillation from the teacher: methods kd, oal and pixel."""
 
-    weight: float = 0.1  # of the logistic loss that tells them from ID
-    start: float = 0.4  # fraction of the training at which it begins
-    refresh: int = 1  # steps between two estimates
-    queue: int = 1000  # features kept a class; the loss waits until all queues are full
-    samples: int = 10_000  # of vos: drawn a class and step
-    keep: int = 1  # of vos: the least likely of them
-    neighbour: int = 300  # of npos, from here on: see outliers.knn
-    boundary: int = 200
-    anchors: int = 2
-    sigma: float = 0.1
-    candidates: int = 600
-    npos_keep: int = 200
-    contrastive: float = 0.0  # weight of the supervised contrastive loss
+    logit_weight: float = option(4.0, "weight of KL(teacher logits || student logits)")
+    feature_weight: float = option(
+        8.0, "weight of KL(feature projector(teacher features) || student features)"
+    )
+    projector_rate: float = option(0.1, "learning rate of the feature projector (DT)")
 
 
 @dataclass
-class Wild:
-    """Of woods: half of the ID images lose their labels and join outliers in a wild mixture."""
+class Oal:
+    """Method oal: distillation and a contrastive term against outliers."""
 
-    share: float = 0.1  # of outliers in the mixture
-    id_limit: float = 0.05  # share of ID images that may count as OOD
-    ce_tolerance: float = 2.0  # cross-entropy that is allowed, in times that of the start
-    multiplier_rate: float = 1.0  # published search: 0.1, 1, 2
-    penalty_growth: float = 1.5  # published search: 1.1, 1.5
+    objective: str = option(
+        "energy",
+        "contrastive term: energy (the default), club (CLUB as the official code has it) or"
+        " club_alternate (CLUB as published)",
+        choices=("energy", "club", "club_alternate"),
+    )
+    energy_weight: float = option(0.1, "weight of the energy loss on outliers")
+    energy_rate: float = option(0.1, "learning rate of the energy loss's scale and offset")
+    ramp_start: float = option(
+        0.19, "fraction of the training at which the energy loss begins", at_least=0, at_most=1
+    )
+    ramp_end: float = option(
+        0.31, "fraction of the training at which it has its full weight", at_least=0, at_most=1
+    )
+    latent_projector_weight: float = option(
+        0.05, "weight of the latent projector's regression of student features on ID pairs"
+    )
+    latent_projector_rate: float = option(0.02, "learning rate of the latent projector (A)")
+    knn_club_weight: float = option(0.1, "weight of CLUB on feature outliers")
+    latent_club_weight: float = option(0.2, "weight of CLUB on latents")
+    club_rate: float = option(1e-4, "learning rate of the CLUB networks")
 
 
 @dataclass
-class Adapt:
-    """How the latent outliers of a step follow the student that is trained (micl=energy)."""
+class Pixel:
+    """Method pixel: distillation and outlier exposure on decoded latents."""
 
-    of: int = 1  # of so many the one that the student finds most like ID is kept
-    steps: int = 0  # of its energy's gradient, by which latents are moved before
-    rate: float = 0.05  # length of a step in lengths of a latent; above 0: towards ID
+    weight: float = option(0.5, "weight of outlier exposure on the decoded latents")
+
+
+@dataclass
+class UnleashingMask:
+    """Unleashing Mask: methods um and umap, and any other with method.unleash=True."""
+
+    constraint: float = option(
+        -1.0, "ID loss that the training holds, 0 or more, in nats; -1: estimated from train.start"
+    )
+    beta: float = option(
+        1.0, "weight of the cross-entropy before the constraint is subtracted", above=0
+    )
+    n_masks: int = option(
+        3, "random masks whose losses are averaged for the estimate; the paper: 1", above=0
+    )
+    mask_density: float = option(
+        0.965, "share of each tensor's weights that such a mask leaves", above=0, at_most=1
+    )
+
+
+@dataclass
+class Umap:
+    """Method umap: a trained mask beside the options of um."""
+
+    mask_density: float = option(
+        0.8, "share of each tensor's weights that the trained mask leaves", above=0, at_most=1
+    )
+    freeze: bool = option(True, "train the mask alone; the weights stay those of train.start")
+
+
+@dataclass
+class LogitNorm:
+    """Method logitnorm: cross-entropy on normalised logits."""
+
+    temperature: float = option(0.04, "temperature of the logits of unit length", above=0)
+
+
+@dataclass
+class OutlierExposure:
+    """Method oe: outlier exposure."""
+
+    weight: float = option(0.5, "weight of the uniform cross-entropy on outlier images")
+    shared_statistics: bool = option(
+        False, "take batch statistics over ID and outlier images together, as published"
+    )
+
+
+@dataclass
+class Energy:
+    """Method energy: energy fine-tuning, with E = -logsumexp(logits)."""
+
+    weight: float = option(0.1, "weight of the squared hinges")
+    margin_in: float = option(
+        -7.0, "E that ID images are pushed below, in units of the logits; published for CIFAR: -25"
+    )
+    margin_out: float = option(
+        -3.0, "E that outlier images are pushed above; published for CIFAR: -7"
+    )
+    shared_statistics: bool = option(
+        False, "take batch statistics over ID and outlier images together, as published"
+    )
+
+
+@dataclass
+class Woods:
+    """Method woods: half of the ID images lose their labels and join outliers in a wild mixture."""
+
+    outlier_share: float = option(0.1, "share of outliers in the mixture", at_least=0, at_most=1)
+    id_limit: float = option(
+        0.05, "share of ID images that may count as OOD", at_least=0, at_most=1
+    )
+    ce_tolerance: float = option(
+        2.0, "cross-entropy that is allowed, as a multiple of that of the start", above=0
+    )
+    multiplier_rate: float = option(1.0, "step of the multipliers; published search: 0.1, 1, 2")
+    penalty_growth: float = option(
+        1.5, "growth of the penalties; published search: 1.1, 1.5", above=0
+    )
+    energy_rate: float = option(0.1, "learning rate of the energy loss's scale and offset")
+    shared_statistics: bool = option(
+        False, "take batch statistics over ID and wild images together, as published"
+    )
+
+
+@dataclass
+class Vos:
+    """Method vos: virtual outliers from class Gaussians in feature space."""
+
+    weight: float = option(0.1, "weight of the logistic loss that separates ID from outliers")
+    energy_rate: float = option(
+        0.1, "learning rate of the energy's scale, offset and class weights"
+    )
+    start: float = option(
+        0.4, "fraction of the training at which the loss begins", at_least=0, at_most=1
+    )
+    refresh: int = option(1, "steps between two estimates of the Gaussians", above=0)
+    queue_size: int = option(
+        1000, "features stored per class; the loss waits until all queues are full", above=0
+    )
+    samples: int = option(10_000, "samples drawn per class and step", above=0)
+    per_class: int = option(
+        1, "the least likely samples of a class, which are its outliers", above=0
+    )
+
+
+@dataclass
+class Npos:
+    """Method npos: non-parametric outliers around the boundary points of each class."""
+
+    weight: float = option(0.1, "weight of the logistic loss that separates ID from outliers")
+    discriminator_rate: float = option(0.01, "learning rate of the network that separates them")
+    contrastive_weight: float = option(0.0, "weight of the supervised contrastive loss")
+    start: float = option(
+        0.4, "fraction of the training at which the loss begins", at_least=0, at_most=1
+    )
+    refresh: int = option(1, "steps between two sets of outliers", above=0)
+    queue_size: int = option(
+        1000, "features stored per class; the loss waits until all queues are full", above=0
+    )
+    neighbour: int = option(300, "K of the k-NN distance", above=0)
+    boundary_points: int = option(200, "features with the largest distance, per class", above=0)
+    anchors: int = option(2, "boundary points that are perturbed, per class and step", above=0)
+    sigma: float = option(0.1, "standard deviation of the Gaussian noise", at_least=0)
+    candidates: int = option(600, "perturbed points per anchor", above=0)
+    per_anchor: int = option(200, "the furthest of them, which are its outliers", above=0)
+
+
+# Every method by name, and the sections of `Method` that it reads.
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "ce": (),
+    "kd": ("kd",),
+    "oal": ("kd", "oal"),
+    "pixel": ("kd", "pixel"),
+    "um": ("um",),
+    "umap": ("um", "umap"),
+    "logitnorm": ("logitnorm",),
+    "oe": ("oe",),
+    "energy": ("energy",),
+    "woods": ("woods",),
+    "vos": ("vos",),
+    "npos": ("npos",),
+}
+FINE_TUNINGS = ("um", "umap", "woods")  # methods that need a trained start
+EXPOSURES = ("oe", "energy", "woods")  # methods that always see outlier images
 
 
 @dataclass
 class Method:
     """What the student is trained with."""
 
-    # ce, kd, oal, pixel; logitnorm; vos, npos; from a trained start: um, umap, woods; better from
-    # one: oe, energy, poem, doe.
-    name: str = "oal"
-    micl: str = "energy"  # of oal: energy (default), reference (CLUB as shipped), alternate
-    logit_kd: float = 4.0  # weight of KL(teacher logits || student logits)
-    feature_kd: float = 8.0  # weight of KL(DT(teacher features) || student features)
-    knn_club: float = 0.1  # weight of CLUB on k-NN outliers
-    latent_club: float = 0.2  # weight of CLUB on latents
-    energy: float = 0.1  # weight of the energy loss on mapped outliers
-    adapter: float = 0.05  # weight of the adapter's regression on ID pairs
-    # Stage of a ResNet, 1 to 3, after which latent outliers enter it; 0: as pooled features, last.
-    latent_stage: int = 0
-    adapt: Adapt = field(default_factory=Adapt)
-    ramp_start: float = 0.19  # fraction of training at which the energy loss begins
-    ramp_end: float = 0.31  # ... and at which it has its full weight
-    outlier_batch: int = 0  # outliers a step; 0: as many as ID images
-    pixel: float = 0.5  # weight of outlier exposure on decoded latents
-    # Unleashing Mask: of um, umap, and of any other method with um=True.
-    um: bool = False  # the ID cross-entropy becomes |beta CE - constraint| + constraint
-    constraint: float = -1.0  # 0 or more: given; -1: estimated from train.start's model
-    beta: float = 1.0  # weight of the cross-entropy before the constraint is taken off
-    n_masks: int = 3  # random masks whose losses are averaged for the estimate; the paper: 1
-    estimate_keep: float = 0.965  # share of each tensor's weights that such a mask keeps
-    mask_keep: float = 0.8  # of umap: the same of the trained mask
-    freeze: bool = True  # of umap: the weights stay those of train.start, the mask alone trains
-    logit_temperature: float = 0.04  # of logitnorm, on logits of length 1
-    exposure: Exposure = field(default_factory=Exposure)
-    virtual: Virtual = field(default_factory=Virtual)
-    wild: Wild = field(default_factory=Wild)
+    name: str = option(
+        "oal",
+        "training method; um, umap and woods need a trained start, oe and energy are better from"
+        " one",
+        choices=tuple(SECTIONS),
+    )
+    unleash: bool = option(
+        False,
+        "apply Unleashing Mask to the ID cross-entropy of any method: |beta CE - constraint|"
+        " + constraint",
+    )
+    outlier_batch: int = option(0, "outliers per step; 0: as many as ID images", at_least=0)
+    kd: Distillation = field(default_factory=Distillation)
+    oal: Oal = field(default_factory=Oal)
+    pixel: Pixel = field(default_factory=Pixel)
+    um: UnleashingMask = field(default_factory=UnleashingMask)
+    umap: Umap = field(default_factory=Umap)
+    logitnorm: LogitNorm = field(default_factory=LogitNorm)
+    oe: OutlierExposure = field(default_factory=OutlierExposure)
+    energy: Energy = field(default_factory=Energy)
+    woods: Woods = field(default_factory=Woods)
+    vos: Vos = field(default_factory=Vos)
+    npos: Npos = field(default_factory=Npos)

@@ -230,19 +230,22 @@ def apply_unet(
     Args:
         unet: module from `make_unet`.
         params: its parameters.
-        latents: (B, C, h, w).
+        latents: (B, h, w, C).
         timesteps: (B,) int32 or float32, in training steps (0 to 999).
         states: (B, L, width) text states.
 
     Returns:
-        (B, C, h, w) in the module's dtype.
+        (B, h, w, C) in the module's dtype.
     """
     with (
         _own_arithmetic(),
         nn.intercept_methods(_exact_gelu),
         nn.intercept_methods(_bounded_attention),
     ):
-        return unet.apply({"params": params}, latents, jnp.asarray(timesteps), states).sample
+        # The port takes channels first, as PyTorch does; the rest of the project has them last.
+        first = jnp.moveaxis(latents, -1, 1)
+        out = unet.apply({"params": params}, first, jnp.asarray(timesteps), states)
+    return jnp.moveaxis(out.sample, 1, -1)
 
 
 def apply_text_encoder(text_encoder: nn.Module, params: Any, ids: jax.Array) -> jax.Array:
@@ -266,16 +269,16 @@ def apply_vae_encoder(
         images: (B, channels, H, W) in [-1, 1].
 
     Returns:
-        Two arrays (B, C, h, w), not scaled.
+        Two arrays (B, h, w, C), not scaled.
     """
     with _own_arithmetic():
         posterior = vae.apply({"params": params}, images, method=vae.encode).latent_dist
-    return jnp.moveaxis(posterior.mean, -1, 1), jnp.moveaxis(posterior.logvar, -1, 1)
+    return posterior.mean, posterior.logvar
 
 
 def apply_vae_decoder(vae: nn.Module, params: Any, latents: jax.Array) -> jax.Array:
-    """Images (B, channels, H, W), about in [-1, 1], of unscaled latents (B, C, h, w)."""
+    """Images (B, channels, H, W), about in [-1, 1], of unscaled latents (B, h, w, C)."""
     # The port guesses the layout from the last axis; channels-last input leaves nothing to guess.
     with _own_arithmetic():
-        out = vae.apply({"params": params}, jnp.moveaxis(latents, 1, -1), method=vae.decode)
+        out = vae.apply({"params": params}, latents, method=vae.decode)
     return out.sample

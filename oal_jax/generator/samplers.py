@@ -25,7 +25,6 @@ from oal_jax.generator.schedule import NoiseSchedule
 SAMPLERS = ("dpm_solver_pp_2m", "pndm", "ddim")
 
 ApplyUNet = Callable[[Any, Array, Array, Array], Array]
-Guide = Callable[[Array, Array, Array, Any], Array]
 
 
 class Plan(NamedTuple):
@@ -52,10 +51,10 @@ class Plan(NamedTuple):
     predicts_clean: bool
 
 
-def _leading_times(schedule: NoiseSchedule, steps: int, last: int) -> tuple[np.ndarray, int]:
-    """The `last` of descending times with equal spacing from the schedule's end; that spacing."""
+def _leading_times(schedule: NoiseSchedule, steps: int) -> tuple[np.ndarray, int]:
+    """Descending times with equal spacing from the schedule's end; that spacing."""
     ratio = schedule.train_steps // steps
-    return np.arange(last)[::-1] * ratio + schedule.steps_offset, ratio
+    return np.arange(steps)[::-1] * ratio + schedule.steps_offset, ratio
 
 
 def _ddim_coefficients(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -67,23 +66,23 @@ def _ddim_coefficients(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, 
     return a, np.sqrt(1.0 - end) - a * np.sqrt(1.0 - start)
 
 
-def _plan_ddim(schedule: NoiseSchedule, steps: int, last: int) -> Plan:
+def _plan_ddim(schedule: NoiseSchedule, steps: int) -> Plan:
     squared = schedule.alphas_cumprod()
-    times, ratio = _leading_times(schedule, steps, last)
+    times, ratio = _leading_times(schedule, steps)
     ends = times - ratio
     end = np.where(ends >= 0, squared[np.maximum(ends, 0)], schedule.final_alpha_cumprod())
     a, b = _ddim_coefficients(squared[times], end)
-    always, never = np.ones(last, bool), np.zeros(last, bool)
+    always, never = np.ones(steps, bool), np.zeros(steps, bool)
     return _plan(squared, times, a, b[:, None], always, never, predicts_clean=False)
 
 
-def _plan_pndm(schedule: NoiseSchedule, steps: int, last: int) -> Plan:
+def _plan_pndm(schedule: NoiseSchedule, steps: int) -> Plan:
     """A Heun-like pair of calls for the first interval, then Adams-Bashforth of order 2, 3, 4."""
     squared = schedule.alphas_cumprod()
-    times, ratio = _leading_times(schedule, steps, last)
+    times, ratio = _leading_times(schedule, steps)
     # The network is called at the end of the first interval twice: once to correct it, once to
     # start the second.
-    calls = np.insert(times, 1, times[1]) if last > 1 else np.repeat(times, 2)
+    calls = np.insert(times, 1, times[1]) if steps > 1 else np.repeat(times, 2)
     starts = calls.copy()
     starts[1] = times[0]
     ends = starts - ratio
@@ -100,17 +99,17 @@ def _plan_pndm(schedule: NoiseSchedule, steps: int, last: int) -> Plan:
             [55 / 24, -59 / 24, 37 / 24, -9 / 24],
         ]
     )
-    weights = orders[np.minimum(np.arange(last + 1), 4)]
-    corrector = np.arange(last + 1) == 1
+    weights = orders[np.minimum(np.arange(steps + 1), 4)]
+    corrector = np.arange(steps + 1) == 1
     return _plan(
         squared, calls, a, slope[:, None] * weights, ~corrector, corrector, predicts_clean=False
     )
 
 
-def _plan_dpm(schedule: NoiseSchedule, steps: int, last: int) -> Plan:
+def _plan_dpm(schedule: NoiseSchedule, steps: int) -> Plan:
     squared = schedule.alphas_cumprod()
     points = np.round(np.linspace(0, schedule.train_steps - 1, steps + 1)).astype(np.int64)
-    points = points[: last + 1][::-1]
+    points = points[::-1]
     alpha, sigma = np.sqrt(squared[points]), np.sqrt(1.0 - squared[points])
     log_snr = np.log(alpha) - np.log(sigma)
     h = np.diff(log_snr)
@@ -118,12 +117,12 @@ def _plan_dpm(schedule: NoiseSchedule, steps: int, last: int) -> Plan:
     gain = -alpha[1:] * np.expm1(-h)
     # D1 = (m_0 - m_1) / r with r = h_previous / h; the first step has no predecessor and is of
     # first order.
-    half = np.zeros(last)
+    half = np.zeros(steps)
     half[1:] = 0.5 * h[1:] / h[:-1]
-    if last < 15:
+    if steps < 15:
         half[-1] = 0.0  # diffusers' rule: with few steps, a last one of first order is stabler
     b = np.stack([gain * (1.0 + half), -gain * half], axis=1)
-    always, never = np.ones(last, bool), np.zeros(last, bool)
+    always, never = np.ones(steps, bool), np.zeros(steps, bool)
     return _plan(squared, points[:-1], a, b, always, never, predicts_clean=True)
 
 
@@ -136,7 +135,7 @@ def _plan(squared, times, a, b, push, hold, *, predicts_clean: bool) -> Plan:
 _PLANS = {"ddim": _plan_ddim, "pndm": _plan_pndm, "dpm_solver_pp_2m": _plan_dpm}
 
 
-def make_plan(schedule: NoiseSchedule, name: str, steps: int, partial: float = 1.0) -> Plan:
+def make_plan(schedule: NoiseSchedule, name: str, steps: int) -> Plan:
     """The coefficients of a sampler.
 
     Args:
@@ -145,8 +144,6 @@ def make_plan(schedule: NoiseSchedule, name: str, steps: int, partial: float = 1
             The history of "pndm" is of noise even where the network predicts velocities; diffusers
             averages the velocities there.
         steps: number of intervals, 1 to the number of training steps less one.
-        partial: fraction of the steps that is taken, the last ones, at least one: for samples that
-            are not begun at noise alone.
 
     Raises:
         UserError: an unknown name or an impossible number of steps.
@@ -155,18 +152,21 @@ def make_plan(schedule: NoiseSchedule, name: str, steps: int, partial: float = 1
         raise UserError(f"sampler {name!r} is none of {', '.join(SAMPLERS)}")
     if not 1 <= steps < schedule.train_steps:
         raise UserError(f"sampler steps must be in 1 .. {schedule.train_steps - 1}, not {steps}")
-    return _PLANS[name](schedule, steps, max(1, round(partial * steps)))
+    return _PLANS[name](schedule, steps)
 
 
 def initial_noise(
     key: jax.Array, indices: Array, latent_shape: tuple[int, int, int]
-) -> Float[Array, "N C h w"]:
+) -> Float[Array, "N h w C"]:
     """Standard normal noise of the samples with these indices.
 
     It depends on the key and a sample's own index, not on how samples are batched.
     """
+    height, width, channels = latent_shape
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
-    return jax.vmap(lambda k: jax.random.normal(k, latent_shape))(keys)
+    # Drawn channels first, as published samplers draw it.
+    noise = jax.vmap(lambda k: jax.random.normal(k, (channels, height, width)))(keys)
+    return jnp.moveaxis(noise, 1, -1)
 
 
 def make_sampler(
@@ -175,34 +175,23 @@ def make_sampler(
     name: str = "dpm_solver_pp_2m",
     steps: int = 20,
     guidance: float = 3.0,
-    guide: Guide | None = None,
-    partial: float = 1.0,
-) -> Callable[..., Float[Array, "N C h w"]]:
+) -> Callable[..., Float[Array, "N h w C"]]:
     """Builds a pure sampling function.
 
     Args:
-        apply_unet: `(params, latents (B, C, h, w), times (B,), states (B, L, D)) -> (B, C, h, w)`.
+        apply_unet: `(params, latents (B, h, w, C), times (B,), states (B, L, D)) -> (B, h, w, C)`.
         schedule: the noise process that the network was trained on.
         name: see `make_plan`.
         steps: see `make_plan`.
         guidance: scale w of classifier-free guidance (arXiv 2207.12598): uncond + w (cond -
             uncond). With 1 the network is called with the condition only.
-        guide: optional steering, `(predicted clean latents, predicted noise, time, aux) ->
-            gradient` of their shape, added to the predicted noise (a positive multiple of the
-            gradient of a loss lowers that loss, arXiv 2105.05233, algorithm 2). It is taken at
-            first order and stays out of the history: a direction that turns from step to step would
-            overshoot where it is extrapolated. With None the compiled program has no trace of it.
-        partial: see `make_plan`.
 
     Returns:
-        `sample(params, noise, cond, uncond, aux=None, clean=None) -> latents`, float32, to be
-        jitted by the caller: `noise` (N, C, h, w) standard normal, `cond` (N, L, D), `uncond` (1,
-            L, D) or (N, L, D), `aux` a pytree for `guide`, `clean` latents that are noised to
-            the first time of the plan (SDEdit, arXiv 2108.01073); None: noise alone.
-        Each sample is computed on its own: results do not depend on the batch a sample is in, up to
-            rounding.
+        `sample(params, noise, cond, uncond) -> latents`, float32, to be jitted by the caller:
+        `noise` (N, h, w, C) standard normal, `cond` (N, L, D), `uncond` (1, L, D) or (N, L, D).
+        Each sample is computed on its own: results do not depend on the batch, up to rounding.
     """
-    plan = make_plan(schedule, name, steps, partial)
+    plan = make_plan(schedule, name, steps)
     rows = {
         "time": jnp.asarray(plan.times),
         "alpha": jnp.asarray(plan.alpha),
@@ -228,10 +217,8 @@ def make_sampler(
         out = out.reshape(pairs.shape)
         return out[:, 0] + guidance * (out[:, 1] - out[:, 0])
 
-    def sample(params, noise, cond, uncond, aux=None, clean=None):
+    def sample(params, noise, cond, uncond):
         x = noise.astype(jnp.float32)
-        if clean is not None:
-            x = float(plan.alpha[0]) * clean.astype(jnp.float32) + float(plan.sigma[0]) * x
         if guidance == 1.0:
             states = cond
         else:
@@ -244,16 +231,11 @@ def make_sampler(
             out = predict(params, x, row["time"], states)
             if schedule.prediction_type == "v_prediction":
                 out = alpha * out + sigma * x
-            if guide is not None:
-                push = guide((x - sigma * out) / alpha, out, row["time"], aux)
-                push = -sigma / alpha * push if plan.predicts_clean else push
             if plan.predicts_clean:
                 out = (x - sigma * out) / alpha
             start = jnp.where(row["hold"], start, x) if corrects else x
             recent = (out, *history)
             x = row["a"] * start + sum(row["b"][j] * recent[j] for j in range(order))
-            if guide is not None:
-                x = x + jnp.sum(row["b"]) * push
             pushed = recent[: order - 1]
             if corrects:
                 pushed = jax.tree.map(lambda n, o: jnp.where(row["push"], n, o), pushed, history)

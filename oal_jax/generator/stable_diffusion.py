@@ -44,8 +44,8 @@ class StableDiffusion(NamedTuple):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the latent of one image."""
-        return self.unet.in_channels, self.unet.sample_size, self.unet.sample_size
+        """(height, width, channels) of the latent of one image."""
+        return self.unet.sample_size, self.unet.sample_size, self.unet.in_channels
 
     @property
     def image_size(self) -> int:
@@ -194,7 +194,7 @@ def encode_prompts(
 
 def apply_unet(
     sd: StableDiffusion, params: Params, latents: Array, timesteps: Array, states: Array
-) -> Float[Array, "B C h w"]:
+) -> Float[Array, "B h w C"]:
     """The UNet's prediction in float32; see `flax_models.apply_unet`."""
     dtype = sd.unet.dtype
     out = flax_models.apply_unet(
@@ -225,7 +225,7 @@ def pad_images(sd: StableDiffusion, images: Float[Array, "B H W c"]) -> Float[Ar
 def _is_padded(sd: StableDiffusion, shape: Sequence[int]) -> bool:
     """Whether images of this height and width lack less than a latent's pixel on each side."""
     size = sd.image_size
-    return all(size - 2 * size // sd.latent_shape[1] < side <= size for side in shape)
+    return all(size - 2 * size // sd.latent_shape[0] < side <= size for side in shape)
 
 
 def fit_images(sd: StableDiffusion, images: Float[Array, "B H W c"]) -> Float[Array, "B S S c"]:
@@ -252,7 +252,7 @@ def fit_images(sd: StableDiffusion, images: Float[Array, "B H W c"]) -> Float[Ar
 
 def encode_images(
     sd: StableDiffusion, params: Params, images: Float[Array, "B H W c"]
-) -> Float[Array, "B C h w"]:
+) -> Float[Array, "B h w C"]:
     """Scaled means of the latents of images in [0, 1], brought to size by `fit_images`."""
     pixels = jnp.moveaxis(fit_images(sd, images), -1, 1) * 2.0 - 1.0
     mean, _ = flax_models.apply_vae_encoder(sd.vae, params["vae"], pixels)
@@ -262,7 +262,7 @@ def encode_images(
 def decode_latents(
     sd: StableDiffusion,
     params: Params,
-    latents: Float[Array, "B C h w"],
+    latents: Float[Array, "B h w C"],
     size: tuple[int, int] | None = None,
 ) -> Float[Array, "B H W c"]:
     """Images in [0, 1] of scaled latents.

@@ -5,21 +5,19 @@ Pure functions; the loop is the caller's. On a CPU call one step at a time: the 
 convolution inside a scan is about a hundred times slower there.
 """
 
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from oal_jax.generator import conditioning, flax_models
+from oal_jax.generator import flax_models
 from oal_jax.generator import stable_diffusion as stable
 from oal_jax.generator.stable_diffusion import StableDiffusion
-from oal_jax.runtime.keys import named
+from oal_jax.runtime.keys import at_step
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -37,10 +35,6 @@ class GeneratorState:
 
 Init = Callable[[jax.Array], GeneratorState]
 TrainStep = Callable[[GeneratorState, Batch], tuple[GeneratorState, Metrics]]
-
-
-def _step_key(root: jax.Array, name: str, step: Array) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(name.encode())), step)
 
 
 def _optimizer(learning_rate: float, warmup: int, steps: int, weight_decay: float):
@@ -106,7 +100,7 @@ def make_vae_trainer(
         return loss, {"loss": loss, "mse": mse, "kl": kl, "psnr": psnr}
 
     def train_step(state: GeneratorState, batch: Batch) -> tuple[GeneratorState, Metrics]:
-        key = _step_key(root_key, "vae", state.step)
+        key = at_step(root_key, "vae", state.step)
         grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, key, batch["image"])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -115,7 +109,7 @@ def make_vae_trainer(
     return init, train_step
 
 
-def latent_scale(latents: Float[Array, "N C h w"]) -> float:
+def latent_scale(latents: Float[Array, "N h w C"]) -> float:
     """The factor that gives unscaled latents unit variance (arXiv 2112.10752, appendix G)."""
     return float(1.0 / jnp.std(latents))
 
@@ -126,8 +120,6 @@ def make_diffusion_trainer(
     prompt_ids: Int[Array, "K L"],
     empty_ids: Int[Array, " L"],
     *,
-    words: Sequence[str] = (),
-    feature_share: float = 0.0,
     steps: int = 2500,
     learning_rate: float = 2e-3,
     warmup: int = 100,
@@ -148,9 +140,6 @@ def make_diffusion_trainer(
         prompt_ids: token ids of the K class prompts; a label indexes them.
         empty_ids: token ids of the empty prompt, for guidance without a classifier (arXiv
             2207.12598).
-        words: the class word of each prompt; for `feature_share` alone.
-        feature_share: probability with which the word's token embedding is replaced by the
-            example's "vector" at that embedding's norm, as outliers are injected.
         steps: length of the cosine schedule.
         learning_rate: peak rate of AdamW.
         warmup: steps of linear warm-up, at most a tenth of all.
@@ -161,8 +150,7 @@ def make_diffusion_trainer(
 
     Returns:
         `init(key) -> state` and `train_step(state, batch) -> (state, metrics)`; batch = {"latent":
-        scaled (B, C, h, w), "label": (B,) int32}, with a `feature_share` also "vector": (B, D)
-        of length 1. Use `state.ema_params` afterwards: {"text_encoder", "unet"}.
+        scaled (B, h, w, C), "label": (B,) int32}. Use `state.ema_params` afterwards: {"text_encoder", "unet"}.
     """
     if sd.schedule.prediction_type != "epsilon":
         raise ValueError("the diffusion trainer predicts noise")
@@ -170,17 +158,6 @@ def make_diffusion_trainer(
     ids = jnp.concatenate([jnp.asarray(prompt_ids), jnp.asarray(empty_ids)[None]])
     empty_row = ids.shape[0] - 1
     squared_alpha = jnp.asarray(sd.schedule.alphas_cumprod(), jnp.float32)
-    if feature_share:
-        mask = conditioning.injection_mask(sd, np.asarray(prompt_ids), words)
-        mask = jnp.concatenate([jnp.asarray(mask), jnp.zeros_like(ids[:1], bool)])
-
-    def with_features(params: Any, key: jax.Array, batch: Batch, rows):
-        told = jax.random.bernoulli(key, feature_share, rows.shape)
-        table = conditioning.token_embeddings(sd, params, words)
-        norms = jax.lax.stop_gradient(jnp.linalg.norm(table, axis=-1))[batch["label"]]
-        vectors = batch["vector"] * norms[:, None]
-        where = mask[rows] & told[:, None]
-        return conditioning.encode_with_injection(sd, params, ids[rows], where, vectors)
 
     def init(key: jax.Array) -> GeneratorState:
         text_key, unet_key = jax.random.split(key)
@@ -202,10 +179,8 @@ def make_diffusion_trainer(
         noisy = jnp.sqrt(signal) * latents + jnp.sqrt(1.0 - signal) * noise
         dropped = jax.random.bernoulli(drop_key, condition_dropout, (batch,))
         rows = jnp.where(dropped, empty_row, labels)
-        if feature_share:
-            states = with_features(params, named(key, "features"), examples, rows)
-        else:  # the text encoder runs once a prompt, not once an example
-            states = stable.encode_prompts(sd, params, ids)[rows]
+        # The text encoder runs once a prompt, not once an example.
+        states = stable.encode_prompts(sd, params, ids)[rows]
         predicted = stable.apply_unet(sd, params, noisy, timesteps, states)
         errors = jnp.mean((predicted - noise) ** 2, axis=(1, 2, 3))
         snr = squared_alpha[timesteps] / (1.0 - squared_alpha[timesteps])
@@ -213,7 +188,7 @@ def make_diffusion_trainer(
         return loss, {"loss": loss, "mse": jnp.mean(errors)}
 
     def train_step(state: GeneratorState, batch: Batch) -> tuple[GeneratorState, Metrics]:
-        key = _step_key(root_key, "diffusion", state.step)
+        key = at_step(root_key, "diffusion", state.step)
         grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, key, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -23,7 +23,7 @@ def cross_entropy(
     def loss(params, model_state, batch, step, key):
         del step
         (logits, _), _, student = forward(model, params, model_state, key, batch["image"])
-        value, metrics = id_loss(logits, batch["label"], ce_transform, batch.get("part"))
+        value, metrics = id_loss(logits, batch["label"], ce_transform)
         return value, ({"student": student}, metrics)
 
     return Method(init, loss)

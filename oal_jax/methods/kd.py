@@ -20,9 +20,9 @@ from oal_jax.methods.base import (
     split_variables,
 )
 from oal_jax.methods.student import Outputs, Transform, forward, id_loss
-from oal_jax.models.projector import Projector
-from oal_jax.outliers.knn import unit
+from oal_jax.models.projector import FeatureProjector
 from oal_jax.runtime.keys import named
+from oal_jax.runtime.ops import unit
 
 
 def distillation(
@@ -64,7 +64,7 @@ def init_groups(
         model.init(named(key, "student"), jnp.zeros((1, *image_shape)))
     )
     dt, dt_state = split_variables(
-        Projector(model.feature_width).init(
+        FeatureProjector(model.feature_width).init(
             named(key, "projector"), jnp.zeros((1, teacher_width)), train=False
         )
     )
@@ -110,14 +110,14 @@ def terms(
     logits, features = outputs
     teacher_features = batch["teacher_features"].astype(jnp.float32)
     target, dt_state = apply_group(
-        Projector(features.shape[-1]),
+        FeatureProjector(features.shape[-1]),
         params,
         model_state,
         "projector",
         unit(teacher_features) if unit_features else teacher_features,
         train=True,
     )
-    ce, metrics = id_loss(logits, batch["label"], ce_transform, batch.get("part"))
+    ce, metrics = id_loss(logits, batch["label"], ce_transform)
     teacher_logits = batch["teacher_logits"].astype(jnp.float32)
     kd_logits = jnp.mean(losses.kl_divergence(teacher_logits, logits))
     kd_features = jnp.mean(losses.kl_divergence(target, features))

@@ -32,8 +32,7 @@ def normalised_cross_entropy(
         del step
         (logits, _), _, student = forward(model, params, model_state, key, batch["image"])
         directions = losses.unit_rows(logits) / temperature
-        part = batch.get("part")
-        value, metrics = id_loss(directions, batch["label"], ce_transform, part)
+        value, metrics = id_loss(directions, batch["label"], ce_transform)
         metrics["logit_norm"] = jnp.mean(jnp.linalg.norm(logits, axis=-1))
         return value, ({**model_state, "student": student}, metrics)
 

@@ -30,19 +30,20 @@ def uniform_cross_entropy(logits: Float[Array, "b k"]) -> Float[Array, " b"]:
 
 
 def energy_logistic(
-    id_energy: Float[Array, " b"],
-    outlier_energy: Float[Array, " m"],
+    id_neg_energy: Float[Array, " b"],
+    outlier_neg_energy: Float[Array, " m"],
     scale: Float[Array, ""],
     offset: Float[Array, ""],
 ) -> tuple[Float[Array, " b"], Float[Array, " m"]]:
-    """Logistic loss of telling ID from outliers by E = logsumexp(logits).
+    """Logistic loss that separates ID from outliers by -E = logsumexp(logits).
 
-    softplus(-(a E + b)) for ID and softplus(a E + b) for outliers, with a = softplus(scale) > 0,
-    so that ID is pushed to high E and outliers to low E. A one-parameter form of the loss of
+    softplus(-(b - a E)) for ID and softplus(b - a E) for outliers, with a = softplus(scale) > 0,
+    so that ID is pushed to low E and outliers to high E. A one-parameter form of the loss of
     VOS (arXiv 2202.01197, eq. 4).
     """
     a = jax.nn.softplus(scale)
-    return jax.nn.softplus(-(a * id_energy + offset)), jax.nn.softplus(a * outlier_energy + offset)
+    id_loss = jax.nn.softplus(-(a * id_neg_energy + offset))
+    return id_loss, jax.nn.softplus(a * outlier_neg_energy + offset)
 
 
 def energy_hinges(

@@ -49,12 +49,12 @@ def boundary_outliers(
     weight: float = 0.1,
     queue_size: int = 1000,
     neighbour: int = 300,
-    boundary: int = 200,
+    boundary_points: int = 200,
     anchors: int = 2,
     sigma: float = 0.1,
     candidates: int = 600,
-    keep: int = 200,
-    refresh_steps: int = 1,
+    per_anchor: int = 200,
+    refresh: int = 1,
     contrastive_weight: float = 0.0,
     contrastive_temperature: float = 0.1,
     ce_transform: Transform | None = None,
@@ -66,9 +66,9 @@ def boundary_outliers(
 
     Args:
       queue_size: unit features kept a class. Sampling waits until every queue is full.
-      neighbour, boundary, anchors, sigma, candidates, keep: `k`, `count`, `anchors`, `sigma`,
+      neighbour, boundary_points, anchors, sigma, candidates, per_anchor: `k`, `count`, `anchors`, `sigma`,
         `noise_rows` and `keep` of `outliers.knn.sample_class`.
-      refresh_steps: steps for which outliers are used before new ones are sampled; 1 is as
+      refresh: steps for which outliers are used before new ones are sampled; 1 is as
         published. Sampling costs about K * queue_size * (queue_size + candidates) * d
         multiplications, for small nets more than the training step.
       contrastive_weight: of the supervised contrastive loss on the unit features.
@@ -82,7 +82,7 @@ def boundary_outliers(
         params["discriminator"] = variables["params"]
         model_state["npos"] = {
             "queue": class_queue.empty(classes, queue_size, width),
-            "outliers": jnp.zeros((classes * anchors * keep, width)),
+            "outliers": jnp.zeros((classes * anchors * per_anchor, width)),
             "ready": jnp.zeros((), bool),  # whether outliers have ever been sampled
         }
         return params, model_state
@@ -92,11 +92,11 @@ def boundary_outliers(
             return sample_class(
                 *inputs,
                 k=neighbour,
-                count=boundary,
+                count=boundary_points,
                 anchors=anchors,
                 sigma=sigma,
                 noise_rows=candidates,
-                keep=keep,
+                keep=per_anchor,
                 repeats=1,
                 selection="top",
             )
@@ -105,7 +105,7 @@ def boundary_outliers(
 
     def loss(params, model_state, batch, step, key):
         (logits, features), _, student = forward(model, params, model_state, key, batch["image"])
-        value, metrics = id_loss(logits, batch["label"], ce_transform, batch.get("part"))
+        value, metrics = id_loss(logits, batch["label"], ce_transform)
         directions = losses.unit_rows(features)
         if contrastive_weight:
             contrast = losses.supervised_contrastive(
@@ -116,7 +116,7 @@ def boundary_outliers(
         old = model_state["npos"]
         queue = class_queue.push(old["queue"], directions, batch["label"])
         active = (step >= start_step) & class_queue.is_full(queue)
-        due = active & (~old["ready"] | (step % refresh_steps == 0))
+        due = active & (~old["ready"] | (step % refresh == 0))
         outliers = jax.lax.cond(
             due,
             lambda: sample(named(key, "npos"), queue["rows"]),

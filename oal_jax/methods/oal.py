@@ -1,50 +1,31 @@
-"""OAL: distillation plus a term that knows of outliers ("MICL"), in three forms.
+"""OAL: distillation plus a contrastive term against outliers, with one of three objectives.
 
-`reference`  both CLUB terms as the official code has them: outliers paired at random with the
-             student's ID features, q trained by the same minimisation. No outlier passes through
-             the student, and over all pairings of a batch the gradient to the student is zero: the
-             step logs its norm (`club_expected_gradient_*`) beside that of the pairing at hand
-             (`club_gradient_*`).
-`alternate`  CLUB as published: q is fitted by likelihood, the student minimises the bound.
-`energy`     the default: outliers are mapped into the student's feature space and pass through
-             its head under an energy loss, so that they change what the detector reads.
+`energy`            the default: outliers are mapped into the student's feature space and pass
+                    through its head under an energy loss. So they change what the detector reads.
+`club`              both CLUB terms as the official code has them: outliers are paired at random
+                    with the student's ID features, and q is trained by the same minimisation. No
+                    outlier passes through the student, and the mean over all pairings of a batch
+                    gives the student no gradient: the step logs that mean gradient's norm
+                    (`club_expected_gradient_*`) beside that of the pairing at hand
+                    (`club_gradient_*`).
+`club_alternate`    CLUB as published: q is fitted by likelihood, the student minimises the bound.
 
 Source: arXiv 2406.16525; CLUB: arXiv 2006.12013; energy as in VOS, arXiv 2202.01197.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from oal_jax.methods import kd, losses
 from oal_jax.methods.base import Groups, Method, apply_group, split_variables
-from oal_jax.methods.student import Transform, forward, separate
+from oal_jax.methods.student import Transform, forward
 from oal_jax.models.mutual_information import GaussianPredictor
-from oal_jax.models.projector import LatentAdapter, LatentMap, Projector
-from oal_jax.outliers.knn import unit
+from oal_jax.models.projector import FeatureProjector, LatentProjector
 from oal_jax.runtime.keys import named
-
-
-class Adaptation(NamedTuple):
-    """How a step's latent outliers follow the student that is trained on them.
-
-    Attributes:
-      of: of so many at a time the one that the student finds most like ID is kept; 1: all are.
-      steps: of the gradient by which latents are moved before; 0: as they were sampled.
-      rate: length of such a step, in units of a latent's own length; towards the student's ID where
-        positive, away from it where negative.
-    """
-
-    of: int = 1
-    steps: int = 0
-    rate: float = 0.05
-
-
-_UNCHANGED = Adaptation()
+from oal_jax.runtime.ops import unit
 
 
 def energy(
@@ -56,21 +37,19 @@ def energy(
     logit_weight: float,
     feature_weight: float,
     energy_weight: float,
-    adapter_weight: float,
+    latent_projector_weight: float,
     ramp_steps: tuple[float, float],
     feature_outliers: bool,
     image_outliers: bool = False,
-    adaptation: Adaptation = _UNCHANGED,
-    latent_stage: int = 0,
     ce_transform: Transform | None = None,
 ) -> Method:
-    """The sound default: E = logsumexp of the student's logits tells ID from outliers.
+    """Distillation and a logistic loss on the energies of ID images and outliers.
 
-    Feature outliers `outlier` (B, T) reach the student's head through DT, latents
-    `outlier_latent` (B, h, w, c) through an adapter that regresses the student's features, or the
-    map of one of its stages, from the latents of ID images (`latent`). Mapped outliers carry no
-    gradient to either map, and the batch statistics of DT never see one. Images `outlier_image`
-    (m, h, w, c) pass through the whole student beside the ID images, and their gradient does too.
+    Feature outliers `outlier` (B, T) reach the student's head through the feature projector, latents
+    `outlier_latent` (B, h, w, c) through a latent projector that regresses the student's features
+    from the latents of ID images (`latent`). Mapped outliers carry no gradient to either projector,
+    and the batch statistics of the feature projector never see one. Images `outlier_image`
+    (m, h, w, c) pass through the whole student beside the ID images, and so does their gradient.
     Without any outliers the ID side alone is trained, with scale and offset held fixed.
 
     Args:
@@ -78,55 +57,23 @@ def energy(
       ramp_steps: the energy loss's weight rises linearly between these two steps.
       feature_outliers: whether the batch has `outlier`.
       image_outliers: whether it has `outlier_image`.
-      adaptation: of latent outliers to the student at hand.
-      latent_stage: of a ResNet, after which latents enter it, normalised there by the running
-        statistics; 0: as pooled features, before the head.
     """
-    projector = Projector(model.feature_width)
-    adapter = make_adapter(model, image_shape, latent_stage)
 
     def init(key):
         params, model_state = kd.init_groups(key, model, image_shape, teacher_width)
         params["energy"] = {"scale": jnp.zeros(()), "offset": jnp.zeros(())}
         if latent_shape:
-            variables = adapter.init(named(key, "adapter"), jnp.zeros((1, *latent_shape)))
+            variables = LatentProjector(model.feature_width).init(
+                named(key, "adapter"), jnp.zeros((1, *latent_shape))
+            )
             params["adapter"], _ = split_variables(variables)
         return params, model_state
 
-    def energies(params, model_state, batch) -> dict[str, jax.Array]:
-        """E of the mapped outliers of a batch."""
-        found = {}
-
-        def energy_of(mapped, stage):
-            logits, _ = outputs_of_mapped(model, params, model_state, mapped, stage)
-            return jax.nn.logsumexp(logits, axis=-1)
-
-        if feature_outliers:
-            mapped, _ = apply_group(
-                projector, params, model_state, "projector", unit(batch["outlier"]), train=False
-            )
-            found["feature"] = energy_of(jax.lax.stop_gradient(mapped), 0)
-        if latent_shape:
-
-            def map_latents(latents):
-                return adapter.apply({"params": params["adapter"]}, latents)
-
-            latents = _adapted(
-                lambda z: energy_of(map_latents(z), latent_stage),
-                batch["outlier_latent"],
-                adaptation,
-            )
-            mapped = jax.lax.stop_gradient(map_latents(latents))
-            found["latent"] = energy_of(mapped, latent_stage)
-        return found
-
     def loss(params, model_state, batch, step, key):
-        shown = batch["outlier_image"] if image_outliers else None
-        kept = ("batch_stats", "maps") if latent_shape and latent_stage else ("batch_stats",)
+        images = batch["outlier_image"] if image_outliers else None
         (logits, features), (image_logits, _), student = forward(
-            model, params, model_state, key, batch["image"], shown, mutable=kept
+            model, params, model_state, key, batch["image"], images
         )
-        maps, student = student.get("maps"), {k: v for k, v in student.items() if k != "maps"}
         value, (new_state, metrics) = kd.terms(
             params,
             {**model_state, "student": student},
@@ -136,77 +83,82 @@ def energy(
             feature_weight=feature_weight,
             ce_transform=ce_transform,
         )
-        weight = energy_weight * losses.ramp(step, *ramp_steps)
-        id_energy = jax.nn.logsumexp(logits, axis=-1)
-        scale, offset = params["energy"]["scale"], params["energy"]["offset"]
-        outliers = energies(params, model_state, batch)
+        outlier_logits = {
+            kind: head_logits(params, jax.lax.stop_gradient(mapped))
+            for kind, mapped in map_outliers(
+                model.feature_width,
+                params,
+                model_state,
+                batch["outlier"] if feature_outliers else None,
+                batch["outlier_latent"] if latent_shape else None,
+            ).items()
+        }
         if image_outliers:
-            outliers["image"] = jax.nn.logsumexp(image_logits, axis=-1)
-        for name, outlier_energy in outliers.items():
-            id_loss, outlier_loss = losses.energy_logistic(id_energy, outlier_energy, scale, offset)
+            outlier_logits["image"] = image_logits
+        weight = energy_weight * losses.ramp(step, *ramp_steps)
+        id_neg_energy = jax.nn.logsumexp(logits, axis=-1)
+        scale, offset = params["energy"]["scale"], params["energy"]["offset"]
+        for kind, z in outlier_logits.items():
+            neg_energy = jax.nn.logsumexp(z, axis=-1)
+            id_loss, outlier_loss = losses.energy_logistic(id_neg_energy, neg_energy, scale, offset)
             separation = jnp.mean(id_loss) + jnp.mean(outlier_loss)
             value += weight * separation
-            metrics[f"energy_{name}"] = separation
-            metrics[f"outlier_energy_{name}"] = jnp.mean(outlier_energy)
-        if not outliers:
+            metrics[f"energy_{kind}"] = separation
+            metrics[f"outlier_neg_energy_{kind}"] = jnp.mean(neg_energy)
+        if not outlier_logits:
             # With nothing opposite, a learned offset would take the loss to zero by itself.
             fixed = jax.lax.stop_gradient((scale, offset))
-            id_loss, _ = losses.energy_logistic(id_energy, id_energy, *fixed)
+            id_loss, _ = losses.energy_logistic(id_neg_energy, id_neg_energy, *fixed)
             value += weight * jnp.mean(id_loss)
             metrics["energy_id"] = jnp.mean(id_loss)
-        metrics["id_energy"] = jnp.mean(id_energy)
+        metrics["id_neg_energy"] = jnp.mean(id_neg_energy)
         if latent_shape:
-            predicted = adapter.apply({"params": params["adapter"]}, batch["latent"])
-            target = features
-            if maps:
-                target, _ = separate(maps[f"stage{latent_stage}"][0], len(features))
-            error = jnp.sum((predicted - jax.lax.stop_gradient(target)) ** 2, axis=-1)
-            value += adapter_weight * jnp.mean(error)
-            metrics["adapter_error"] = jnp.mean(error)
+            predicted = LatentProjector(model.feature_width).apply(
+                {"params": params["adapter"]}, batch["latent"]
+            )
+            error = jnp.sum((predicted - jax.lax.stop_gradient(features)) ** 2, axis=-1)
+            value += latent_projector_weight * jnp.mean(error)
+            metrics["latent_projector_error"] = jnp.mean(error)
         return value, (new_state, metrics)
 
     return Method(init, loss)
 
 
-def make_adapter(model: Any, image_shape: tuple[int, int, int], stage: int) -> nn.Module:
-    """A: from latents to the student's pooled features, or to its map after a stage."""
-    if not stage:
-        return LatentAdapter(model.feature_width)
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    _, left = jax.eval_shape(partial(model.apply, mutable=["maps"]), variables, images)
-    return LatentMap(left["maps"][f"stage{stage}"][0].shape[1:])
+def map_outliers(
+    feature_width: int,
+    params: Groups,
+    model_state: Groups,
+    features: jax.Array | None,
+    latents: jax.Array | None,
+) -> dict[str, jax.Array]:
+    """Outliers as student features (n, d), by kind: "feature" and "latent", where given.
+
+    Args:
+      feature_width: d, of the student.
+      features: outliers (n, T) in the teacher's feature space, of any length.
+      latents: (n, h, w, c).
+    """
+    mapped = {}
+    if features is not None:
+        mapped["feature"], _ = apply_group(
+            FeatureProjector(feature_width),
+            params,
+            model_state,
+            "projector",
+            unit(features),
+            train=False,
+        )
+    if latents is not None:
+        mapped["latent"] = LatentProjector(feature_width).apply(
+            {"params": params["adapter"]}, latents
+        )
+    return mapped
 
 
-def outputs_of_mapped(
-    model: Any, params: Groups, model_state: Groups, mapped: jax.Array, stage: int
-) -> tuple[jax.Array, jax.Array]:
-    """The student's (logits, features) of what enters it after a stage, or (0) as features."""
-    if stage:
-        variables = {"params": params["student"], **model_state["student"]}
-        return model.apply(variables, mapped, after=stage)
+def head_logits(params: Groups, features: jax.Array) -> jax.Array:
+    """The student's logits of features (n, d)."""
     head = params["student"]["fc"]
-    return mapped @ head["kernel"] + head["bias"][None], mapped
-
-
-def _adapted(
-    energies: Callable[[jax.Array], jax.Array], latents: jax.Array, adaptation: Adaptation
-) -> jax.Array:
-    """The latents moved along the gradient of their E; of each `of` neighbours the highest."""
-    axes = tuple(range(1, latents.ndim))
-    length = jnp.sqrt(jnp.sum(latents**2, axis=axes, keepdims=True))
-    for _ in range(adaptation.steps):
-        slope = jax.grad(lambda z: jnp.sum(energies(z)))(latents)
-        norm = jnp.sqrt(jnp.sum(slope**2, axis=axes, keepdims=True))
-        latents = latents + adaptation.rate * length * slope / jnp.maximum(norm, 1e-12)
-    if adaptation.of > 1:
-        # Among neighbours, not in the whole batch: the devices need not send each other any.
-        groups = latents.shape[0] // adaptation.of
-        hardest = jnp.argmax(energies(latents).reshape(groups, adaptation.of), axis=1)
-        pieces = latents.reshape(groups, adaptation.of, *latents.shape[1:])
-        chosen = jax.nn.one_hot(hardest, adaptation.of, dtype=pieces.dtype)
-        latents = jnp.einsum("gn,gn...->g...", chosen, pieces)
-    return jax.lax.stop_gradient(latents)
+    return features @ head["kernel"] + head["bias"][None]
 
 
 def club(
@@ -217,21 +169,21 @@ def club(
     *,
     logit_weight: float,
     feature_weight: float,
-    knn_weight: float,
-    latent_weight: float,
+    knn_club_weight: float,
+    latent_club_weight: float,
     alternate: bool,
     ce_transform: Transform | None = None,
 ) -> Method:
     """Both CLUB terms, as shipped or (`alternate`) with q fitted by likelihood.
 
     The batch needs `outlier` (B, T) and `outlier_latent` (B, latent_width), paired at random
-    with the ID images. DT gets the teacher's features as they are, as shipped. `alternate`: the
+    with the ID images. The feature projector gets the teacher's features as they are, as shipped. `alternate`: the
     student's gradient comes from CLUB with q held fixed, q's from the likelihood with the
     features held fixed, in the same step.
     """
     hidden: dict[str, Sequence[int]] = {"outlier": (256,), "outlier_latent": (32, 16, 256)}
     widths = {"outlier": teacher_width, "outlier_latent": latent_width}
-    weights = {"outlier": knn_weight, "outlier_latent": latent_weight}
+    weights = {"outlier": knn_club_weight, "outlier_latent": latent_club_weight}
     predictors = {name: GaussianPredictor(model.feature_width, hidden[name]) for name in hidden}
 
     def init(key):

@@ -45,7 +45,7 @@ def exposure(
             batch["outlier_image"],
             shared_statistics=shared_statistics,
         )
-        value, metrics = id_loss(logits, batch["label"], ce_transform, batch.get("part"))
+        value, metrics = id_loss(logits, batch["label"], ce_transform)
         term = jnp.mean(losses.uniform_cross_entropy(outlier_logits))
         metrics["outlier_exposure"] = term
         return value + weight * term, ({**model_state, "student": student}, metrics)
@@ -67,7 +67,7 @@ def energy(
 
     E = -logsumexp(z): low for ID. The margins are in units of the logits. Those published suit
     the nets for CIFAR; before trusting them on another, look at the metrics `id_energy` and
-    `outlier_energy`, the means of logsumexp(z) = -E.
+    `outlier_energy`, the means of E.
     """
 
     def loss(params, model_state, batch, step, key):
@@ -81,7 +81,7 @@ def energy(
             batch["outlier_image"],
             shared_statistics=shared_statistics,
         )
-        value, metrics = id_loss(logits, batch["label"], ce_transform, batch.get("part"))
+        value, metrics = id_loss(logits, batch["label"], ce_transform)
         term, more = hinge_terms(logits, outlier_logits, margin_in, margin_out)
         return value + weight * term, ({**model_state, "student": student}, metrics | more)
 
@@ -92,10 +92,9 @@ def hinge_terms(
     logits: jax.Array, outlier_logits: jax.Array, margin_in: float, margin_out: float
 ) -> tuple[jax.Array, Metrics]:
     """The sum of both mean squared hinges, and the metrics of energy fine-tuning."""
-    id_energy, outlier_energy = (jax.nn.logsumexp(z, axis=-1) for z in (logits, outlier_logits))
+    id_energy, outlier_energy = (-jax.nn.logsumexp(z, axis=-1) for z in (logits, outlier_logits))
     id_hinge, outlier_hinge = (
-        jnp.mean(h)
-        for h in losses.energy_hinges(-id_energy, -outlier_energy, margin_in, margin_out)
+        jnp.mean(h) for h in losses.energy_hinges(id_energy, outlier_energy, margin_in, margin_out)
     )
     metrics = {
         "id_hinge": id_hinge,

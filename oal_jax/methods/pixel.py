@@ -21,10 +21,10 @@ def outlier_exposure(
     *,
     logit_weight: float,
     feature_weight: float,
-    pixel_weight: float,
+    weight: float,
     ce_transform: Transform | None = None,
 ) -> Method:
-    """Distillation plus `pixel_weight` times the uniform cross-entropy on `outlier_image`.
+    """Distillation plus `weight` times the uniform cross-entropy on `outlier_image`.
 
     Both pass in one batch, normalised by the statistics of the ID images alone, which are also
     what the running statistics see. Normalising outliers by the running statistics instead lets
@@ -48,6 +48,6 @@ def outlier_exposure(
         )
         exposure = jnp.mean(losses.uniform_cross_entropy(outlier_logits))
         metrics["outlier_exposure"] = exposure
-        return value + pixel_weight * exposure, (new_state, metrics)
+        return value + weight * exposure, (new_state, metrics)
 
     return Method(lambda key: kd.init_groups(key, model, image_shape, teacher_width), loss)

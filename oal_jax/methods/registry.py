@@ -1,16 +1,16 @@
-"""Every training method by name: how it is made of a config, and what it reads.
+"""Every training method by name: how it is built, what it reads, and the rates of its groups.
 
-A new method is one file beside this one, a function here, and a line in `METHODS` (and its name
-in `config.METHOD_STAGES`).
+A new method is one file beside this one, its options in `config.methods`, and an entry of
+`METHODS`.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from oal_jax.config import DECODED, Config, sees_images, unleashed
+from oal_jax.config import Config, sees_images, unleashed
 from oal_jax.methods import (
     ce,
-    doe,
     kd,
     logitnorm,
     masking,
@@ -18,267 +18,256 @@ from oal_jax.methods import (
     oal,
     outlier_exposure,
     pixel,
-    poem,
     unleashing_mask,
     vos,
     woods,
 )
 from oal_jax.methods.base import Method
 from oal_jax.methods.student import Transform
-
-# What a source gives to the two outlier terms of OAL: feature outliers, latents.
-SOURCES = {
-    "knn": ("pool", None),
-    "diffusion": ("pool", "pool"),
-    "random": ("random", "random"),
-    "mixed": ("half", "half"),
-    "latents": ("random", "pool"),
-    "latents_mixed": ("random", "half"),
-    "half_random": ("random", "half random"),  # half as many random latents: a control
-    "none": (None, None),  # the energy loss on the ID side alone: a control
-}
+from oal_jax.outliers import pools
+from oal_jax.outliers.pools import OutlierPool
 
 
 class Parts(NamedTuple):
-    """What a method may be made of."""
+    """What a method may be built of."""
 
     config: Config
     net: Any  # the student
     image_shape: tuple[int, int, int]
-    shapes: Mapping[str, tuple[int, ...]]  # of the arrays that the batches are drawn from
+    shapes: Mapping[str, Any]  # of the pools' arrays, by their names
     steps: int  # of the whole training
     epoch_steps: int
     start_loss: float | None  # mean cross-entropy of the start, where stage `estimate_loss` ran
     ce_transform: Transform | None  # of the ID cross-entropy
 
+    @property
+    def student(self) -> tuple[Any, tuple[int, int, int]]:
+        """The first two arguments of every method."""
+        return self.net, self.image_shape
+
+    def options(self, section: str, *without: str) -> dict[str, Any]:
+        """The options of a section of `config.method`, less some, and `ce_transform`."""
+        options = dataclasses.asdict(getattr(self.config.method, section))
+        options = {name: value for name, value in options.items() if name not in without}
+        return options | {"ce_transform": self.ce_transform}
+
 
 class Recipe(NamedTuple):
-    """How a method is made, and what its batches hold beside images and labels.
+    """How a method is built, and what it reads beside ID images and labels.
 
     Attributes:
       build: the method of the parts.
+      pools: the outlier pools that a config's method draws from.
+      rates: learning rates of the groups beside "student" and "mask".
       teacher: whether the batches hold the teacher's outputs.
-      arrays: of a config, the name in the batch to the content, a key of `stages.batches.READERS`.
-      outliers_per_image: of a config, how many outliers a batch holds for each of its images.
+      reads_start_loss: whether it reads the mean cross-entropy of the start.
+      label_every: the student sees the labels of every n-th ID image.
+      objective: what the report calls the method's objective; empty where there is one only.
+      map_outliers: `oal.map_outliers` where the method maps outliers to student features.
     """
 
     build: Callable[[Parts], Method]
+    pools: Callable[[Config], tuple[OutlierPool, ...]] = lambda config: ()
+    rates: Callable[[Config], dict[str, float]] = lambda config: {}
     teacher: bool = False
-    arrays: Callable[[Config], dict[str, str]] = lambda config: {}
-    outliers_per_image: Callable[[Config], int] = lambda config: 1
+    reads_start_loss: bool = False
+    label_every: int = 1
+    objective: Callable[[Config], str] = lambda config: ""
+    map_outliers: Callable[[Config], Callable | None] = lambda config: None
 
 
-# Contents that are made of the latents that were sampled.
-_SAMPLED = {"latents", "reduced latents", DECODED["decoded"], DECODED["decoded_half"]}
-
-
-def reads_sampled(config: Config) -> bool:
-    """Whether the training reads sampled latents, or what they decode to."""
-    return bool(_SAMPLED & set(METHODS[config.method.name].arrays(config).values()))
-
-
-def make(parts: Parts, constraint: float | None) -> Method:
-    """The method of the config; `constraint`: of Unleashing Mask's loss, where the config asks."""
-    method_config = parts.config.method
-    recipe = METHODS[method_config.name]
+def build(parts: Parts, constraint: float | None) -> Method:
+    """The method of the config; `constraint` is Unleashing Mask's, where the config has it."""
+    recipe = METHODS[parts.config.method.name]
     if not unleashed(parts.config):
         return recipe.build(parts)
-    transform = unleashing_mask.transform(constraint, method_config.beta)
+    transform = unleashing_mask.transform(constraint, parts.config.method.um.beta)
     method = recipe.build(parts._replace(ce_transform=transform))
     return unleashing_mask.with_constraint(method, constraint)
 
 
+def recipe_of(config: Config) -> Recipe:
+    """The recipe of the config's method."""
+    return METHODS[config.method.name]
+
+
+def files_read(config: Config) -> set[tuple[str, str]]:
+    """(stage, file) of everything that the method's pools read."""
+    return {read for pool in recipe_of(config).pools(config) for read in pool.reads}
+
+
+def reads_estimate(config: Config) -> bool:
+    """Whether the method reads what stage `estimate_loss` writes."""
+    estimated = unleashed(config) and config.method.um.constraint < 0
+    return estimated or recipe_of(config).reads_start_loss
+
+
+def rates(config: Config) -> dict[str, float]:
+    """The learning rate of every group that the method may have; a frozen student has none."""
+    frozen = config.method.name == "umap" and config.method.umap.freeze
+    student = 0.0 if frozen else config.train.learning_rate
+    own = recipe_of(config).rates(config)
+    return {"student": student, "mask": config.train.learning_rate, **own}
+
+
 def _cross_entropy(parts: Parts) -> Method:
-    return ce.cross_entropy(parts.net, parts.image_shape, ce_transform=parts.ce_transform)
+    return ce.cross_entropy(*parts.student, ce_transform=parts.ce_transform)
 
 
 def _masked(parts: Parts) -> Method:
-    m = parts.config.method
-    return masking.with_mask(_cross_entropy(parts), m.mask_keep, freeze=m.freeze)
+    options = parts.config.method.umap
+    return masking.with_mask(_cross_entropy(parts), options.mask_density, freeze=options.freeze)
 
 
-def _distilled(parts: Parts) -> tuple[tuple, dict[str, Any]]:
-    """The arguments that all methods with a teacher share."""
-    m = parts.config.method
-    options = {"logit_weight": m.logit_kd, "feature_weight": m.feature_kd}
-    options["ce_transform"] = parts.ce_transform
-    return (parts.net, parts.image_shape, parts.config.teacher.width), options
+def _distillation(parts: Parts) -> tuple[tuple, dict[str, Any]]:
+    positional = (*parts.student, parts.config.teacher.width)
+    return positional, parts.options("kd", "projector_rate")
 
 
 def _kd(parts: Parts) -> Method:
-    positional, options = _distilled(parts)
+    positional, options = _distillation(parts)
     return kd.distillation(*positional, **options)
 
 
 def _pixel(parts: Parts) -> Method:
-    positional, options = _distilled(parts)
-    return pixel.outlier_exposure(*positional, **options, pixel_weight=parts.config.method.pixel)
+    positional, options = _distillation(parts)
+    return pixel.outlier_exposure(*positional, **options, weight=parts.config.method.pixel.weight)
 
 
 def _oal(parts: Parts) -> Method:
-    m, (positional, options) = parts.config.method, _distilled(parts)
-    if m.micl != "energy":
+    o, (positional, options) = parts.config.method.oal, _distillation(parts)
+    if o.objective != "energy":
         return oal.club(
             *positional,
             parts.shapes["outlier_latent"][1],
             **options,
-            knn_weight=m.knn_club,
-            latent_weight=m.latent_club,
-            alternate=m.micl == "alternate",
+            knn_club_weight=o.knn_club_weight,
+            latent_club_weight=o.latent_club_weight,
+            alternate=o.objective == "club_alternate",
         )
-    feature, latent = SOURCES[parts.config.outliers.source]
+    names = {pool.name for pool in _oal_pools(parts.config)}
     return oal.energy(
         *positional,
-        parts.shapes["latents"][1:] if latent else None,
+        parts.shapes["latent"][1:] if "latent" in names else None,
         **options,
-        energy_weight=m.energy,
-        adapter_weight=m.adapter,
-        ramp_steps=(m.ramp_start * parts.steps, m.ramp_end * parts.steps),
-        feature_outliers=feature is not None,
-        image_outliers=sees_images(parts.config),
-        adaptation=oal.Adaptation(m.adapt.of, m.adapt.steps, m.adapt.rate),
-        latent_stage=m.latent_stage,
+        energy_weight=o.energy_weight,
+        latent_projector_weight=o.latent_projector_weight,
+        ramp_steps=(o.ramp_start * parts.steps, o.ramp_end * parts.steps),
+        feature_outliers="outlier" in names,
+        image_outliers="outlier_image" in names,
     )
 
 
-def _oal_arrays(config: Config) -> dict[str, str]:
-    if config.method.micl != "energy":
-        return {"outlier": "knn", "outlier_latent": "reduced latents"}
-    feature, latent = SOURCES[config.outliers.source]
-    arrays = {"outlier": "knn"} if feature in ("pool", "half") else {}
-    if latent in ("pool", "half"):
-        arrays["outlier_latent"] = "latents"
-    arrays |= {"latents": "latents of ID images"} if latent else {}
-    return arrays | (_outlier_images(config) if sees_images(config) else {})
+def _oal_pools(config: Config) -> tuple[OutlierPool, ...]:
+    if config.method.oal.objective != "energy":
+        return pools.knn_features(), pools.reduced_latents()
+    of_source = {
+        "knn": lambda: (pools.knn_features(),),
+        "diffusion": lambda: (
+            pools.knn_features(),
+            pools.sampled_latents(),
+            pools.id_latents(),
+        ),
+        "random": lambda: (
+            pools.random_features(config.teacher.width),
+            pools.random_latents(),
+            pools.id_latents(),
+        ),
+        "none": lambda: (),
+    }
+    outliers = of_source[config.outliers.source]()
+    if sees_images(config):
+        outliers += (pools.images(config, config.outliers.image_share),)
+    return outliers
 
 
-def _exposure(parts: Parts) -> Method:
-    e = parts.config.method.exposure
-    return outlier_exposure.exposure(*_student(parts), weight=e.weight, **_shared(parts))
+def _oal_rates(config: Config) -> dict[str, float]:
+    o = config.method.oal
+    return {
+        "projector": config.method.kd.projector_rate,
+        "adapter": o.latent_projector_rate,
+        "club": o.club_rate,
+        "energy": o.energy_rate,
+    }
 
 
-def _energy(parts: Parts) -> Method:
-    return outlier_exposure.energy(*_student(parts), **_hinges(parts), **_shared(parts))
+def _oal_objective(config: Config) -> str:
+    objective = config.method.oal.objective
+    if objective != "energy":
+        return objective
+    return f"energy, {config.outliers.source} outliers"
 
 
-def _poem(parts: Parts) -> Method:
-    e = parts.config.method.exposure
-    return poem.posterior_sampling(
-        *_student(parts),
-        candidate_ratio=e.poem_ratio,
-        covariance_scale=e.poem_covariance,
-        buffer_size=e.poem_buffer,
-        refresh_steps=e.poem_refresh,
-        **_hinges(parts),
-        **_shared(parts),
-    )
-
-
-def _doe(parts: Parts) -> Method:
-    e = parts.config.method.exposure
-    return doe.worst_perturbation(
-        *_student(parts),
-        start_step=e.doe_start * parts.steps,
-        weight=e.doe,
-        ascend=e.doe_ascend,
-        **_shared(parts),
-    )
+def _oal_map(config: Config) -> Callable | None:
+    return oal.map_outliers if config.method.oal.objective == "energy" else None
 
 
 def _woods(parts: Parts) -> Method:
-    w = parts.config.method.wild
+    options = parts.options("woods", "outlier_share", "ce_tolerance", "energy_rate")
     return woods.wild_mixture(
-        *_student(parts),
+        *parts.student,
         epoch_steps=parts.epoch_steps,
-        ce_limit=w.ce_tolerance * parts.start_loss,
-        id_limit=w.id_limit,
-        multiplier_rate=w.multiplier_rate,
-        penalty_growth=w.penalty_growth,
-        **_shared(parts),
+        ce_limit=parts.config.method.woods.ce_tolerance * parts.start_loss,
+        **options,
     )
-
-
-def _student(parts: Parts) -> tuple[Any, tuple[int, int, int]]:
-    return parts.net, parts.image_shape
-
-
-def _shared(parts: Parts) -> dict[str, Any]:
-    """What all methods with outlier images share."""
-    shared = parts.config.method.exposure.shared_statistics
-    return {"shared_statistics": shared, "ce_transform": parts.ce_transform}
-
-
-def _hinges(parts: Parts) -> dict[str, float]:
-    e = parts.config.method.exposure
-    return {"weight": e.hinge, "margin_in": e.margin_in, "margin_out": e.margin_out}
 
 
 def _vos(parts: Parts) -> Method:
-    v = parts.config.method.virtual
-    return vos.virtual_outliers(
-        *_student(parts),
-        start_step=v.start * parts.steps,
-        weight=v.weight,
-        queue_size=v.queue,
-        samples=v.samples,
-        keep=v.keep,
-        refresh_steps=v.refresh,
-        ce_transform=parts.ce_transform,
-    )
+    start_step = parts.config.method.vos.start * parts.steps
+    options = parts.options("vos", "start", "energy_rate")
+    return vos.virtual_outliers(*parts.student, start_step=start_step, **options)
 
 
 def _npos(parts: Parts) -> Method:
-    v = parts.config.method.virtual
-    return npos.boundary_outliers(
-        *_student(parts),
-        start_step=v.start * parts.steps,
-        weight=v.weight,
-        queue_size=v.queue,
-        neighbour=v.neighbour,
-        boundary=v.boundary,
-        anchors=v.anchors,
-        sigma=v.sigma,
-        candidates=v.candidates,
-        keep=v.npos_keep,
-        refresh_steps=v.refresh,
-        contrastive_weight=v.contrastive,
-        ce_transform=parts.ce_transform,
-    )
+    start_step = parts.config.method.npos.start * parts.steps
+    options = parts.options("npos", "start", "discriminator_rate")
+    return npos.boundary_outliers(*parts.student, start_step=start_step, **options)
 
 
-def _logitnorm(parts: Parts) -> Method:
-    return logitnorm.normalised_cross_entropy(
-        *_student(parts),
-        temperature=parts.config.method.logit_temperature,
-        ce_transform=parts.ce_transform,
-    )
+def _projector_rate(config: Config) -> dict[str, float]:
+    return {"projector": config.method.kd.projector_rate}
 
 
-def _outlier_images(config: Config) -> dict[str, str]:
-    return {"outlier_image": DECODED.get(config.outliers.images, "outlier images")}
-
-
-def _wild_images(config: Config) -> dict[str, str]:
-    return _outlier_images(config) | {"wild_image": "unlabelled images"}
+def _images(config: Config) -> tuple[OutlierPool, ...]:
+    return (pools.images(config),)
 
 
 METHODS: dict[str, Recipe] = {
     "ce": Recipe(_cross_entropy),
-    "kd": Recipe(_kd, teacher=True),
-    "oal": Recipe(_oal, teacher=True, arrays=_oal_arrays),
-    "pixel": Recipe(_pixel, teacher=True, arrays=lambda c: {"outlier_image": "decoded latents"}),
+    "kd": Recipe(_kd, rates=_projector_rate, teacher=True),
+    "oal": Recipe(
+        _oal,
+        _oal_pools,
+        _oal_rates,
+        teacher=True,
+        objective=_oal_objective,
+        map_outliers=_oal_map,
+    ),
+    "pixel": Recipe(
+        _pixel, lambda config: (pools.decoded_latents(config),), _projector_rate, teacher=True
+    ),
     "um": Recipe(_cross_entropy),
     "umap": Recipe(_masked),
-    "oe": Recipe(_exposure, arrays=_outlier_images),
-    "energy": Recipe(_energy, arrays=_outlier_images),
-    "poem": Recipe(
-        _poem,
-        arrays=_outlier_images,
-        outliers_per_image=lambda config: config.method.exposure.poem_ratio,
+    "logitnorm": Recipe(
+        lambda parts: logitnorm.normalised_cross_entropy(
+            *parts.student, **parts.options("logitnorm")
+        )
     ),
-    "doe": Recipe(_doe, arrays=_outlier_images),
-    "woods": Recipe(_woods, arrays=_wild_images),
-    "vos": Recipe(_vos),
-    "npos": Recipe(_npos),
-    "logitnorm": Recipe(_logitnorm),
+    "oe": Recipe(
+        lambda parts: outlier_exposure.exposure(*parts.student, **parts.options("oe")), _images
+    ),
+    "energy": Recipe(
+        lambda parts: outlier_exposure.energy(*parts.student, **parts.options("energy")), _images
+    ),
+    "woods": Recipe(
+        _woods,
+        lambda config: (pools.wild_mixture(config),),
+        lambda config: {"energy": config.method.woods.energy_rate},
+        reads_start_loss=True,
+        label_every=2,
+    ),
+    "vos": Recipe(_vos, rates=lambda config: {"energy": config.method.vos.energy_rate}),
+    "npos": Recipe(
+        _npos, rates=lambda config: {"discriminator": config.method.npos.discriminator_rate}
+    ),
 }

@@ -1,4 +1,4 @@
-"""What the methods that train the student alone share: its group, one forward pass, the ID loss."""
+"""Helpers shared by all methods: parameter initialisation, forward pass, ID cross-entropy."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,11 +12,9 @@ from oal_jax.methods import losses
 from oal_jax.methods.base import (
     Groups,
     Metrics,
-    Part,
     accuracy,
     apply_group,
     split_variables,
-    whole_mean,
 )
 from oal_jax.runtime.keys import named
 
@@ -110,15 +108,13 @@ def id_loss(
     logits: Float[Array, "b k"],
     labels: Int[Array, " b"],
     ce_transform: Transform | None,
-    part: Part | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The mean cross-entropy on ID images, through `ce_transform` if there is one; metrics.
+    """The mean cross-entropy on ID images, after `ce_transform` if there is one; metrics.
 
-    `ce_transform` sees the batch mean of the cross-entropy and nothing else of a method's loss:
-    how a constraint on the ID loss, such as Unleashing Mask's (arXiv 2306.03715), joins any of
-    these methods. Of a microbatch, a `part`, it sees the mean of the whole batch still. The metric
-    `ce` is the cross-entropy before it.
+    `ce_transform` maps the batch mean of the cross-entropy and nothing else of a method's loss. So a
+    constraint on the ID loss, such as Unleashing Mask's (arXiv 2306.03715), joins any method. The
+    metric `ce` is the cross-entropy before it.
     """
     ce = jnp.mean(losses.cross_entropy(logits, labels))
-    value = ce if ce_transform is None else ce_transform(whole_mean(part, "ce", ce))
+    value = ce if ce_transform is None else ce_transform(ce)
     return value, {"ce": ce, "accuracy": accuracy(logits, labels)}

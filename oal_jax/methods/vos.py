@@ -33,9 +33,9 @@ def virtual_outliers(
     weight: float = 0.1,
     queue_size: int = 1000,
     samples: int = 10_000,
-    keep: int = 1,
+    per_class: int = 1,
     ridge: float = 1e-4,
-    refresh_steps: int = 1,
+    refresh: int = 1,
     ce_transform: Transform | None = None,
 ) -> Method:
     """CE + `weight` * the energy's logistic loss, from `start_step` on and with full queues.
@@ -46,9 +46,9 @@ def virtual_outliers(
 
     Args:
       queue_size: features kept a class. The Gaussians wait until every queue is full.
-      samples: samples a class and step, of which the `keep` least likely are the outliers.
+      samples: samples a class and step, of which the `per_class` least likely are the outliers.
       ridge: added to the covariance's diagonal.
-      refresh_steps: steps between two estimates of the Gaussians. One estimate costs
+      refresh: steps between two estimates of the Gaussians. One estimate costs
         K * queue_size * d^2 multiplications; 1 is as published.
     """
     classes, width = output_sizes(model, image_shape)
@@ -70,11 +70,11 @@ def virtual_outliers(
 
     def loss(params, model_state, batch, step, key):
         (logits, features), _, student = forward(model, params, model_state, key, batch["image"])
-        value, metrics = id_loss(logits, batch["label"], ce_transform, batch.get("part"))
+        value, metrics = id_loss(logits, batch["label"], ce_transform)
         old = model_state["vos"]
         queue = class_queue.push(old["queue"], features, batch["label"])
         active = (step >= start_step) & class_queue.is_full(queue)
-        due = active & (~old["ready"] | (step % refresh_steps == 0))
+        due = active & (~old["ready"] | (step % refresh == 0))
         means, factor = jax.lax.cond(
             due,
             lambda: gaussians(queue["rows"], ridge),
@@ -82,22 +82,24 @@ def virtual_outliers(
         )
         outliers = jax.lax.cond(
             active,
-            lambda: least_likely(named(key, "vos"), means, factor, samples, keep),
-            lambda: jnp.zeros((classes * keep, width)),
+            lambda: least_likely(named(key, "vos"), means, factor, samples, per_class),
+            lambda: jnp.zeros((classes * per_class, width)),
         )
         head, energy = params["student"]["fc"], params["energy"]
         outlier_logits = outliers @ head["kernel"] + head["bias"][None]
         class_weight = jnp.maximum(energy["class_weight"], 1e-6)
-        id_energy, outlier_energy = (
+        id_neg_energy, outlier_neg_energy = (
             jax.nn.logsumexp(z, axis=-1, b=jnp.broadcast_to(class_weight[None], z.shape))
             for z in (logits, outlier_logits)
         )
-        terms = losses.energy_logistic(id_energy, outlier_energy, energy["scale"], energy["offset"])
+        terms = losses.energy_logistic(
+            id_neg_energy, outlier_neg_energy, energy["scale"], energy["offset"]
+        )
         separation = jnp.where(active, sum(jnp.mean(t) for t in terms), 0.0)
         metrics |= {
             "energy_virtual": separation,
-            "id_energy": jnp.mean(id_energy),
-            "outlier_energy": jnp.where(active, jnp.mean(outlier_energy), 0.0),
+            "id_neg_energy": jnp.mean(id_neg_energy),
+            "outlier_neg_energy": jnp.where(active, jnp.mean(outlier_neg_energy), 0.0),
         }
         vos = {"queue": queue, "means": means, "factor": factor, "ready": old["ready"] | due}
         return value + weight * separation, (
@@ -125,9 +127,9 @@ def least_likely(
     means: Float[Array, "k d"],
     factor: Float[Array, "d d"],
     samples: int,
-    keep: int,
+    per_class: int,
 ) -> Float[Array, "m d"]:
-    """Of `samples` draws from each N(mean, L L^T), the `keep` of lowest density; class by class.
+    """Of `samples` draws from each N(mean, L L^T), the `per_class` of lowest density; class by class.
 
     A draw is mean + L e with e standard normal, and its density falls with |e| alone. The length
     and the direction of e are independent: so the lengths of all draws (chi with d degrees of
@@ -137,7 +139,7 @@ def least_likely(
     classes, width = means.shape
     key_length, key_direction = jax.random.split(key)
     squares = 2 * jax.random.gamma(key_length, width / 2, (classes, samples))
-    lengths = jnp.sqrt(jax.lax.top_k(squares, keep)[0])
-    noise = jax.random.normal(key_direction, (classes, keep, width))
+    lengths = jnp.sqrt(jax.lax.top_k(squares, per_class)[0])
+    noise = jax.random.normal(key_direction, (classes, per_class, width))
     noise *= lengths[..., None] / jnp.linalg.norm(noise, axis=-1, keepdims=True)
-    return (means[:, None] + noise @ factor.T).reshape(classes * keep, width)
+    return (means[:, None] + noise @ factor.T).reshape(classes * per_class, width)

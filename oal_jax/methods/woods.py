@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from oal_jax.methods import losses
-from oal_jax.methods.base import Groups, Method, after_the_last, whole_mean
+from oal_jax.methods.base import Groups, Method
 from oal_jax.methods.student import Transform, forward, id_loss, init_student
 
 
@@ -78,27 +78,25 @@ def wild_mixture(
             batch["wild_image"],
             shared_statistics=shared_statistics,
         )
-        part = batch.get("part")
-        ce, metrics = id_loss(logits, batch["label"], ce_transform, part)
-        if ce_transform is None:
-            ce = whole_mean(part, "ce", ce)
+        ce, metrics = id_loss(logits, batch["label"], ce_transform)
         slope = jax.nn.softplus(params["energy"]["scale"])
-        id_energy, wild_energy = (jax.nn.logsumexp(z, axis=-1) for z in (logits, wild_logits))
+        id_neg_energy, wild_neg_energy = (
+            jax.nn.logsumexp(z, axis=-1) for z in (logits, wild_logits)
+        )
         id_ood, wild_ood = (
             jax.nn.sigmoid(-(slope * e + params["energy"]["offset"]))
-            for e in (id_energy, wild_energy)
+            for e in (id_neg_energy, wild_neg_energy)
         )
         id_as_ood = jnp.mean(id_ood)
-        share = whole_mean(part, "id_as_ood", id_as_ood)
-        constraints = jnp.stack([share - id_limit, ce - ce_limit])
+        constraints = jnp.stack([id_as_ood - id_limit, ce - ce_limit])
         old = model_state["woods"]
         terms = losses.augmented_lagrangian(constraints, old["multiplier"], old["penalty"])
         wild = 1 - jnp.mean(wild_ood)
         metrics |= {
             "id_as_ood": id_as_ood,
             "wild_as_ood": jnp.mean(wild_ood),
-            "id_energy": jnp.mean(id_energy),
-            "wild_energy": jnp.mean(wild_energy),
+            "id_neg_energy": jnp.mean(id_neg_energy),
+            "wild_neg_energy": jnp.mean(wild_neg_energy),
             "id_multiplier": old["multiplier"][0],
             "ce_multiplier": old["multiplier"][1],
             "id_penalty": old["penalty"][0],
@@ -108,7 +106,7 @@ def wild_mixture(
         ended = woods["count"] == epoch_steps
         moved = updated(woods, multiplier_rate, penalty_growth, tolerance)
         woods = jax.tree.map(lambda a, b: jnp.where(ended, a, b), moved, woods)
-        woods = jax.lax.stop_gradient(after_the_last(part, woods, old))
+        woods = jax.lax.stop_gradient(woods)
         return wild_weight * wild + jnp.sum(terms), (
             {**model_state, "student": student, "woods": woods},
             metrics,

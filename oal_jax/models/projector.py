@@ -1,7 +1,6 @@
-"""Small maps into the student: DT from the teacher's features, the adapters from latents.
+"""Small maps into the student's feature space, from the teacher's features and from latents.
 
-They are float32 whatever the student's `dtype` is: they take and give float32 features, and cost
-next to nothing beside it.
+They are float32 whatever the student's `dtype` is: they cost next to nothing beside it.
 """
 
 import flax.linen as nn
@@ -13,7 +12,7 @@ from oal_jax.models.conv import Conv
 from oal_jax.models.mutual_information import TorchDense
 
 
-class Projector(nn.Module):
+class FeatureProjector(nn.Module):
     """DT of OAL: BatchNorm, Linear, ReLU, BatchNorm, from teacher to student features.
 
     Source: arXiv 2406.16525 and its code; the ReLU stands before the last BatchNorm.
@@ -31,10 +30,10 @@ class Projector(nn.Module):
         )
 
 
-class LatentAdapter(nn.Module):
-    """A: latents (channels last here) to student features; convolutions, then an MLP.
+class LatentProjector(nn.Module):
+    """A of OAL: latents to student features by convolutions, then an MLP.
 
-    It has no batch statistics, so that what it says of a latent depends on that latent alone.
+    It has no batch statistics, so the output for a latent depends on that latent alone.
     """
 
     width: int
@@ -50,22 +49,3 @@ class LatentAdapter(nn.Module):
         x = jnp.reshape(x, (x.shape[0], -1))
         x = nn.gelu(nn.Dense(2 * self.width, name="fc1")(x))
         return nn.Dense(self.width, name="fc2")(x)
-
-
-class LatentMap(nn.Module):
-    """A: latents (channels last) to the map of one of the student's stages.
-
-    No batch statistics, as in `LatentAdapter`; like the maps, never negative.
-    """
-
-    shape: tuple[int, int, int]  # of a map: (h, w, c)
-    hidden: int = 64
-
-    @nn.compact
-    def __call__(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        """A map for each latent."""
-        height, width, channels = self.shape
-        x = nn.gelu(Conv(self.hidden, 3, 1, name="conv1")(latents))
-        x = jax.image.resize(x, (x.shape[0], height, width, self.hidden), "linear")
-        x = nn.gelu(Conv(self.hidden, 3, 1, name="conv2")(x))
-        return nn.relu(Conv(channels, 3, 1, name="conv3")(x))

@@ -79,26 +79,23 @@ class ResNet(nn.Module):
         images: Float[Array, "b h w c"],
         train: bool = False,
         statistics: Bool[Array, " b"] | None = None,
-        after: int = 0,
     ) -> tuple[Float[Array, "b k"], Float[Array, "b d"]]:
         """`train`: normalise by the batch and update the running statistics.
 
         `statistics` says which images the batch statistics are made of (None: all); the others
-        are normalised by the same, so that nothing but their pixels tells them apart. With `after`,
-        1 to 4, what is given are no images but maps as that stage sows them.
+        are normalised by the same, so that nothing but their pixels tells them apart.
         """
         mask = None if statistics is None else statistics[:, None, None, None]
         sizes: Sequence[int] = STAGES[self.depth]
         kernel, stride, pool = STEMS[self.stem]
-        x = images.astype(self.dtype) if after else normalise(images, self.mean, self.std)
-        if not after:
-            x = Conv(self.width, kernel, stride, dtype=self.dtype, name="conv1")(x)
-            x = nn.relu(batch_norm(train, self.affine_bn, self.dtype)(name="bn1")(x, mask=mask))
-            sow_map(self, 0, x)
-            if pool:
-                x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        x = normalise(images, self.mean, self.std)
+        x = Conv(self.width, kernel, stride, dtype=self.dtype, name="conv1")(x)
+        x = nn.relu(batch_norm(train, self.affine_bn, self.dtype)(name="bn1")(x, mask=mask))
+        sow_map(self, 0, x)
+        if pool:
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         block = rematerialised(ResNetBlock) if self.remat else ResNetBlock
-        for i, blocks in list(enumerate(sizes))[after:]:
+        for i, blocks in enumerate(sizes):
             for j in range(blocks):
                 x = block(
                     channels=self.width * 2**i,

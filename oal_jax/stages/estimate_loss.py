@@ -30,7 +30,7 @@ def run(context: Context) -> list[Path]:
     `constraint` (nats, the mean of `per_mask`), `std` (of a single mask's, 0 for one), `unmasked`
     (the loss without a mask), `keep_rate`, and how many of how many `weights` are `removed`.
     """
-    m, key = context.config.method, named(context.key, "estimate_loss")
+    m, key = context.config.method.um, named(context.key, "estimate_loss")
     data = context.train_images()
     net = train.student(context.config, len(data.class_names))
     params, model_state = train.start(context, net, data)
@@ -39,7 +39,7 @@ def run(context: Context) -> list[Path]:
     @jax.jit
     def masked(key, params):
         # The size of uniform scores is uniform: every set of weights is as likely to be removed.
-        return masking.apply_masks(params, masking.init_scores(key, params), m.estimate_keep)
+        return masking.apply_masks(params, masking.init_scores(key, params), m.mask_density)
 
     unmasked = mean_loss({"params": params, **model_state})
     per_mask = [
@@ -53,8 +53,8 @@ def run(context: Context) -> list[Path]:
         "per_mask": per_mask,
         "std": float(np.std(per_mask, ddof=1)) if m.n_masks > 1 else 0.0,
         "unmasked": unmasked,
-        "keep_rate": m.estimate_keep,
-        "removed": sum(masking.zero_count(m.estimate_keep, size) for size in sizes),
+        "keep_rate": m.mask_density,
+        "removed": sum(masking.zero_count(m.mask_density, size) for size in sizes),
         "weights": sum(sizes),
     }
     artifacts.write_json(path, found)

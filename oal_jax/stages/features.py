@@ -1,4 +1,4 @@
-"""Stage `features`: what the teacher says of the ID images, once plain and once a cached view."""
+"""Stage `features`: the teacher's features and logits of the ID images, plain and per cached view."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from oal_jax.stages.context import Context, apply_in_batches, apply_to_set
 
 def view_key(context: Context) -> jax.Array:
     """The key of the augmented views: the student's batches draw from it too."""
-    return named(context.prepared.key, "views")
+    return named(context.key, "views")
 
 
 def run(context: Context) -> list[Path]:

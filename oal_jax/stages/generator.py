@@ -15,7 +15,6 @@ from oal_jax.data.augment import to_unit
 from oal_jax.errors import UserError
 from oal_jax.generator import conditioning, create, stable_diffusion
 from oal_jax.generator.training import latent_scale, make_diffusion_trainer, make_vae_trainer
-from oal_jax.outliers.knn import unit
 from oal_jax.pretrained import diffusers_directory, hub
 from oal_jax.runtime import artifacts, distributed, processes
 from oal_jax.runtime.keys import named
@@ -86,8 +85,7 @@ def run(context: Context) -> list[Path]:
         processes.on_main(lambda: _write_random(context))
     where = Path(processes.on_main(lambda: str(directory(context))))
     sd = stable_diffusion.check(where)  # what is missing or damaged is said here
-    injection = context.config.latents.injection
-    conditioning.class_tokens(sd, class_words(context), PROMPT, injection)
+    conditioning.class_tokens(sd, class_words(context), PROMPT, "all_pieces")
     found = diffusers_directory.files(where)
     hashes = {str(p.relative_to(where)): artifacts.sha256(p) for p in found}
     kind = "shipped" if where == Path(str(SHIPPED)) else _TRAINED if trained else str(where)
@@ -100,7 +98,7 @@ def run(context: Context) -> list[Path]:
 
 
 def encode(context: Context, sd, params, images: np.ndarray, dtype=jnp.float32) -> np.ndarray:
-    """Scaled VAE latents (N, C, h, w) of uint8 images."""
+    """Scaled VAE latents (N, h, w, C) of uint8 images."""
 
     @jax.jit
     def forward(params, images):
@@ -154,13 +152,9 @@ def _train(context: Context) -> None:
         key,
         stable_diffusion.tokenize(sd, conditioning.class_prompts(words, PROMPT)),
         stable_diffusion.tokenize(sd, [""])[0],
-        words=words,
-        feature_share=config.feature_share,
         steps=plan.steps,
     )
     examples = {"latent": latents * scale, "label": data.labels}
-    if config.feature_share:
-        examples["vector"] = _teacher_directions(context, data.images)
     state = _fit(context, "diffusion", init, step, examples, plan)
     params |= jax.tree.map(distributed.to_host, state.ema_params)
     processes.on_main(lambda: diffusers_directory.save(target, params, scaling_factor=scale))
@@ -192,15 +186,6 @@ def _write_random(context: Context) -> None:
 
     params = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(init, context.key))
     diffusers_directory.save(target, params, scaling_factor=1.0)
-
-
-def _teacher_directions(context: Context, images: np.ndarray) -> np.ndarray:
-    """The teacher's features of images, (N, T), at length 1."""
-    from oal_jax.stages import teacher  # which imports this module
-
-    batch = context.config.evaluation.batch_size
-    _, features = apply_in_batches(teacher.load(context), images, batch, context.mesh)
-    return np.asarray(unit(features))
 
 
 def _fit(context: Context, name: str, init, train_step, examples, plan):

@@ -20,8 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from oal_jax.config import GENERATED, Config
 from oal_jax.data.augment import augment
 from oal_jax.errors import UserError
-from oal_jax.generator import conditioning
-from oal_jax.methods import alignment, base
+from oal_jax.methods import base
 from oal_jax.methods.ce import cross_entropy
 from oal_jax.models.normalise import moments
 from oal_jax.models.resized import Resized
@@ -30,7 +29,6 @@ from oal_jax.models.vit import VisionTransformer
 from oal_jax.pretrained import classifiers
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.runtime.keys import named
-from oal_jax.stages import generator
 from oal_jax.stages.context import Context, apply_to_set, classifier
 from oal_jax.training import arrays as streams
 from oal_jax.training import loop, session
@@ -236,7 +234,7 @@ def _train(
     net = network(context, len(data.class_names))
     plan = loop.Plan(data.examples, config.batch_size, config.epochs, log_every=50)
     optimizer = _fine_tuning(context, plan.steps) if start else _from_scratch(context, plan.steps)
-    method = _method(context, net, data.image_shape)
+    method = cross_entropy(net, data.image_shape)
     key = named(context.key, "teacher")
     shift, flip = context.config.data.shift, context.config.data.flip
     forward = classifier(net, mesh)
@@ -296,30 +294,3 @@ def _fine_tuning(context: Context, steps: int):
 
     rates = {"body": config.body_rate, "head": config.head_rate}
     return adam_by_part(rates, part_of, steps=steps, floor=_FLOOR)
-
-
-def _method(context: Context, net: Any, image_shape) -> base.Method:
-    weight = context.config.teacher.alignment
-    if not weight:
-        return cross_entropy(net, image_shape)
-    words = _word_vectors(context)
-    width = context.config.teacher.width
-    if words.shape[1] != width:
-        raise UserError(
-            f"config teacher.alignment={weight} wants features of the generator's text width"
-            f" {words.shape[1]}, the teacher's have {width}; choose another teacher or generator"
-        )
-    return alignment.aligned_cross_entropy(net, image_shape, words, weight=weight)
-
-
-def _word_vectors(context: Context) -> np.ndarray:
-    """(C, d): of each class word the mean of its pieces' rows in the generator's token table.
-
-    The mean, since names such as "great white shark" and "great grey owl" share their first piece.
-    """
-    sd, params = generator.load(context, components=("text_encoder",))
-    table = params["text_encoder"]["text_model"]["embeddings"]["token_embedding"]["embedding"]
-    table = np.asarray(table).astype(np.float32)
-    words = [conditioning.prompt_word(word)[1] for word in generator.class_words(context)]
-    pieces = [sd.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-    return np.stack([table[ids].mean(axis=0) for ids in pieces])

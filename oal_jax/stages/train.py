@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from oal_jax.config import Config, stages_before
+from oal_jax.config import Config
 from oal_jax.data.sources import ImageSet
 from oal_jax.data.stream import Streamed
 from oal_jax.errors import UserError
@@ -55,44 +55,40 @@ def student(config: Config, num_classes: int) -> Any:
 
 
 def make_method(
-    context: Context,
-    net: Any,
-    image_shape,
-    arrays: dict[str, Any],
-    examples: int,
+    context: Context, net: Any, image_shape: tuple[int, int, int], arrays: dict, examples: int
 ) -> base.Method:
     """The method of the config, for `examples` images and arrays as `make_arrays` gives them."""
-    estimated = {}
-    if "estimate_loss" in stages_before(context.config):
-        estimated = artifacts.read_json(context.directory("estimate_loss") / CONSTRAINT)
-    return assemble(context.config, net, image_shape, arrays, estimated, examples)
+    estimate = {}
+    if registry.reads_estimate(context.config):
+        estimate = artifacts.read_json(context.directory("estimate_loss") / CONSTRAINT)
+    return assemble(context.config, net, image_shape, arrays, estimate, examples)
 
 
 def assemble(
     config: Config,
     net: Any,
-    image_shape,
+    image_shape: tuple[int, int, int],
     arrays: dict[str, Any],
-    estimated: dict[str, float],
+    estimate: dict[str, float],
     examples: int,
 ) -> base.Method:
     """The method of the config; of `arrays` the shapes alone matter.
 
-    `estimated` is what stage `estimate_loss` says, where the config has that stage.
+    `estimate` is what stage `estimate_loss` wrote, where the config has that stage.
     """
     plan = make_plan(config, examples)
     parts = registry.Parts(
         config,
         net,
         image_shape,
-        shapes={name: np.shape(array) for name, array in arrays.items() if name != "teacher"},
+        shapes={name: array.shape for name, array in arrays.items() if hasattr(array, "shape")},
         steps=plan.steps,
         epoch_steps=plan.steps_per_epoch,
-        start_loss=estimated.get("unmasked"),
+        start_loss=estimate.get("unmasked"),
         ce_transform=None,
     )
-    given = config.method.constraint
-    return registry.make(parts, given if given >= 0 else estimated.get("constraint"))
+    given = config.method.um.constraint
+    return registry.build(parts, given if given >= 0 else estimate.get("constraint"))
 
 
 def make_plan(config: Config, examples: int) -> loop.Plan:
@@ -104,16 +100,7 @@ def make_plan(config: Config, examples: int) -> loop.Plan:
 def make_optimizer(config: Config, groups: list[str], steps: int):
     """SGD with the rate of each group that the method has; a frozen student has none."""
     t = config.train
-    frozen = config.method.name == "umap" and config.method.freeze
-    rates = {
-        "student": 0.0 if frozen else t.learning_rate,
-        "mask": t.learning_rate,
-        "projector": t.projector_rate,
-        "adapter": t.adapter_rate,
-        "club": t.club_rate,
-        "energy": t.energy_rate,
-        "discriminator": t.discriminator_rate,
-    }
+    rates = registry.rates(config)
     return grouped_sgd(
         {g: rates[g] for g in groups},
         steps=steps,
@@ -132,9 +119,6 @@ def check_batches(config: Config, mesh: Mesh) -> None:
     size, method = config.train.batch_size, config.method
     distributed.check_batch("train.batch_size", size, mesh)
     sizes = {"train.batch_size": size, "method.outlier_batch": method.outlier_batch}
-    drawn = method.outlier_batch or size
-    if config.outliers.source == "half_random" and method.name == "oal":
-        sizes["outliers.source=half_random: outliers of a step"] = drawn - drawn // 2
     for name, count in sizes.items():
         check_split(name, count, config.train.accumulate, mesh.shape["data"])
 
@@ -173,7 +157,7 @@ def run(context: Context) -> list[Path]:
         make_train_step(method, optimizer, key, accumulate, ema=config.train.ema),
         with_average(fresh) if config.train.ema else fresh,
         arrays,
-        batches.make_batches(context, arrays, teacher_net),
+        batches.make_batches(context, teacher_net),
         plan,
         workdir=context.workdir,
         directory=directory / CHECKPOINTS,

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from oal_jax.errors import UserError
-from oal_jax.methods.base import Batch, Groups, Method, Metrics, Part
+from oal_jax.methods.base import Batch, Groups, Method, Metrics
 from oal_jax.runtime import distributed
 from oal_jax.runtime.keys import at_step
 
@@ -79,15 +79,13 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure step of a method: gradient of its loss, one optimizer update.
 
-    With `accumulate` > 1 the gradient is the mean of those of so many microbatches, which pass one
-    after another, so that the activations of one are in memory at a time:
+    With `accumulate` > 1 the gradient is the mean of those of the microbatches, which pass one after
+    another, so that the activations of one are in memory at a time:
+    - The loss must be a mean over examples; `config.rules` refuses the others.
     - Batch statistics are those of a microbatch, and the running ones move once a microbatch.
     - Metrics are means over the microbatches; `gradient_norm` is that of the mean gradient.
-    - A loss that is a function of the batch's means (Unleashing Mask's, WOODS's constraints) is
-      still that of the whole batch: where it reads them, a forward pass over all microbatches
-      comes first. Where no loss does, the compiler drops that pass.
-    - What a method draws or chooses in a step (virtual outliers, POEM's candidates, dropout), it
-      draws anew, or chooses among its own, for each microbatch, and its queues take them in turn.
+    - Random draws of a step (virtual outliers, dropout) are independent in each microbatch, and
+      queues take the microbatches in turn.
 
     Jit, donation and sharding are applied by the loop.
 
@@ -204,27 +202,18 @@ def _accumulated(
 ) -> tuple[Float[Array, ""], Groups, Metrics, Groups]:
     """(loss, model_state, metrics, gradient) as means over the microbatches, one after another."""
     count = jax.tree.leaves(microbatches)[0].shape[0]
-    each = _unrolled if unroll else _scanned
-
-    def arguments(model_state, microbatch, i):
-        return model_state, microbatch, state.step, at_step(key, "microbatch", i)
-
-    def look(model_state, microbatch, i):
-        _, aux = method.loss(state.params, *arguments(model_state, microbatch, i))
-        return aux
+    gradient = jax.value_and_grad(method.loss, has_aux=True)
 
     def learn(carry, microbatch, i):
         model_state, grads = carry
-        part = Part(means, i == count - 1)
-        (loss, (model_state, metrics)), more = jax.value_and_grad(method.loss, has_aux=True)(
-            state.params, *arguments(model_state, microbatch | {"part": part}, i)
+        microbatch_key = at_step(key, "microbatch", i)
+        (loss, (model_state, metrics)), more = gradient(
+            state.params, model_state, microbatch, state.step, microbatch_key
         )
         return (model_state, jax.tree.map(jnp.add, grads, more)), metrics | {"loss": loss}
 
-    # The barrier: or the compiler would find that both passes compute the same, and keep all
-    # activations of the first for the second.
-    _, means = each(look, state.model_state, jax.lax.optimization_barrier(microbatches), count)
     zeros = jax.tree.map(jnp.zeros_like, state.params)
+    each = _unrolled if unroll else _scanned
     (model_state, grads), metrics = each(learn, (state.model_state, zeros), microbatches, count)
     grads = jax.tree.map(lambda g: g / count, grads)
     return metrics.pop("loss"), model_state, metrics, grads
