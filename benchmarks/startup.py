@@ -105,9 +105,9 @@ def _job(case: str, framework: str, starts: Starts) -> Callable[[], None]:
 
 def main(argv: Sequence[str]) -> None:
     """One start of the main job with flags `argv[2:]`; `argv[1]` gets what compilation took."""
-    from oal_jax.runtime.profiling import watch_compilation
+    from benchmarks.compilation import CompilationTime
 
-    spent = watch_compilation()
+    spent = CompilationTime()
     from oal_jax import main as command
 
     command.run(["run", *argv[2:]])

@@ -263,7 +263,7 @@ def run(
     only: str | None = None,
     force: bool = False,
     reuse: Path | Sequence[Path] | None = None,
-    watch: Callable[[str, str], AbstractContextManager[None]] = lambda stage, said: nullcontext(),
+    watch: Callable[[str], AbstractContextManager[None]] = nullcontext,
 ) -> Path:
     """Run every stage of a config that is not done yet; returns the working directory.
 
@@ -273,7 +273,7 @@ def run(
       only: run the stages up to this one alone.
       force: go on in a directory that another config made, and redo damaged stages.
       reuse: directories of other runs; a stage that is done there on the same inputs is copied.
-      watch: `watch(stage, why it need not run or "")` is entered around each stage.
+      watch: `watch(stage)` is a context that surrounds each stage that runs.
 
     Raises:
       UserError: an impossible config, a directory of another config, a damaged file.
@@ -345,7 +345,7 @@ def _run_stage(
     planned: set[str],
     force: bool,
     reuse: Sequence[Path],
-    watch: Callable[[str, str], AbstractContextManager[None]],
+    watch: Callable[[str], AbstractContextManager[None]],
 ) -> None:
     directory, inputs = context.directory(stage.name), {}
 
@@ -362,10 +362,10 @@ def _run_stage(
         return ""
 
     said = processes.on_main(prepare)
-    with watch(stage.name, said):
-        if said:
-            print(f"{stage.name}: {said}", flush=True)
-            return
+    if said:
+        print(f"{stage.name}: {said}", flush=True)
+        return
+    with watch(stage.name):
         start = time.monotonic()
         outputs = import_module(f"oal_jax.stages.{stage.name}").run(_as_seen_by(stage, context))
         seconds = time.monotonic() - start
