@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import compilation, job, outliers, plots, run, startup, step, timing
+from benchmarks import compilation, job, outliers, plots, run, step, timing
 from benchmarks.timing import Job
 from oal_jax import main
 from oal_jax.config import flatten
@@ -56,13 +56,6 @@ def test_our_half_runs_alone_without_torch(suite, without_torch, tmp_path, capsy
         assert 0 <= rows[0]["peak_bytes"] < 2**30
 
 
-def test_help_and_imports_are_timed_in_fresh_processes(tmp_path):
-    rows = rows_of("startup", ["--cases=help,imports", "--runs=1", "--frameworks=jax"], tmp_path)
-    assert [row["case"] for row in rows] == ["help", "imports"]
-    # The help must not start JAX, the pipeline does.
-    assert rows[0]["median_s"] < rows[1]["median_s"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("suite", "flags", "cases"),
@@ -75,17 +68,6 @@ def test_our_half_of_larger_suites(suite, flags, cases, tmp_path):
     rows = rows_of(suite, [*flags, "--frameworks=jax", "--runs=1"], tmp_path)
     assert [row["case"] for row in rows] == cases
     assert all(row["compile_s"] > 0 for row in rows)
-
-
-@pytest.mark.slow
-def test_a_second_start_compiles_less(tmp_path):
-    flags = ["--config=configs/fashion.py", "--config.smoke=True", "--config.method.name=ce"]
-    starts = startup.Starts(tmp_path, [*flags, "--config.evaluation.scores=energy"])
-    for case in ("first", "second", "again"):
-        starts.take(case)()
-    spent = {case: seconds for case, (seconds,) in starts.compile_s.items()}
-    assert spent["first"] > 2 * spent["second"] > 0
-    assert spent["again"] < spent["second"]
 
 
 @pytest.mark.slow
@@ -116,7 +98,6 @@ def test_our_side_of_the_job(tmp_path):
         ("features", ["--forms=fast"], "form 'fast' is unknown; known: reference, tuned"),
         ("latents", ["--runs=0"], "--runs 0 must be 1 or more"),
         ("step", ["--cases=oall"], "case 'oall' is unknown; known: ce"),
-        ("startup", ["--cases=third"], "case 'third' is unknown; known: help"),
         ("features", ["--cases=vgg", "--frameworks=jax"], "case 'vgg' is unknown"),
     ],
 )
@@ -306,7 +287,7 @@ def test_no_text_of_the_picture_covers_another_or_leaves_it():
 
 
 def test_suites_that_compare_frameworks_draw_their_rows(tmp_path):
-    for name in ("features", "job", "latents", "outliers", "scores", "startup", "step"):
+    for name in ("features", "job", "latents", "outliers", "scores", "step"):
         assert import_module(f"benchmarks.{name}").draw is plots.draw
     paths = plots.draw(compared(), tmp_path / "results.json")
     assert [path.name for path in paths] == ["results.png", "results.svg"]

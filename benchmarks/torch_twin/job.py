@@ -38,9 +38,6 @@ _SOURCES = {
     "knn": ("pool", None),
     "diffusion": ("pool", "pool"),
     "random": ("random", "random"),
-    "mixed": ("half", "half"),
-    "latents": ("random", "pool"),
-    "latents_mixed": ("random", "half"),
     "none": (None, None),
 }
 
@@ -160,10 +157,8 @@ class Job:
             outliers.sample_class(of_class, knn, self.form.knn, self.random)
             for of_class in self.of_class
         ]
-        self.pool = torch.stack(found)
-        if knn.scale_by_token:
-            norms = diffusion.token_norms(self.generator, self.train_set.class_names)
-            self.pool = self.pool * norms[:, None, None]
+        norms = diffusion.token_norms(self.generator, self.train_set.class_names)
+        self.pool = torch.stack(found) * norms[:, None, None]
 
     def latents(self) -> None:
         """Outlier latents (N, C, h, w); and those of the ID images, where the loss reads them."""
@@ -272,12 +267,11 @@ class Job:
         return pool[rows.to(pool.device)]
 
     def _outliers(self, kind: str, pool: Tensor, count: int) -> Tensor:
-        drawn = {"pool": 0, "half": count - count // 2, "random": count}[kind]
-        random = torch.randn((drawn, *pool.shape[1:]), generator=self.random).to(self.device)
-        taken = self._rows(pool, count - drawn) if drawn < count else pool[:0]
-        if pool.ndim == 2:  # directions
-            random, taken = functional.normalize(random), functional.normalize(taken)
-        return torch.cat([taken, random])
+        if kind == "pool":
+            rows = self._rows(pool, count)
+        else:
+            rows = torch.randn((count, *pool.shape[1:]), generator=self.random).to(self.device)
+        return functional.normalize(rows) if pool.ndim == 2 else rows  # features are directions
 
     def _student_logits(self, images: np.ndarray) -> np.ndarray:
         self.oal.eval()
