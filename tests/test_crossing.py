@@ -10,8 +10,8 @@ from oal_jax.config import Config
 from oal_jax.config.rules import validate
 from oal_jax.errors import UserError
 from oal_jax.outliers import crossing
-from oal_jax.outliers.knn import unit
 from oal_jax.runtime import artifacts, distributed
+from oal_jax.runtime.ops import unit
 from oal_jax.stages import generator, outliers, teacher, teacher_head
 from oal_jax.stages.context import Context
 

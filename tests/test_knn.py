@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from oal_jax.config import Config, Knn
 from oal_jax.outliers import knn
 from oal_jax.outliers import pools as pools_module
-from oal_jax.runtime import artifacts, distributed
+from oal_jax.runtime import artifacts, distributed, ops
 from oal_jax.runtime.keys import at_step
 from oal_jax.stages import outliers
 from oal_jax.stages.context import Context
@@ -78,7 +78,7 @@ def percentile(outliers, anchors, noise, features, k, keep):
     return np.mean(ranks)
 
 
-kth = jax.jit(knn.kth_largest, static_argnums=1)
+kth = jax.jit(ops.kth_largest, static_argnums=1)
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from oal_jax.generator.samplers import Guide
 from oal_jax.generator.schedule import NoiseSchedule
-from oal_jax.outliers.knn import kth_largest, unit
+from oal_jax.runtime.ops import kth_largest, unit
 
 Features = Callable[[Any, Float[Array, "b h w c"]], Float[Array, "b d"]]
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from oal_jax.methods import losses
 from oal_jax.methods.base import Method, accuracy, split_variables
 from oal_jax.methods.student import forward, id_loss
-from oal_jax.outliers.knn import unit
+from oal_jax.runtime.ops import unit
 
 TEMPERATURE = 0.1
 

@@ -21,8 +21,8 @@ from oal_jax.methods.base import (
 )
 from oal_jax.methods.student import Outputs, Transform, forward, id_loss
 from oal_jax.models.projector import Projector
-from oal_jax.outliers.knn import unit
 from oal_jax.runtime.keys import named
+from oal_jax.runtime.ops import unit
 
 
 def distillation(

@@ -25,8 +25,8 @@ from oal_jax.methods.base import Groups, Method, apply_group, split_variables
 from oal_jax.methods.student import Transform, forward, separate
 from oal_jax.models.mutual_information import GaussianPredictor
 from oal_jax.models.projector import LatentAdapter, LatentMap, Projector
-from oal_jax.outliers.knn import unit
 from oal_jax.runtime.keys import named
+from oal_jax.runtime.ops import unit
 
 
 class Adaptation(NamedTuple):

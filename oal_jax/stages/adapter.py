@@ -19,10 +19,10 @@ from jaxtyping import Array, Float, Int
 from oal_jax.generator import guidance
 from oal_jax.methods.base import Method, split_variables
 from oal_jax.models import latent_features
-from oal_jax.outliers.knn import unit
 from oal_jax.outliers.selection import log_partition
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.runtime.keys import at_step, named
+from oal_jax.runtime.ops import unit
 from oal_jax.stages import generator, latent_inputs, outliers, teacher, teacher_head
 from oal_jax.stages.context import Context, apply_in_batches, apply_to_set
 from oal_jax.training import loop, session

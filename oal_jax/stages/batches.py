@@ -10,16 +10,17 @@ from jaxtyping import Array, UInt32
 
 from oal_jax.config import PROCEDURAL
 from oal_jax.data import procedural
-from oal_jax.data.augment import augment, to_unit
+from oal_jax.data.augment import augment
 from oal_jax.data.sources import ImageSet
 from oal_jax.data.stream import Streamed
 from oal_jax.errors import UserError
 from oal_jax.methods import registry
 from oal_jax.methods.registry import SOURCES
-from oal_jax.outliers.knn import sample_random, unit
+from oal_jax.outliers.knn import sample_random
 from oal_jax.outliers.pools import draw_rows
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.runtime.keys import at_step, named
+from oal_jax.runtime.ops import to_unit, unit
 from oal_jax.stages import features, latents, outliers, teacher
 from oal_jax.stages.context import Context
 from oal_jax.training import arrays as streams

@@ -13,11 +13,11 @@ from jaxtyping import Array, Float, Int, Int32, Key
 
 from oal_jax.config import Config
 from oal_jax.config.benchmarks import LEFT_OUT, Benchmark, resolve, split_names
-from oal_jax.data.augment import to_unit
 from oal_jax.data.leave_out import kept_labels
 from oal_jax.data.sources import ImageSet, load, open_stored
 from oal_jax.data.stream import Streamed, open_stream
 from oal_jax.runtime import distributed
+from oal_jax.runtime.ops import to_unit
 
 
 class Context(NamedTuple):

@@ -11,14 +11,13 @@ import numpy as np
 
 from oal_jax.config import GENERATED, hub_names
 from oal_jax.data import class_names
-from oal_jax.data.augment import to_unit
 from oal_jax.errors import UserError
 from oal_jax.generator import conditioning, create, stable_diffusion
 from oal_jax.generator.training import latent_scale, make_diffusion_trainer, make_vae_trainer
-from oal_jax.outliers.knn import unit
 from oal_jax.pretrained import diffusers_directory, hub
 from oal_jax.runtime import artifacts, distributed, processes
 from oal_jax.runtime.keys import named
+from oal_jax.runtime.ops import to_unit, unit
 from oal_jax.stages.context import Context, apply_in_batches
 from oal_jax.training import loop, session
 

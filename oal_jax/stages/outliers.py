@@ -21,9 +21,10 @@ from oal_jax.config import Config, Crossing, Knn
 from oal_jax.errors import UserError
 from oal_jax.generator import conditioning, stable_diffusion
 from oal_jax.outliers.crossing import MAX_STEPS, cross_class
-from oal_jax.outliers.knn import redraw, sample_class, select_class, unit
+from oal_jax.outliers.knn import redraw, sample_class, select_class
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.runtime.keys import at_step
+from oal_jax.runtime.ops import unit
 from oal_jax.stages import generator, teacher_head
 from oal_jax.stages.context import Context
 

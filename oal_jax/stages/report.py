@@ -14,10 +14,11 @@ from oal_jax.methods import oal
 from oal_jax.methods.base import apply_group
 from oal_jax.methods.registry import SOURCES
 from oal_jax.models.projector import Projector
-from oal_jax.outliers.knn import sample_random, unit
+from oal_jax.outliers.knn import sample_random
 from oal_jax.report.run_page import ReportInputs, extremes, write_report
 from oal_jax.runtime import artifacts, processes
 from oal_jax.runtime.keys import named
+from oal_jax.runtime.ops import unit
 from oal_jax.scores import GRIDS
 from oal_jax.stages import evaluate, latents, outliers, train
 from oal_jax.stages.context import Context
