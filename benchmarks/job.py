@@ -188,11 +188,11 @@ def main(argv: Sequence[str]) -> None:
     from benchmarks.compilation import CompilationTime
     from oal_jax.evaluation import protocol
     from oal_jax.generator import flax_models
-    from oal_jax.runtime import artifacts, host_memory
+    from oal_jax.runtime import artifacts, startup
     from oal_jax.stages import evaluate
     from oal_jax.stages import run as pipeline
 
-    host_memory.keep_freed()  # as the command does
+    startup.keep_freed_memory()  # as the command does
     flax_models.leave_torch_out()
     spent = CompilationTime()
     config = unflatten(order["config"])

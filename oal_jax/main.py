@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from oal_jax.config.flags import parse, spelled, usage
-from oal_jax.runtime import compilation_cache, processes
+from oal_jax.runtime import processes, startup
 from oal_jax.runtime.command import guard
 
 
@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> None:
 
         compare.run(arguments)
         return
-    compilation_cache.keep_programs()  # before JAX is imported, which a config file may do
+    startup.use_compilation_cache()  # before JAX is imported, which a config file may do
     values = parse(argv)
     if values.help:
         print(usage(__doc__))

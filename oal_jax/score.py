@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oal_jax.errors import UserError
-from oal_jax.runtime import artifacts, compilation_cache
+from oal_jax.runtime import artifacts, startup
 from oal_jax.runtime.command import Parser, guard
 
 
@@ -27,7 +27,7 @@ def run(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv[1:])
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size} must be 1 or more")
-    compilation_cache.keep_programs()
+    startup.use_compilation_cache()
     from oal_jax.data import image_files
 
     found = image_files.find(args.images)

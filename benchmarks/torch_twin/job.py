@@ -30,7 +30,7 @@ from oal_jax.config import PROCEDURAL, Config, benchmarks, sees_images, unflatte
 from oal_jax.data import procedural, sources
 from oal_jax.data.sources import ImageSet
 from oal_jax.evaluation.metrics import ood_metrics
-from oal_jax.runtime import artifacts, host_memory
+from oal_jax.runtime import artifacts, startup
 
 _WEIGHTS = Path(oal_jax.__file__).parent / "pretrained" / "weights"
 # Where outliers come from, by outliers.source: features, latents.
@@ -329,7 +329,7 @@ def main(argv: Sequence[str]) -> None:
     """Read JOB.json, run, write OUTPUT.json."""
     order = json.loads(Path(argv[1]).read_text())
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    host_memory.keep_freed()  # PyTorch gains by it too
+    startup.keep_freed_memory()  # PyTorch gains by it too
     form = forms.make(order["form"], eager=order["eager"], dtype=order["dtype"])
     config, device = unflatten(order["config"]), torch.device(order["device"])
     Path(argv[2]).write_text(json.dumps(run(config, form, order["moments"], device)))
