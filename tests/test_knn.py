@@ -1,5 +1,7 @@
 """k-NN boundary sampling against NumPy transcriptions of the intended and the shipped algorithm."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -349,6 +351,6 @@ def test_devices_share_out_the_classes(pools, devices):
         alone = knn.sample_class(key, of_class, **outliers.sampling(context.config.outliers.knn))
         np.testing.assert_allclose(whole[c], alone, atol=1e-6)
     mesh = distributed.make_mesh(devices=jax.devices()[:devices])
-    outliers.run(context._replace(mesh=mesh))
+    outliers.run(dataclasses.replace(context, mesh=mesh))
     again = outliers.flat(context).reshape(3, 40, 12)
     np.testing.assert_allclose(again, whole, atol=1e-6)

@@ -55,7 +55,7 @@ def class_words(context: Context) -> tuple[str, ...]:
     Raises:
         UserError: not one a class.
     """
-    names = context.images("validation", limit=1).class_names
+    names = context.info.class_names
     given = tuple(
         part.strip() for word in context.config.generator.class_words for part in word.split(",")
     )
@@ -167,7 +167,7 @@ def _train(context: Context) -> None:
 
 def _write_fresh(context: Context, target: Path) -> None:
     """The configs and the tokenizer of a small Stable Diffusion for the ID images."""
-    channels = context.images("validation", limit=1).images.shape[-1]
+    channels = context.info.image_shape[-1]
     create.create(
         target,
         class_words(context),

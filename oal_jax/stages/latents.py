@@ -300,7 +300,7 @@ def decoded(context: Context) -> np.ndarray:
 def decoded_random(context: Context) -> np.ndarray:
     """N(0, 1) latents decoded, `latents.per_class` a class: what the decoder makes of noise."""
     found = artifacts.read_tensors(context.directory("latents") / _FILE)
-    classes = len(context.images("validation", limit=1).class_names)
+    classes = context.info.num_classes
     shape = (context.config.latents.per_class * classes, *found["latents"].shape[1:])
     return _decoded(context, _random(context, shape))
 
@@ -319,7 +319,7 @@ def _random(context: Context, shape: tuple[int, ...]) -> np.ndarray:
 
 def _decoded(context: Context, latents: np.ndarray) -> np.ndarray:
     sd, params = generator.load(context, components=("vae",))
-    shape = context.images("validation", limit=1).images.shape[1:]
+    shape = context.info.image_shape
     return generator.decode(context, sd, params, latents, shape)
 
 

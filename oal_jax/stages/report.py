@@ -84,7 +84,7 @@ def _write(
             thresholds=result.thresholds,
             id_features=sets.id_test.outputs.features,
             id_labels=sets.id_test.labels,
-            class_names=context.images("validation", limit=1).class_names,
+            class_names=context.info.class_names,
             ood_features={
                 name: data.outputs.features
                 for name, data in sets.ood.items()
@@ -190,9 +190,9 @@ def _mapped_outliers(context: Context) -> np.ndarray | None:
         )
     if latent in ("pool", "half"):
         z = jnp.asarray(latents.channels_last(context)[:count])
-        shown, stage = context.images("validation", limit=1), config.method.latent_stage
-        net = train.student(config, len(shown.class_names))
-        adapter = oal.make_adapter(net, shown.image_shape, stage)
+        info, stage = context.info, config.method.latent_stage
+        net = train.student(config, info.num_classes)
+        adapter = oal.make_adapter(net, info.image_shape, stage)
         entering = adapter.apply({"params": params["adapter"]}, z)
         mapped.append(oal.outputs_of_mapped(net, params, state, entering, stage)[1])
     return np.concatenate([np.asarray(m) for m in mapped]) if mapped else None

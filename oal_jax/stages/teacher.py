@@ -118,7 +118,7 @@ def _shipped(context: Context) -> dict[str, np.ndarray]:
     left = context.config.data.leave_out
     if not left:
         return tensors
-    kept, classes = context.kept_labels()
+    kept, classes = context.info.kept_labels, len(context.info.all_class_names)
     _LOGGER.warning(
         "the shipped teacher has been trained on '%s', which data.leave_out takes out of the ID"
         " set, and so has the shipped generator: they know that near-OOD set. teacher.train=True"
@@ -138,11 +138,11 @@ def variables(context: Context) -> dict[str, Any]:
     Raises:
       UserError: the weights are not those of the architecture in the config.
     """
-    data = context.images("validation", limit=1)
-    net = network(context, len(data.class_names))
+    info = context.info
+    net = network(context, info.num_classes)
     path = context.directory("teacher") / _FILE
     tensors = artifacts.read_tensors(path)
-    image = jnp.zeros((1, *data.images.shape[1:]))
+    image = jnp.zeros((1, *info.image_shape))
     expected = jax.eval_shape(lambda k: net.init(k, image), context.key)
     shapes = {name: leaf.shape for name, leaf in _flat(expected).items()}
     for name in sorted(shapes.keys() | tensors.keys()):
@@ -157,8 +157,7 @@ def variables(context: Context) -> dict[str, Any]:
 
 def load(context: Context):
     """The teacher as `uint8 images -> (logits, features)`."""
-    data = context.images("validation", limit=1)
-    net = network(context, len(data.class_names))
+    net = network(context, context.info.num_classes)
     return classifier(net, context.mesh)(variables(context))
 
 
@@ -187,7 +186,7 @@ def _given(context: Context) -> tuple[classifiers.Classifier, dict[str, np.ndarr
       UserError: the file can't be read; its head is of other classes and is not trained anew.
     """
     config = context.config.teacher
-    classes = len(context.images("validation", limit=1).class_names)
+    classes = context.info.num_classes
     path = Path(config.weights).expanduser()
     if config.weights == GENERATED:
         path = _generate(context, classes)
@@ -212,7 +211,7 @@ def _generate(context: Context, classes: int) -> Path:
 
     Of a class more, where it is to get a new head.
     """
-    side = 2 * context.images("validation", limit=1).images.shape[1]
+    side = 2 * context.info.image_shape[0]
     net = _vit(context.config, classes + context.config.teacher.train, (0.5,) * 3, (0.5,) * 3)
     image = jnp.zeros((1, side, side, 3))
     params = jax.jit(net.init)(named(context.key, "generated teacher"), image)["params"]
