@@ -34,7 +34,9 @@ def run(argv: Sequence[str]) -> None:
     if not found.names:
         others = f", only {found.others} other files" if found.others else ""
         raise UserError(f"{args.images} holds no image files{others}")
-    with artifacts.whole_text_file(args.output) as file:
+    # Names that are not UTF-8 come out as the bytes that they are.
+    text = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    with artifacts.whole_file(args.output, "w", **text) as file:
         # JAX starts only once the arguments are known to be right.
         from oal_jax.detection import load, score_folder
 
