@@ -1,1 +1,1 @@
-"""Measurements: every figure in the README comes from a suite in this folder."""
+"""Measurements: every figure in the documentation comes from a suite in this folder."""

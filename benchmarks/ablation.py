@@ -31,7 +31,6 @@ CASES = {
     "oal-knn": _oal("knn"),
     "oal-diffusion": _oal("diffusion"),
     "oal-random": _oal("random"),
-    "oal-mixed": _oal("mixed"),
     "oal-random-shapes": _oal("random", image_share=0.125),
     "oal-none-shapes": _oal("none", image_share=0.125),
     "pixel": Case({"method.name": "pixel"}),

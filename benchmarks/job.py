@@ -2,7 +2,7 @@
 
     python -m benchmarks.run --suite job --output results.json [--frameworks jax,torch]
         [--recipes default,short,reference] [--forms reference,tuned,shortcuts] [--runs 5] [--smoke]
-        [--warm-cache] [--device auto] [--profile DIR]
+        [--warm-cache] [--device auto]
 
 Every run is a process of its own that starts with nothing but the package: imports, compilation
 and data count. The programs take turns, every turn with a seed of its own; one turn before the
@@ -21,8 +21,7 @@ that is outputs for the training and validation sets, and checksums of all files
 pictures of latents, as the tuned twin does not, and neither samples latents that its training does
 not read. Rows have `stages` (name to median seconds), `compile_s` (within the time) and `quality`,
 a value a seed: mean AUROC of the near and of the far sets and ID accuracy, in percent; a compiled
-program is found again from one run to the next with --warm-cache alone. With --profile ours runs
-once more, which does not count, and DIR/CASE gets where its time went.
+program is found again from one run to the next with --warm-cache alone.
 """
 
 import argparse
@@ -72,7 +71,6 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
     parser.add_argument("--recipes", default=",".join(_CONFIGS), help="of our side")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
     parser.add_argument("--warm-cache", action="store_true", help="compiled programs stay on disk")
-    parser.add_argument("--profile", type=Path, help="directory for profiles of our side")
     args = parser.parse_args(argv)
     timing.settle(args, ("torch", "timm", "faiss"))
     recipes, chosen = configs(smoke=args.smoke), args.recipes.split(",")
@@ -88,10 +86,6 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
         if "torch" in args.frameworks:
             jobs += [_theirs(form, recipes, folder, args, results) for form in args.forms]
         rows = timing.measure("job", jobs, args)
-        for recipe in chosen if args.profile and "jax" in args.frameworks else ():
-            into = args.profile / recipe
-            _ours(recipe, recipes[recipe], folder, args, {}, into).run()
-            print(f"{recipe}: profile: {into}", flush=True)
     for row in rows:
         row |= summary(results[row["framework"], row["case"]][1:])
         print(_stages(row), flush=True)
@@ -130,14 +124,13 @@ def _stages(row: dict[str, Any]) -> str:
     return f"{line} s; compilation {row['compile_s']:.1f} s of these; {quality}"
 
 
-def _ours(recipe, config, folder, args, results, profile: Path | None = None) -> Job:
+def _ours(recipe, config, folder, args, results) -> Job:
     kept = results.setdefault(("jax", recipe), [])
 
     def job():
-        into = str(profile.absolute()) if profile else None
-        tiny = {"smoke": True} if not (kept or profile) else {}
+        tiny = {"smoke": True} if not kept else {}
         flat = flatten(config) | tiny | _seed(kept)
-        order = {"config": flat, "device": args.device, "profile": into}
+        order = {"config": flat, "device": args.device}
         kept.append(_process("benchmarks.job", order, folder, f"jax-{recipe}", args))
 
     return Job(recipe, "jax", job, more={"recipe": recipe})
@@ -192,22 +185,19 @@ def main(argv: Sequence[str]) -> None:
     order = json.loads(Path(argv[1]).read_text())
     if order["device"] == "cpu":
         jax.config.update("jax_platforms", "cpu")
+    from benchmarks.compilation import CompilationTime
     from oal_jax.evaluation import protocol
     from oal_jax.generator import flax_models
-    from oal_jax.runtime import artifacts, host_memory, profiling
+    from oal_jax.runtime import artifacts, startup
     from oal_jax.stages import evaluate
     from oal_jax.stages import run as pipeline
 
-    host_memory.keep_freed()  # as the command does
+    startup.keep_freed_memory()  # as the command does
     flax_models.leave_torch_out()
-    spent = profiling.watch_compilation()
+    spent = CompilationTime()
     config = unflatten(order["config"])
     with tempfile.TemporaryDirectory() as workdir:
-        if order["profile"]:
-            with profiling.profile(Path(order["profile"])) as watch:
-                pipeline.run(config, Path(workdir), only="evaluate", watch=watch)
-        else:
-            pipeline.run(config, Path(workdir), only="evaluate")
+        pipeline.run(config, Path(workdir), only="evaluate")
         context = pipeline.resolve(Path(workdir))
         names = [s.name for s in pipeline.plan(config) if (Path(workdir) / s.name).is_dir()]
         manifests = {n: artifacts.read_json(Path(workdir) / n / "manifest.json") for n in names}

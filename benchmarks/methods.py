@@ -40,8 +40,6 @@ CASES: Mapping[str, Case] = {
     "oe+um": _tuned("oe", method__um=True),
     "energy": _tuned("energy"),
     "energy+um": _tuned("energy", method__um=True),
-    "poem": _tuned("poem"),
-    "doe": _tuned("doe"),
     "woods": _tuned("woods"),
     "vos": Case({"method.name": "vos"}),
     "npos": Case({"method.name": "npos"}),

@@ -21,11 +21,7 @@ from oal_jax.errors import UserError
 from oal_jax.runtime import artifacts
 from oal_jax.runtime.command import guard
 
-SUITES = (
-    *("ablation", "compile", "features", "folder", "job", "latent_map", "latent_outliers"),
-    *("latents", "methods", "middle_stage", "outliers", "scaling", "scores", "shortcuts"),
-    *("startup", "step"),
-)
+SUITES = ("ablation", "features", "job", "latents", "methods", "outliers", "scores", "step")
 
 
 def row(

@@ -10,8 +10,7 @@ DIR is OpenOOD's data directory; FILE the model.safetensors (and its config.json
 timm/vit_base_patch16_224.orig_in21k_ft_in1k, which is fine-tuned here; SD a directory of Stable
 Diffusion v1-4, or leave it out for that of the hub. The first command trains the classifier that
 the student starts from. `--config.smoke=True` tries every stage in seconds and needs no files.
-Without the faults: --config.method.micl=energy --config.outliers.source=diffusion
---config.outliers.knn.selection=top --config.latents.injection=all_pieces.
+Without the faults: --config.method.oal.objective=energy --config.outliers.official_code=False.
 
 Expect (OpenOOD's leaderboard, energy score, 3 runs): AUROC near 92.99 +- 0.15, far 96.28 +- 0.07,
 ID accuracy 94.71 +- 0.18 %. For one accelerator: the training images take 7.5 GB of its memory, as
@@ -24,13 +23,12 @@ from oal_jax.config import (
     Config,
     Data,
     Generator,
-    Knn,
     Latents,
-    Method,
     Outliers,
     Student,
     Teacher,
     Train,
+    reference_faults,
 )
 
 
@@ -52,25 +50,22 @@ def get_config() -> Config:
     config.generator = Generator(
         directory="hub:CompVis/stable-diffusion-v1-4@133a221b8aa7292a167afc5127cb63fb5005638b"
     )
-    config.outliers = Outliers(source="diffusion", knn=Knn(selection="reference"), lazy=True)
+    config.outliers = Outliers(source="diffusion")
     config.latents = Latents(
         per_class=30,
         sampler="pndm",
         steps=50,
         guidance=7.5,
-        injection="first_piece",
         chunk=768,  # twelve of 64 x 64 at once
     )
-    config.method = Method(name="oal", micl="reference")
+    config.method.kd.projector_rate = 0.01
     config.student = Student(depth=18, width=64, stem="imagenet")
     config.train = Train(
         epochs=100,
         learning_rate=0.005,
-        projector_rate=0.01,
-        club_rate=1e-4,
         warmup=0.0,
         clip=0.0,
         log_every=100,
     )
     config.evaluation.batch_size = 512
-    return config
+    return reference_faults(config)

@@ -49,7 +49,7 @@ def get_config() -> Config:
     config.generator = Generator(
         directory="hub:CompVis/stable-diffusion-v1-4@133a221b8aa7292a167afc5127cb63fb5005638b"
     )
-    config.outliers = Outliers(source="knn", lazy=True)
+    config.outliers = Outliers(source="knn")
     config.latents = Latents(per_class=30, steps=20, guidance=7.5, chunk=768)
     config.method = Method(name="oal")
     config.student = Student(depth=18, width=64, stem="cifar")

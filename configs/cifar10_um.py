@@ -15,11 +15,12 @@ from oal_jax.config import Config, Data, Method, Student, Train
 
 
 def get_config() -> Config:
-    """The paper's settings; `method.n_masks=3` steadies the estimate."""
+    """The paper's settings; `method.um.n_masks=3` steadies the estimate."""
     config = Config()
     config.data = Data(source="imglist", id_set="cifar10", shift=4)
     config.teacher.views = 0  # a new augmented view of each image in every epoch
-    config.method = Method(name="um", n_masks=1)
+    config.method = Method(name="um")
+    config.method.um.n_masks = 1
     config.student = Student(
         architecture="densenet", depth=100, width=12, affine_bn=False, dropout=0.3
     )

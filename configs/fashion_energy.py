@@ -4,7 +4,7 @@ python -m oal_jax.main --config configs/fashion_ce.py --workdir runs/fashion_ce
 python -m oal_jax.main --config configs/fashion_energy.py --workdir runs/fashion_energy \
     --config.train.start=runs/fashion_ce
 
-Three epochs of fine-tuning; what to expect stands in the README, "Training methods".
+Three epochs of fine-tuning; docs/results.md says what to expect.
 """
 
 from oal_jax.config import Config, Method

@@ -2,7 +2,7 @@
 
 python -m oal_jax.main --config configs/fashion_logitnorm.py --workdir runs/fashion_logitnorm
 
-From scratch, as `fashion_ce.py`; what to expect stands in the README, "Training methods".
+From scratch, as `fashion_ce.py`; docs/results.md says what to expect.
 """
 
 from oal_jax.config import Config, Method

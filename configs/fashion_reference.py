@@ -14,18 +14,16 @@ What differs: the data, the sizes of the networks, six epochs instead of 100, an
 teacher without augmentation.
 """
 
-from oal_jax.config import Config, Knn, Latents, Method, Train
+from oal_jax.config import Config, Knn, Latents, Train, reference_faults
 
 
 def get_config() -> Config:
     """The shipped algorithm; `kd` with the same training is its control."""
     config = Config()
     config.outliers.source = "diffusion"
-    config.outliers.knn = Knn(sigma=0.17, selection="reference")
-    config.latents = Latents(sampler="pndm", steps=50, guidance=7.5, injection="first_piece")
-    config.method = Method(name="oal", micl="reference")
+    config.outliers.knn = Knn(sigma=0.17)
+    config.latents = Latents(sampler="pndm", steps=50, guidance=7.5)
+    config.method.kd.projector_rate = 0.01
     config.teacher.views = 0
-    config.train = Train(
-        learning_rate=0.005, projector_rate=0.01, club_rate=1e-4, warmup=0.0, clip=0.0
-    )
-    return config
+    config.train = Train(learning_rate=0.005, warmup=0.0, clip=0.0)
+    return reference_faults(config)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oal_jax.errors import UserError
-from oal_jax.runtime import compilation_cache
+from oal_jax.runtime import startup
 from oal_jax.runtime.command import Parser, guard
 
 PLATFORMS = ("cpu", "cuda", "tpu", "rocm")
@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv[1:])
     platforms = check_platforms(args.platforms.split(","))
     _check_output(args.output)
-    compilation_cache.keep_programs()
+    startup.use_compilation_cache()
     # JAX starts only once the arguments are known to be right.
     from oal_jax.detection import exported, load
     from oal_jax.stages import run as pipeline

@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from oal_jax.config.flags import parse, spelled, usage
-from oal_jax.runtime import compilation_cache, processes
+from oal_jax.runtime import processes, startup
 from oal_jax.runtime.command import guard
 
 
@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> None:
 
         compare.run(arguments)
         return
-    compilation_cache.keep_programs()  # before JAX is imported, which a config file may do
+    startup.use_compilation_cache()  # before JAX is imported, which a config file may do
     values = parse(argv)
     if values.help:
         print(usage(__doc__))
@@ -59,12 +59,10 @@ def _run(values: flags.FlagValues) -> None:
     reuse = Path(values.reuse) if values.reuse else None
     options = {"only": values.stage, "force": values.force, "reuse": reuse}
     if values.profile and processes.is_main():
-        from oal_jax.runtime.profiling import profile
+        from oal_jax.runtime import profile
 
-        with profile(workdir / "profile") as watch:
-            pipeline.run(values.config, workdir, **options, watch=watch)
-    else:
-        pipeline.run(values.config, workdir, **options)
+        options["watch"] = lambda stage: profile.trace(workdir / "profile" / stage)
+    pipeline.run(values.config, workdir, **options)
     table = workdir / "report" / "ood.csv"
     if processes.is_main() and (not values.stage or values.stage == "report"):
         print(format_table(read_csv(table)))

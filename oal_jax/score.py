@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oal_jax.errors import UserError
-from oal_jax.runtime import artifacts, compilation_cache
+from oal_jax.runtime import artifacts, startup
 from oal_jax.runtime.command import Parser, guard
 
 
@@ -27,14 +27,16 @@ def run(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv[1:])
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size} must be 1 or more")
-    compilation_cache.keep_programs()
+    startup.use_compilation_cache()
     from oal_jax.data import image_files
 
     found = image_files.find(args.images)
     if not found.names:
         others = f", only {found.others} other files" if found.others else ""
         raise UserError(f"{args.images} holds no image files{others}")
-    with artifacts.whole_text_file(args.output) as file:
+    # Names that are not UTF-8 come out as the bytes that they are.
+    text = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    with artifacts.whole_file(args.output, "w", **text) as file:
         # JAX starts only once the arguments are known to be right.
         from oal_jax.detection import load, score_folder
 

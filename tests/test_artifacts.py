@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ def names(directory):
     return sorted(p.name for p in directory.iterdir())
 
 
-def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "x.json"
     artifacts.write_json(path, {"old": 1})
 
@@ -39,8 +41,65 @@ def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
     assert names(path.parent) == ["x.json"]
 
 
+def test_readers_see_the_old_file_until_the_new_one_is_complete(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    with artifacts.whole_file(path, "w") as file:
+        file.write("new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    with pytest.raises(KeyboardInterrupt), artifacts.whole_file(path, "w") as file:
+        file.write("cut short")
+        raise KeyboardInterrupt
+    assert path.read_text() == "new" and names(tmp_path) == ["x.txt"]
+
+
+def test_a_device_is_written_to_and_stays_a_device(tmp_path):
+    for device in ("/dev/null", tmp_path / "link"):
+        if not os.path.exists(device):
+            device.symlink_to("/dev/null")
+        artifacts.write_bytes(Path(device), b"x")
+        assert stat.S_ISCHR(os.stat(device).st_mode)
+    assert (tmp_path / "link").is_symlink() and names(tmp_path) == ["link"]
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    artifacts.write_bytes(pipe, b"x")
+    assert os.read(reader, 10) == b"x"
+    os.close(reader)
+    assert pipe.is_fifo() and names(tmp_path) == ["pipe"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_to_a_file_stays_and_the_file_is_replaced(tmp_path, exists):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "link").symlink_to("files/real")
+    if exists:
+        (tmp_path / "files" / "real").write_text("old")
+    artifacts.write_bytes(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "files" / "real").read_text() == "new"
+    assert names(tmp_path / "files") == ["real"]
+
+
+def test_a_place_where_no_file_can_be_is_refused_by_name(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "to_folder").symlink_to("folder")
+    for name in ("folder", "to_folder", "file/x"):
+        with pytest.raises(UserError, match=name):
+            artifacts.write_bytes(tmp_path / name, b"")
+    with pytest.raises(UserError, match="missing/x"), artifacts.whole_file(tmp_path / "missing/x"):
+        pass
+    assert names(tmp_path) == ["file", "folder", "to_folder"]
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
-def test_write_to_a_disk_that_is_full(tmp_path):
+def test_a_full_disk_leaves_no_file(tmp_path):
     (tmp_path / "x.safetensors.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space") as caught:
         artifacts.write_tensors(tmp_path / "x.safetensors", {"x": np.zeros(10_000)})
@@ -170,7 +229,7 @@ def test_files_that_no_run_made_are_not_deleted(tmp_path):
         artifacts.copy_stage(tmp_path / "other", stage)
     assert names(stage) == ["photo.jpg"]
     (tmp_path / "report").write_text("a file")
-    with pytest.raises(UserError, match="is in the way"):
+    with pytest.raises(UserError, match="is a file in the place of"):
         artifacts.begin(tmp_path / "report", INPUTS)
 
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oal_jax.data.augment import augment, to_unit
+from oal_jax.data.augment import augment
 from oal_jax.runtime import keys
+from oal_jax.runtime.ops import to_unit
 
 KEY = jax.random.key(3)
 

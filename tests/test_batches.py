@@ -82,7 +82,7 @@ def test_a_step_decides_what_is_drawn(tmp_path):
     context = context_of(tmp_path, Method(name="woods"))
     arrays, (first, second) = drawn(context, steps=(3, 4))
     _, (again,) = drawn(context, arrays, steps=(3,))
-    other = context._replace(key=jax.random.key(1))
+    other = dataclasses.replace(context, key=jax.random.key(1))
     _, (elsewhere,) = drawn(other, steps=(3,))
     for key in first:
         np.testing.assert_array_equal(first[key], again[key])

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import job, outliers, plots, run, startup, step, timing
+from benchmarks import compilation, job, outliers, plots, run, step, timing
 from benchmarks.timing import Job
 from oal_jax import main
 from oal_jax.config import flatten
 from oal_jax.errors import UserError
-from oal_jax.runtime import profiling
 
 FIELDS = {
     *("suite", "case", "framework", "median_s", "min_s", "max_s", "runs", "device", "versions"),
@@ -57,13 +56,6 @@ def test_our_half_runs_alone_without_torch(suite, without_torch, tmp_path, capsy
         assert 0 <= rows[0]["peak_bytes"] < 2**30
 
 
-def test_help_and_imports_are_timed_in_fresh_processes(tmp_path):
-    rows = rows_of("startup", ["--cases=help,imports", "--runs=1", "--frameworks=jax"], tmp_path)
-    assert [row["case"] for row in rows] == ["help", "imports"]
-    # The help must not start JAX, the pipeline does.
-    assert rows[0]["median_s"] < rows[1]["median_s"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("suite", "flags", "cases"),
@@ -79,24 +71,12 @@ def test_our_half_of_larger_suites(suite, flags, cases, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_start_compiles_less(tmp_path):
-    flags = ["--config=configs/fashion.py", "--config.smoke=True", "--config.method.name=ce"]
-    starts = startup.Starts(tmp_path, [*flags, "--config.evaluation.scores=energy"])
-    for case in ("first", "second", "again"):
-        starts.take(case)()
-    spent = {case: seconds for case, (seconds,) in starts.compile_s.items()}
-    assert spent["first"] > 2 * spent["second"] > 0
-    assert spent["again"] < spent["second"]
-
-
-@pytest.mark.slow
 def test_our_side_of_the_job(tmp_path):
     args = timing.parser("job").parse_args([])
     args.warm_cache = False
     results = {}
     config = job.configs(smoke=True)["default"]
-    profile = tmp_path / "profile"
-    job._ours("default", config, tmp_path, args, results, profile).run()
+    job._ours("default", config, tmp_path, args, results).run()
     found = job.summary(results["jax", "default"])
     assert list(found["stages"]) == [
         *("teacher", "generator", "features", "outliers", "latents", "train", "evaluate", "score")
@@ -104,11 +84,6 @@ def test_our_side_of_the_job(tmp_path):
     assert found["compile_s"] > 0
     assert found["quality"].keys() == {"near", "far", "ID acc"}
     assert all(0 < value <= 100 for (value,) in found["quality"].values())
-    *stages, whole = json.loads((profile / profiling.ROWS).read_text())
-    assert [row["stage"] for row in stages] == list(found["stages"])[:-1]
-    assert all((profile / row["trace"]).exists() for row in stages)
-    # JAX made the same programs for both counts.
-    assert 0 < whole["compile_s"] <= found["compile_s"] < whole["seconds"]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +98,6 @@ def test_our_side_of_the_job(tmp_path):
         ("features", ["--forms=fast"], "form 'fast' is unknown; known: reference, tuned"),
         ("latents", ["--runs=0"], "--runs 0 must be 1 or more"),
         ("step", ["--cases=oall"], "case 'oall' is unknown; known: ce"),
-        ("startup", ["--cases=third"], "case 'third' is unknown; known: help"),
         ("features", ["--cases=vgg", "--frameworks=jax"], "case 'vgg' is unknown"),
     ],
 )
@@ -174,10 +148,10 @@ def test_jobs_take_turns_and_ratios_are_of_the_same_turn(clock, monkeypatch, cap
 
 
 def test_time_spans_within_others_count_once():
-    spent = profiling.Spent()
+    spent = compilation.CompilationTime()
     for start, end in ((5, 9), (6, 7), (1, 2), (8, 10)):
-        spent("/jax/core/compile/backend_compile_duration", start, end, fun_name="f")
-    spent("/jax/checkpoint/write", 0, 100)
+        spent.add("/jax/core/compile/backend_compile_duration", start, end, fun_name="f")
+    spent.add("/jax/checkpoint/write", 0, 100)
     assert spent.seconds == 1 + 5
 
 
@@ -313,7 +287,7 @@ def test_no_text_of_the_picture_covers_another_or_leaves_it():
 
 
 def test_suites_that_compare_frameworks_draw_their_rows(tmp_path):
-    for name in ("features", "job", "latents", "outliers", "scores", "startup", "step"):
+    for name in ("features", "job", "latents", "outliers", "scores", "step"):
         assert import_module(f"benchmarks.{name}").draw is plots.draw
     paths = plots.draw(compared(), tmp_path / "results.json")
     assert [path.name for path in paths] == ["results.png", "results.svg"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import ablation, cases, latent_map, methods, run, shortcuts
+from benchmarks import ablation, cases, methods, run
 from oal_jax import main
 from oal_jax.config import Config, flatten, unflatten
 from oal_jax.config.rules import validate
@@ -44,14 +44,13 @@ def test_summary_shows_mean_spread_and_paired_differences():
     assert "| kd | 55.0 ± 7.1 |" in text
 
 
-@pytest.mark.parametrize("suite", [ablation, latent_map, methods, shortcuts])
+@pytest.mark.parametrize("suite", [ablation, methods])
 def test_every_case_is_a_valid_config(suite, tmp_path):
     for name, case in suite.CASES.items():
         start = {"train.start": str(tmp_path)} if case.start else {}
         config = unflatten(flatten(Config()) | dict(case.changes) | start)
         validate(config)
-        if suite not in (shortcuts, latent_map):  # there all is OAL
-            assert config.method.name == name.split("-")[0].split("+")[0]
+        assert config.method.name == name.split("-")[0].split("+")[0]
         assert not case.start or case.start in suite.CASES
 
 

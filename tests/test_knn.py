@@ -1,5 +1,7 @@
 """k-NN boundary sampling against NumPy transcriptions of the intended and the shipped algorithm."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from oal_jax.config import Config, Knn
 from oal_jax.outliers import knn
 from oal_jax.outliers import pools as pools_module
-from oal_jax.runtime import artifacts, distributed
+from oal_jax.runtime import artifacts, distributed, ops
 from oal_jax.runtime.keys import at_step
 from oal_jax.stages import outliers
 from oal_jax.stages.context import Context
@@ -78,7 +80,7 @@ def percentile(outliers, anchors, noise, features, k, keep):
     return np.mean(ranks)
 
 
-kth = jax.jit(knn.kth_largest, static_argnums=1)
+kth = jax.jit(ops.kth_largest, static_argnums=1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -349,6 +351,6 @@ def test_devices_share_out_the_classes(pools, devices):
         alone = knn.sample_class(key, of_class, **outliers.sampling(context.config.outliers.knn))
         np.testing.assert_allclose(whole[c], alone, atol=1e-6)
     mesh = distributed.make_mesh(devices=jax.devices()[:devices])
-    outliers.run(context._replace(mesh=mesh))
+    outliers.run(dataclasses.replace(context, mesh=mesh))
     again = outliers.flat(context).reshape(3, 40, 12)
     np.testing.assert_allclose(again, whole, atol=1e-6)

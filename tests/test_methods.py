@@ -16,8 +16,7 @@ from oal_jax.methods import ce, kd, losses, masking, oal, pixel, unleashing_mask
 from oal_jax.methods.base import Method
 from oal_jax.models.mutual_information import GaussianPredictor
 from oal_jax.models.projector import Projector
-from oal_jax.outliers import knn
-from oal_jax.runtime import distributed
+from oal_jax.runtime import distributed, ops
 from oal_jax.training.optimizer import grouped_sgd
 from oal_jax.training.state import TrainState, init_state, make_train_step
 
@@ -308,7 +307,7 @@ def test_distillation_is_cross_entropy_and_the_weighted_divergences():
                 "params": fixed_variables("kd")[0]["projector"],
                 **fixed_variables("kd")[1]["projector"],
             },
-            knn.unit(batch["teacher_features"]),
+            ops.unit(batch["teacher_features"]),
             train=True,
             mutable=["batch_stats"],
         )[0],

@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there."""
+"""The README's example runs, and what the pages name and link to exists."""
 
 import re
 import subprocess
@@ -7,8 +7,28 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+from oal_jax.config.schema import SCORES
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def names(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def prose(page: Path) -> str:
+    """The text of a page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and Sphinx (myst) make them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    words = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.strip().replace(" ", "-") for heading in words}
 
 
 @pytest.mark.slow
@@ -21,7 +41,41 @@ def test_the_examples_run(code, tmp_path):
     assert "mahalanobis" in done.stdout and "is_ood" in done.stdout
 
 
-def test_there_is_an_example_and_every_config_it_names_exists():
+def test_the_readme_has_an_example_and_is_short():
     assert EXAMPLES
-    for name in set(re.findall(r"configs/\w+\.py", README.read_text("utf-8"))):
-        assert (README.parent / name).is_file(), name
+    assert len(README.read_text("utf-8").splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_relative_links_resolve(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    broken = []
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", path):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        known = target.exists() and target.is_relative_to(ROOT)
+        if not known or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_every_page_has_one_title(page):
+    assert len(re.findall(r"^# ", prose(page), re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_named_configs_and_modules_exist(page):
+    text = page.read_text("utf-8")
+    named = re.findall(r"(?:configs|oal_jax|tests|benchmarks)/[\w/]+\.py", text)
+    assert not [path for path in named if not (ROOT / path).is_file()]
+    modules = re.findall(r"python -m ((?:oal_jax|benchmarks)[\w.]*)", text)
+    paths = [ROOT / module.replace(".", "/") for module in modules]
+    assert not [path for path in paths if not (path.is_dir() or path.with_suffix(".py").is_file())]
+
+
+def test_every_score_is_named():
+    readme, page = README.read_text("utf-8"), (ROOT / "docs/scores.md").read_text("utf-8")
+    assert not [name for name in SCORES if f"`{name}`" not in readme or f"`{name}`" not in page]

@@ -137,7 +137,7 @@ def test_mistakes_are_one_line_and_leave_nothing(capsys, finished_run, folder, t
         ({"--images": tmp_path / "broken"}, "none of the 1 image files in"),
         ({"--output": tmp_path / "no" / "s.csv"}, "s.csv can't be written (No such file"),
         ({"--output": folder / "notes.txt" / "s.csv"}, "s.csv can't be written (Not a directory"),
-        ({"--output": tmp_path / "out"}, "is a folder; give the name of a CSV file"),
+        ({"--output": tmp_path / "out"}, "out is a directory"),
         ({"--workdir": tmp_path}, "has no config.json; it is not the directory of a run"),
         ({"--score": "enrgy"}, "no score called 'enrgy'; did you mean 'energy'?"),
         ({"--keep-id": "1"}, "--keep-id 1.0 must lie between 0 and 1"),

@@ -8,7 +8,7 @@ from scipy.special import logsumexp
 
 from oal_jax import scores
 from oal_jax.errors import UserError
-from oal_jax.outliers.knn import unit
+from oal_jax.runtime.ops import unit
 from oal_jax.scores import Head, Outputs, statistics
 from oal_jax.scores.statistics import class_means, moments
 

@@ -16,7 +16,7 @@ from oal_jax.models.normalise import moments
 from oal_jax.models.resnet import ResNet
 from oal_jax.models.vit import VisionTransformer
 from oal_jax.outliers import knn
-from oal_jax.runtime import artifacts
+from oal_jax.runtime import artifacts, ops
 from oal_jax.runtime.keys import named
 from oal_jax.stages import train
 from oal_jax.training.state import init_state, make_train_step
@@ -242,7 +242,7 @@ def test_a_step_leaves_our_parameters(torch, micl, source, image_share, how):
 
 def class_features(rng, count=60, width=16) -> np.ndarray:
     features = rng.normal(size=(count, width)) + 2 * rng.normal(size=(1, width))
-    return np.asarray(knn.unit(features.astype(np.float32)))
+    return np.asarray(ops.unit(features.astype(np.float32)))
 
 
 @pytest.mark.parametrize("how", ["faiss", "matmul", "products"])

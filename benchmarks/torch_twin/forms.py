@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from oal_jax.config import DECODED, Config, sees_images
+from oal_jax.config import Config, sees_images
 from oal_jax.errors import UserError
 
 
@@ -63,7 +63,7 @@ def check(config: Config) -> None:
             f"the PyTorch twin does OAL with micl energy or reference, not method.name="
             f"{method.name}, method.micl={method.micl}, method.um={method.um}"
         )
-    if sees_images(config) and config.outliers.images in DECODED:
+    if sees_images(config) and config.outliers.images == "decoded":
         raise UserError(
             "the PyTorch twin's outlier images are those of a set, not outliers.images="
             f"{config.outliers.images}"

@@ -30,7 +30,7 @@ from oal_jax.config import PROCEDURAL, Config, benchmarks, sees_images, unflatte
 from oal_jax.data import procedural, sources
 from oal_jax.data.sources import ImageSet
 from oal_jax.evaluation.metrics import ood_metrics
-from oal_jax.runtime import artifacts, host_memory
+from oal_jax.runtime import artifacts, startup
 
 _WEIGHTS = Path(oal_jax.__file__).parent / "pretrained" / "weights"
 # Where outliers come from, by outliers.source: features, latents.
@@ -38,9 +38,6 @@ _SOURCES = {
     "knn": ("pool", None),
     "diffusion": ("pool", "pool"),
     "random": ("random", "random"),
-    "mixed": ("half", "half"),
-    "latents": ("random", "pool"),
-    "latents_mixed": ("random", "half"),
     "none": (None, None),
 }
 
@@ -160,10 +157,8 @@ class Job:
             outliers.sample_class(of_class, knn, self.form.knn, self.random)
             for of_class in self.of_class
         ]
-        self.pool = torch.stack(found)
-        if knn.scale_by_token:
-            norms = diffusion.token_norms(self.generator, self.train_set.class_names)
-            self.pool = self.pool * norms[:, None, None]
+        norms = diffusion.token_norms(self.generator, self.train_set.class_names)
+        self.pool = torch.stack(found) * norms[:, None, None]
 
     def latents(self) -> None:
         """Outlier latents (N, C, h, w); and those of the ID images, where the loss reads them."""
@@ -272,12 +267,11 @@ class Job:
         return pool[rows.to(pool.device)]
 
     def _outliers(self, kind: str, pool: Tensor, count: int) -> Tensor:
-        drawn = {"pool": 0, "half": count - count // 2, "random": count}[kind]
-        random = torch.randn((drawn, *pool.shape[1:]), generator=self.random).to(self.device)
-        taken = self._rows(pool, count - drawn) if drawn < count else pool[:0]
-        if pool.ndim == 2:  # directions
-            random, taken = functional.normalize(random), functional.normalize(taken)
-        return torch.cat([taken, random])
+        if kind == "pool":
+            rows = self._rows(pool, count)
+        else:
+            rows = torch.randn((count, *pool.shape[1:]), generator=self.random).to(self.device)
+        return functional.normalize(rows) if pool.ndim == 2 else rows  # features are directions
 
     def _student_logits(self, images: np.ndarray) -> np.ndarray:
         self.oal.eval()
@@ -335,7 +329,7 @@ def main(argv: Sequence[str]) -> None:
     """Read JOB.json, run, write OUTPUT.json."""
     order = json.loads(Path(argv[1]).read_text())
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    host_memory.keep_freed()  # PyTorch gains by it too
+    startup.keep_freed_memory()  # PyTorch gains by it too
     form = forms.make(order["form"], eager=order["eager"], dtype=order["dtype"])
     config, device = unflatten(order["config"]), torch.device(order["device"])
     Path(argv[2]).write_text(json.dumps(run(config, form, order["moments"], device)))

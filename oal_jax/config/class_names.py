@@ -234,6 +234,8 @@ road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirr
 sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
 wardrobe whale willow_tree wolf woman worm
 """
+# The classes of the embedded ID set.
+FASHION = ("t-shirt", "trouser", "pullover", "dress", "coat", "shirt", "sneaker", "boot")
 # ID sets of OpenOOD to the names of their classes, in the order of the labels.
 CLASS_NAMES = {
     "cifar10": tuple(_CIFAR10.split()),

@@ -49,7 +49,7 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_bool(
         "profile",
         False,
-        "write a trace of each stage and where its time went to WORKDIR/profile",
+        "write a profiler trace of a window of each stage that runs to WORKDIR/profile/STAGE",
         flag_values=values,
     )
     flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)

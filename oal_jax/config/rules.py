@@ -8,7 +8,7 @@ from oal_jax.config import hub_names
 from oal_jax.config.benchmarks import resolve, split_names
 from oal_jax.config.methods import FINE_TUNINGS
 from oal_jax.config.options import value_problem
-from oal_jax.config.schema import DECODED, Config, sees_images, unknown_key, unleashed
+from oal_jax.config.schema import DECODED, Config, sees_images, unknown_key
 from oal_jax.errors import UserError
 
 STREAMED = ("tfds", "imglist", "folder")  # values of data.source

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from oal_jax.config import GENERATED, Config, Student
+from oal_jax.config import GENERATED, Config, Method, Student
 from oal_jax.config.benchmarks import split_names
 from oal_jax.config.class_names import CLASS_NAMES, generated_names
 
@@ -30,45 +30,36 @@ def shrink(config: Config) -> Config:
         config.outliers.knn,
         features_per_class=each,
         neighbour=each * 5 // 8,
-        boundary=each // 4,
+        boundary_points=each // 4,
         anchors=each // 4,
         noise_rows=32,
         repeats=1,
     )
-    crossing = replace(config.outliers.crossing, points=each // 2)
     if teacher.weights:
         sizes = {"patch": 16, "width": 64, "depth": 2, "heads": 2, "mlp_ratio": 2.0}
         teacher = replace(teacher, weights=GENERATED, batch_size=64, image_size=0, **sizes)
     if generator.directory:
         generator = replace(generator, directory=GENERATED)
-    virtual = replace(
-        config.method.virtual,
-        queue=8,
-        samples=50,
-        neighbour=4,
-        boundary=4,
-        candidates=16,
-        npos_keep=4,
-    )
-    exposure = replace(config.method.exposure, poem_buffer=64, poem_refresh=2)
     return replace(
         config,
         data=replace(data, train_images=max(512, each * classes)),
         teacher=replace(teacher, epochs=1, views=min(teacher.views, 1)),
         generator=replace(generator, vae_epochs=1, diffusion_epochs=1),
-        outliers=replace(config.outliers, knn=knn, crossing=crossing),
-        adapter=replace(config.adapter, hidden=32, images=512, epochs=1, batch_size=64, bank=64),
-        latents=replace(
-            config.latents,
-            per_class=4 if bundled else 1,
-            steps=4,
-            chunk=32,
-            pictures=min(config.latents.pictures, 4),
-        ),
-        method=replace(config.method, virtual=virtual, exposure=exposure),
+        outliers=replace(config.outliers, knn=knn),
+        latents=replace(config.latents, per_class=4 if bundled else 1, steps=4, chunk=32),
+        method=_shrink_method(config.method),
         student=_shrink_student(config.student),
         train=replace(config.train, epochs=1, log_every=1),
     )
+
+
+def _shrink_method(method: Method) -> Method:
+    replace = dataclasses.replace
+    vos = replace(method.vos, queue_size=8, samples=50)
+    npos = replace(
+        method.npos, queue_size=8, neighbour=4, boundary_points=4, candidates=16, per_anchor=4
+    )
+    return replace(method, vos=vos, npos=npos)
 
 
 def _shrink_student(student: Student) -> Student:

@@ -4,10 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-
-def to_unit(images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Bytes to float32 in [0, 1]."""
-    return images.astype(jnp.float32) / 255
+from oal_jax.runtime.ops import to_unit
 
 
 def augment(

@@ -139,6 +139,28 @@ def resize_and_crop(image: Image.Image, resize: int, crop: int) -> Image.Image:
     return image.crop((left, top, left + crop, top + crop))
 
 
+def image_shape(stored: Stored) -> tuple[int, int, int]:
+    """(height, width, channels) of the images; reads at most the header of the first sound one.
+
+    Raises:
+      UserError: that image is damaged and is not to be skipped, or all are.
+    """
+    fit, channels = stored.fit, {"L": 1, "RGB": 3, "RGBA": 4}[stored.fit.mode]
+    if fit.resize is not None:
+        return fit.resize[1], fit.resize[1], channels
+    if fit.size is not None:
+        return *fit.size, channels
+    for index in range(stored.examples):
+        (encoded,) = stored.encodings.fetch([index])
+        try:
+            with Image.open(io.BytesIO(encoded.data), formats=image_files.formats()[0]) as image:
+                return image.height, image.width, channels
+        except Exception as error:  # a damaged file makes PIL raise almost anything
+            if stored.on_corrupt == "error":
+                raise _damaged(stored, index, image_files.reason(error)) from None
+    raise all_damaged(stored)
+
+
 def read(
     stored: Stored, indices: Sequence[int]
 ) -> list[tuple[UInt8[np.ndarray, "h w c"] | Damaged, int]]:
@@ -161,10 +183,7 @@ def read(
                 )
             pixels = decode(data, stored.fit)
             if isinstance(pixels, Damaged) and stored.on_corrupt == "error":
-                raise UserError(
-                    f"{stored.encodings.where(index)} is damaged ({pixels.reason}): replace it,"
-                    " or set data.on_corrupt=skip"
-                )
+                raise _damaged(stored, index, pixels.reason)
             found.append((pixels, label))
     return found
 
@@ -202,6 +221,13 @@ def read_all(stored: Stored) -> Arrays:
         raise all_damaged(stored)
     say_skipped(stored, count - len(labels))
     return Arrays(images[: len(labels)], np.array(labels, np.int64))
+
+
+def _damaged(stored: Stored, index: int, reason: str) -> UserError:
+    return UserError(
+        f"{stored.encodings.where(index)} is damaged ({reason}): replace it, or set"
+        " data.on_corrupt=skip"
+    )
 
 
 def all_damaged(stored: Stored) -> UserError:

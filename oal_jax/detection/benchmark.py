@@ -18,7 +18,7 @@ from oal_jax.errors import UserError
 from oal_jax.evaluation import protocol
 from oal_jax.evaluation.protocol import Evaluation, Inputs
 from oal_jax.evaluation.search import search as search_parameters
-from oal_jax.scores.forward import as_forward, scaled
+from oal_jax.scores.forward import as_forward
 from oal_jax.scores.outputs import check as check_outputs
 
 
@@ -135,7 +135,7 @@ def benchmark(
     def unlabelled(images, name: str) -> Inputs:
         try:
             images = check_images(images, shape)
-            outputs = post_hoc.compute(scaled(forward, images), images, batch_size, fields)
+            outputs = post_hoc.compute(forward, images, batch_size, fields)
             check_outputs(outputs, (), "the {}")
         except UserError as error:
             raise UserError(f"set {name}: {error}") from None

@@ -18,8 +18,9 @@ from oal_jax import scores as post_hoc
 from oal_jax.errors import UserError
 from oal_jax.evaluation.protocol import threshold
 from oal_jax.runtime import distributed
+from oal_jax.runtime.ops import to_unit
 from oal_jax.scores import Head, Outputs, Score, State
-from oal_jax.scores.forward import as_forward, scaled
+from oal_jax.scores.forward import as_forward
 from oal_jax.scores.outputs import rows
 
 Labelled = tuple[Any, Any]  # images, labels
@@ -104,7 +105,7 @@ def predict(
     score: Score, forward: Callable, state: State, images
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(label, confidence, ood_score) of a batch, uint8 or float32 in [0, 1]. Traceable."""
-    images = images / jnp.float32(255) if images.dtype == jnp.uint8 else images
+    images = to_unit(images)
     outputs = forward(images)
     label = jnp.argmax(outputs.logits, axis=-1).astype(jnp.int32)
     confidence = jnp.max(jax.nn.softmax(outputs.logits, axis=-1), axis=-1)
@@ -207,7 +208,7 @@ def calibrate(
     if made.fit_on == "validation":
         images, labels = val_images, val_labels
     check_rows_are_independent(forward, val_images[:batch_size])
-    outputs = post_hoc.compute(scaled(forward, images), images, batch_size, made.needs)
+    outputs = post_hoc.compute(forward, images, batch_size, made.needs)
     check_classes(outputs, labels, class_names)
     head = None if head is None else Head(*head)
     detector = Detector(
@@ -268,8 +269,7 @@ def check_rows_are_independent(forward: Partial, images: np.ndarray) -> None:
     first, others = images[:half], images[half : 2 * half]
 
     def logits(batch):
-        function = scaled(forward, images)
-        return np.asarray(post_hoc.compute(function, batch, len(batch), ()).logits)[:half]
+        return np.asarray(post_hoc.compute(forward, batch, len(batch), ()).logits)[:half]
 
     here = logits(np.concatenate([first, others]))
     there = logits(np.concatenate([first[::-1], np.zeros_like(others)]))[::-1]

@@ -14,7 +14,7 @@ from oal_jax.detection.detector import Detector, check_share, run_detector, sort
 from oal_jax.errors import UserError
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.scores import Head, Outputs, Score, State
-from oal_jax.scores.forward import make_forward, scaled
+from oal_jax.scores.forward import make_forward
 from oal_jax.stages import evaluate, train
 from oal_jax.stages import run as pipeline
 from oal_jax.stages.context import Context
@@ -126,7 +126,7 @@ def _fit(
         if all(getattr(inputs.outputs, field) is not None for field in score.needs):
             return inputs.outputs
         images = inputs.images()
-        return post_hoc.compute(scaled(forward, images), images, size, score.needs)
+        return post_hoc.compute(forward, images, size, score.needs)
 
     fitted_on = sets.id_train if score.fit_on == "train" else sets.id_val
     state = post_hoc.fit(score, outputs(fitted_on), fitted_on.labels, head, f"ID {score.fit_on}")

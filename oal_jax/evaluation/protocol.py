@@ -6,7 +6,6 @@ treats them, and how well near and far sets are told from all ID inputs together
 the full-spectrum setting of OpenOOD (Yang et al., arXiv 2204.05306, section 3).
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,8 +171,7 @@ def apply(
         )
     else:
         images = data.images()
-        on_images = _on_bytes(score) if images.dtype == np.uint8 else score
-        values = post_hoc.apply_to_images(on_images, state, forward, images, batch_size)
+        values = post_hoc.apply_to_images(score, state, forward, images, batch_size)
         count = len(data.outputs.logits)
         if len(values) != count:
             raise UserError(
@@ -185,13 +183,6 @@ def apply(
             " are NaN; look for extreme values in its outputs"
         )
     return values
-
-
-# Cached, so that one score is one function to jit; scaled inside, so that no set is copied whole.
-@functools.cache
-def _on_bytes(score: post_hoc.Score) -> post_hoc.Score:
-    perturb = score.perturb
-    return score._replace(perturb=lambda state, f, images: perturb(state, f, images / 255))
 
 
 def accuracy(data: Inputs) -> float:

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from oal_jax.config.class_names import FASHION as FASHION_CLASSES
 from oal_jax.pretrained import diffusers_directory
 
-FASHION_CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "shirt", "sneaker", "boot")
 PROMPT = "A high-quality image of the {}"
 
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"

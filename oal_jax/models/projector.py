@@ -4,7 +4,6 @@ They are float32 whatever the student's `dtype` is: they cost next to nothing be
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 

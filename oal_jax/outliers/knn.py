@@ -11,38 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from oal_jax.runtime.ops import kth_largest, unit
+
 _PRODUCTS = 2**24  # inner products held at once: 64 MiB
-
-
-def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-    """Rows scaled to unit L2 norm."""
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-def kth_largest(values: Float[Array, "n q"], k: int) -> Float[Array, " q"]:
-    """The k-th largest of each column, exact, 1 <= k <= n.
-
-    Bisection on the floats read as integers of the same order: 32 counts of the entries at or
-    above a bound. On CPU a block that fits the cache takes a tenth of the time of `lax.top_k` with
-    k in the hundreds, and columns run side by side in the vector units where rows would not.
-    """
-    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
-    order = _flip_negative(bits)
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = (low | high) - ((low ^ high) >> 1)  # mean, rounded up, without overflow
-        enough = jnp.sum(order >= middle[None], axis=0, dtype=jnp.int32) >= k
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
-
-    bounds = jnp.min(order, axis=0), jnp.max(order, axis=0)
-    found, _ = jax.lax.fori_loop(0, 32, halve, bounds)
-    return jax.lax.bitcast_convert_type(_flip_negative(found), values.dtype)
-
-
-def _flip_negative(bits: Int[Array, "..."]) -> Int[Array, "..."]:
-    # A negative float grows as its bits, read as an integer, shrink. Its own inverse.
-    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
 def _product(x: Float[Array, "a d"], y: Float[Array, "b d"]) -> Float[Array, "a b"]:

@@ -52,10 +52,7 @@ def convert(source: Path, target: Path, key: str | None = None) -> dict[str, np.
         raise UserError(f"--output {target} must end in .safetensors")
     state = _state_dict(source, _load(source), key)
     tensors = {name: _array(tensor) for name, tensor in _unwrapped(state).items()}
-    try:
-        artifacts.write_tensors(target, tensors)
-    except OSError as error:
-        raise UserError(f"--output {target} can't be written ({error.strerror})") from None
+    artifacts.write_tensors(target, tensors)
     return tensors
 
 

@@ -23,13 +23,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax import serialization, traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from oal_jax.errors import UserError
 from oal_jax.pretrained import torch_layout
 from oal_jax.pretrained.tensor_files import listed
+from oal_jax.runtime import artifacts
 
 COMPONENTS = ("text_encoder", "unet", "vae")
 
@@ -300,10 +301,9 @@ def write_params(folder: Path, params: Any, *, stem: str = "diffusion_pytorch_mo
         torch_layout.torch_names(path)[0]: torch_layout.to_torch(path, np.asarray(leaf))
         for path, leaf in traverse_util.flatten_dict(params).items()
     }
-    target, partial = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # the library makes it private to its owner, unlike the configs beside it
-    partial.replace(target)
+    target = folder / f"{stem}.safetensors"
+    with artifacts.whole_file(target) as file:
+        file.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     return target
 
 

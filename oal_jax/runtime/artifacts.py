@@ -1,18 +1,19 @@
 """What a stage leaves: files written whole or not at all, and a manifest that vouches for them.
 
-Of several processes the first writes; all of them call the functions that write, and go on when the
-file is there to be read.
+Where a run has several processes, process 0 writes. All processes call the functions that write,
+and each call returns when the file can be read.
 """
 
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import numpy as np
 import safetensors.numpy
@@ -25,31 +26,70 @@ _STARTED = "started.json"
 _PACKAGES = ("oal-jax", "jax", "jaxlib", "flax", "optax", "diffusers", "transformers", "numpy")
 
 
+@contextmanager
+def whole_file(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
+    """Open a file for writing that readers see complete or not at all.
+
+    The block writes to `PATH.partial`, which takes the name `path` when the block ends without an
+    error. A symbolic link stays, and the file that it points to is replaced. A device or a pipe is
+    written to directly. `mode` and `options` are those of `open`.
+
+    Raises:
+      UserError: `path` is a directory, or no file can be written there.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a directory; give the name of a file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        with _open(path, path, mode, options) as file:
+            yield file
+        return
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(target.name + ".partial")
+    try:
+        with _open(temporary, path, mode, options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _open(path: Path, named: Path, mode: str, options: Mapping[str, Any]) -> IO:
+    try:
+        return path.open(mode, **options)
+    except OSError as error:
+        raise _unwritable(named, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return error  # the command has a line for a full disk
+    return UserError(f"{path} can't be written ({error.strerror})")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees all of it or none: temporary name, sync, rename."""
+    """Write a `whole_file`; its directory is made where it is missing."""
     processes.on_main(lambda: _write(path, data))
 
 
 def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    with whole_file(path) as file:
+        file.write(data)
 
 
 @contextmanager
 def alone(lock: Path, busy: str) -> Iterator[None]:
-    """One process at a time is within; the lock, a file, is given up with its process.
+    """Hold a lock file: one process at a time is inside. The lock ends with its process.
 
     Raises:
-      UserError: another one is within; it says `busy`.
+      UserError: another process holds the lock; the message is `busy`.
     """
     with lock.open("w") as file:
         try:
@@ -59,17 +99,17 @@ def alone(lock: Path, busy: str) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(busy) from None
         except (ImportError, OSError):
-            pass  # no locks on this system or file system: two at once are the user's to avoid
+            pass  # this system or file system has no locks; the user must avoid two runs at once
         yield
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` of a JSON value."""
+    """Write a JSON value as a `whole_file`, keys sorted."""
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_json(path: Path, remedy: str = "") -> Any:
-    """A JSON file; `UserError` when it is damaged, which says what to do about it."""
+    """Read a JSON file; `UserError` with `remedy`, what to do about it, when it is damaged."""
     try:
         return json.loads(path.read_text("utf-8"))
     except ValueError:
@@ -78,7 +118,7 @@ def read_json(path: Path, remedy: str = "") -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """`write_bytes` of a safetensors file."""
+    """Write tensors by name as a safetensors `whole_file`."""
 
     def write() -> None:
         contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
@@ -88,7 +128,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file; `UserError` when it is missing or damaged."""
+    """Read all tensors of a safetensors file; `UserError` when it is missing or damaged."""
     try:
         return safetensors.numpy.load_file(path)
     except FileNotFoundError:
@@ -111,30 +151,28 @@ def fingerprint(value: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages whose numerics an artifact depends on."""
-    found = {}
+    """Versions of the installed packages whose numerics an artifact depends on."""
+    installed = {}
     for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(importlib.metadata.PackageNotFoundError):
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 def begin(directory: Path, inputs: Mapping[str, Any]) -> None:
-    """Make a stage's directory ready: what an interrupted run of the same inputs left is kept.
+    """Prepare a stage's directory. Files of an interrupted run on the same inputs stay.
 
-    What was left from other inputs is deleted, so that nothing of it can be resumed.
+    Files from other inputs are deleted, so that no later run resumes from them.
 
     Raises:
       UserError: the directory holds files, and no stage made it.
     """
     mark = {"fingerprint": fingerprint(inputs)}
     try:
-        same = json.loads((directory / _STARTED).read_text("utf-8")) == mark
+        same_inputs = json.loads((directory / _STARTED).read_text("utf-8")) == mark
     except (OSError, ValueError):
-        same = False
-    if same:
+        same_inputs = False
+    if same_inputs:
         (directory / MANIFEST).unlink(missing_ok=True)
     else:
         _clear(directory)
@@ -142,17 +180,17 @@ def begin(directory: Path, inputs: Mapping[str, Any]) -> None:
 
 
 def _clear(directory: Path) -> None:
-    """Make a stage's directory and empty it; files that no run made are left alone.
+    """Make a stage's directory and empty it. Refuses a directory with files that no run made.
 
-    The mark is made void first: killed half-way, this leaves nothing that any run takes for its
-    own, and nothing that stops the next one.
+    The mark of its inputs is voided first. Killed half-way, this leaves nothing that a run resumes
+    from, and nothing that stops the next run.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{directory} is in the way: a stage wants a directory there") from None
-    ours = (directory / _STARTED).exists() or (directory / MANIFEST).exists()
-    if not ours and any(path.suffix != ".partial" for path in directory.iterdir()):
+        raise UserError(f"{directory} is a file in the place of a stage's directory") from None
+    made_by_run = (directory / _STARTED).exists() or (directory / MANIFEST).exists()
+    if not made_by_run and any(path.suffix != ".partial" for path in directory.iterdir()):
         raise UserError(
             f"{directory} holds files that no run made; move them, or choose another --workdir"
         )
@@ -167,7 +205,7 @@ def _clear(directory: Path) -> None:
 def finish(
     directory: Path, stage: str, inputs: Mapping[str, Any], outputs: list[Path], seconds: float
 ) -> None:
-    """Write the manifest: from here on the stage is done."""
+    """Write the manifest, which marks the stage as done."""
     write_json(
         directory / MANIFEST,
         {
@@ -196,10 +234,10 @@ def _shapes(path: Path) -> dict[str, list]:
 
 
 def is_done(directory: Path, inputs: Mapping[str, Any]) -> bool:
-    """Whether the stage ran to its end on exactly these inputs and its outputs are intact.
+    """Whether the stage finished on exactly these inputs and its outputs are intact.
 
     Raises:
-      UserError: it ran to its end on these inputs, and an output was damaged or removed since.
+      UserError: it finished on these inputs, but an output was damaged or removed since.
     """
     if not (directory / MANIFEST).exists():
         return False
@@ -212,7 +250,7 @@ def is_done(directory: Path, inputs: Mapping[str, Any]) -> bool:
 
 
 def verified(directory: Path, name: str) -> Path:
-    """The path of one output of a finished stage, intact as its manifest says.
+    """Path of an output of a finished stage, checked against its manifest.
 
     Raises:
       UserError: the stage has no such output, or it was damaged or removed since.
@@ -220,7 +258,7 @@ def verified(directory: Path, name: str) -> Path:
     outputs = _read_manifest(directory)["outputs"]
     if name not in outputs:
         raise UserError(
-            f"{directory} has no {name}, so an earlier version made it; delete"
+            f"{directory} has no {name}: an earlier version of oal_jax made it; delete"
             f" {directory / MANIFEST} and start the run's command again"
         )
     _check(directory / name, outputs[name], f"delete {directory} and run its stage again")
@@ -240,10 +278,10 @@ def _check(path: Path, expected: Mapping[str, Any], remedy: str) -> None:
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
-    """A manifest of the form that `finish` writes, whose files all lie in the directory.
+    """A manifest as `finish` writes it, whose files all lie in the directory.
 
     Raises:
-      UserError: it is anything else: it was damaged, or somebody else wrote it.
+      UserError: the file has another form: it is damaged, or no run wrote it.
     """
     manifest = read_json(directory / MANIFEST)
     try:
@@ -264,40 +302,18 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def output_hashes(directory: Path) -> dict[str, str]:
-    """File name to sha256 of a finished stage, as its manifest has them."""
+    """The sha256 of each output of a finished stage by file name, from its manifest."""
     outputs = _read_manifest(directory)["outputs"]
     return {name: entry["sha256"] for name, entry in outputs.items()}
 
 
 def made_from(directory: Path, stage: str) -> dict[str, str] | None:
-    """`output_hashes` of `stage` as they were when the stage of `directory` read them."""
+    """`output_hashes` of `stage` at the time when the stage in `directory` read them."""
     return _read_manifest(directory)["inputs"].get("stages", {}).get(stage)
 
 
 def copy_stage(source: Path, target: Path) -> None:
-    """Copy a finished stage: its outputs, then its manifest, so that a torn copy is not done."""
+    """Copy a finished stage. The manifest comes last, so an interrupted copy is not done."""
     _clear(target)
     for name in (*output_hashes(source), MANIFEST):
         write_bytes(target / name, (source / name).read_bytes())
-
-
-@contextmanager
-def whole_text_file(path: Path) -> Iterator[TextIO]:
-    """A text file that has its name only once it is written to its end."""
-    temporary = path.with_name(path.name + ".partial")
-    if path.is_dir():
-        raise UserError(f"--output {path} is a folder; give the name of a CSV file")
-    try:
-        # Names that are no UTF-8 come out as the bytes that they are.
-        file = temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="")
-    except OSError as error:
-        raise UserError(f"--output {path} can't be written ({error.strerror})") from None
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

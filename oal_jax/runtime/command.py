@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from oal_jax.errors import Preempted, TrainingFailed, UserError
-from oal_jax.runtime import host_memory, processes
+from oal_jax.runtime import processes, startup
 
 
 def guard(command, argv: Sequence[str]) -> int:
@@ -20,7 +20,7 @@ def guard(command, argv: Sequence[str]) -> int:
 
     Of several processes, each ends with the code of the first that failed.
     """
-    host_memory.keep_freed()
+    startup.keep_freed_memory()
     try:
         command(argv)
     except BaseException as error:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from oal_jax.errors import UserError
 from oal_jax.runtime import distributed
+from oal_jax.runtime.ops import to_unit
 from oal_jax.scores.outputs import Forward, Outputs, as_pytree, check, rows
 
 State = Mapping[str, Array]
@@ -123,8 +124,8 @@ def apply_to_images(
     """The ood_score of every image for a score with `perturb`; else as `apply`.
 
     Args:
-      forward: pure; images as they come here, cast to float32, to `Outputs`.
-      images: (n, h, w, c).
+      forward: pure; float32 images in [0, 1] to `Outputs`.
+      images: (n, h, w, c), uint8 or floats in [0, 1].
     """
     chunks = partial(rows, images, sharding=_sharding())
     forward = distributed.replicate(as_pytree(forward), distributed.make_mesh())
@@ -150,7 +151,7 @@ def _score_rows(score_fn, state, outputs):
 
 @partial(jax.jit, static_argnums=0)
 def _score_images(score: Score, forward: Forward, state, images):
-    images = images.astype(np.float32)
+    images = to_unit(images)
     perturb = score.perturb or (lambda state, forward, images: forward(images))
     return score.score(state, perturb(state, forward, images))
 

@@ -109,12 +109,3 @@ def _check_part(name: str, value: Any, ndim: int, count: int) -> None:
         raise UserError(
             f"forward's {name} have shape {tuple(shape)} for {count} images, not ({count}, {rest})"
         )
-
-
-def scaled(forward: Partial, images: np.ndarray) -> Partial:
-    """`forward` for `scores.compute` on `images`, which casts uint8 to float32 as it is."""
-    return Partial(_divided, forward, np.float32(255 if images.dtype == np.uint8 else 1))
-
-
-def _divided(forward, by, images):
-    return forward(images / by)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from scipy.special import logsumexp
 
 from oal_jax.errors import UserError
-from oal_jax.outliers.knn import unit
+from oal_jax.runtime.ops import unit
 from oal_jax.scores.base import Score, State
 
 

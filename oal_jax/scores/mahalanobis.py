@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from oal_jax.errors import UserError
-from oal_jax.outliers.knn import unit
+from oal_jax.runtime.ops import unit
 from oal_jax.scores.base import Score, State
 from oal_jax.scores.statistics import moments, whitening
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from oal_jax.errors import UserError
 from oal_jax.runtime import distributed
+from oal_jax.runtime.ops import to_unit
 
 GRAM_POWERS = (1, 2, 3, 4, 5)  # as OpenOOD; the paper goes on to 10, at twice the memory
 
@@ -109,8 +110,8 @@ def compute(
     The last batch is padded with copies of its last image, and what comes of them is cut away.
 
     Args:
-      forward: pure; images cast to float32 to `Outputs`. Jitted here.
-      images: (n, h, w, c), of any type that JAX takes.
+      forward: pure; float32 images in [0, 1] to `Outputs`. Jitted here.
+      images: (n, h, w, c), uint8 or floats in [0, 1].
       batch_size: rounded up to a multiple of the devices.
       fields: which fields besides the logits are kept.
 
@@ -136,7 +137,7 @@ def as_pytree(forward: Forward) -> Partial:
 
 @partial(jax.jit, static_argnums=1)
 def _forward(forward: Partial, fields: tuple[str, ...], images) -> Outputs:
-    outputs = forward(images.astype(jnp.float32))
+    outputs = forward(to_unit(images))
     return outputs._replace(**{name: None for name in FIELDS if name not in fields})
 
 

@@ -67,9 +67,7 @@ def abstract_arrays(
         arrays["teacher_logits"] = jax.ShapeDtypeStruct((*views, classes), jnp.float16)
         arrays["teacher_features"] = jax.ShapeDtypeStruct((*views, width), jnp.float16)
     elif recipe.teacher:
-        net = teacher.model(config, len(info.class_names))
-        image = jnp.zeros((1, *info.image_shape))
-        arrays["teacher"] = jax.eval_shape(lambda key: net.init(key, image), context.key)
+        arrays["teacher"] = teacher.abstract_variables(config, info)
     sizes = Sizes(config, info, context.image_limit, latent_shape)
     for pool in recipe.pools(config):
         if pool.shape:

@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,19 @@ from jaxtyping import Array, Float, Int, Int32, Key
 
 from oal_jax.config import Config
 from oal_jax.config.benchmarks import LEFT_OUT, Benchmark, resolve, split_names
-from oal_jax.data.augment import to_unit
-from oal_jax.data.leave_out import kept_labels
+from oal_jax.data.info import DatasetInfo, read_info
 from oal_jax.data.sources import ImageSet, load, open_stored
 from oal_jax.data.stream import Streamed, open_stream
 from oal_jax.runtime import distributed
+from oal_jax.runtime.ops import to_unit
 
 
-class Context(NamedTuple):
-    """One run: its resolved config, its directory, its devices, its root key."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Context:
+    """One run: its resolved config, its directory, its devices, its root key.
+
+    What is read of the ID set is read once and kept as long as the context.
+    """
 
     config: Config
     workdir: Path
@@ -39,15 +44,6 @@ class Context(NamedTuple):
         return resolve(d.id_set, d.near, d.far, d.validation, d.csid, d.leave_out)
 
     @property
-    def prepared(self) -> "Context":
-        """The run as the stages before the student's training see it: of the seed `stages_seed`."""
-        seed = self.config.stages_seed
-        if seed < 0:
-            return self
-        config = dataclasses.replace(self.config, seed=seed)
-        return self._replace(config=config, key=jax.random.key(seed))
-
-    @property
     def image_limit(self) -> int:
         """So many images of a set are taken; 0: all."""
         return 200 if self.config.smoke else 0
@@ -61,13 +57,10 @@ class Context(NamedTuple):
         wanted, data = self._wanted(split, name, limit), self.config.data
         return open_stream(open_stored(**wanted), data.workers) if data.stream else load(**wanted)
 
-    def kept_labels(self) -> tuple[Int[np.ndarray, " c"], int]:
-        """What the ID classes are in the whole ID set, and the number of its classes.
-
-        They differ from 0, 1, ... where classes are left out (`data.leave_out`).
-        """
-        whole = load(**self._wanted("validation", "", 1) | {"leave_out": ()}).class_names
-        return kept_labels(whole, self.config.data.leave_out), len(whole)
+    @cached_property
+    def info(self) -> DatasetInfo:
+        """Classes and sizes of the ID set."""
+        return read_info(**self._wanted("train", "", self.config.data.train_images))
 
     def _wanted(self, split: str, name: str, limit: int) -> dict[str, Any]:
         data, benchmark = self.config.data, self.benchmark
@@ -91,16 +84,22 @@ class Context(NamedTuple):
         }
 
     def train_images(self) -> ImageSet | Streamed:
-        """The ID images that the student trains on."""
-        return self.opened("train", limit=self.config.data.train_images)
+        """The ID images that the student trains on; arrays are read-only."""
+        return self._train_images
+
+    @cached_property
+    def _train_images(self) -> ImageSet | Streamed:
+        data = self.opened("train", limit=self.config.data.train_images)
+        if isinstance(data, ImageSet):  # all stages share the arrays
+            data.images.flags.writeable = data.labels.flags.writeable = False
+        return data
 
     def all_train_images(self) -> ImageSet | Streamed:
         """The ID images that the teacher and the generator train on."""
-        first = self.opened("train")
         if self.config.data.source != "bundled":
-            return first
+            return self.opened("train")
         # The embedded set keeps more images than its students use.
-        more = self.images("extra")
+        first, more = self.images("train"), self.images("extra")
         return first._replace(
             images=np.concatenate([first.images, more.images]),
             labels=np.concatenate([first.labels, more.labels]),

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Int32
@@ -51,7 +50,7 @@ def run(context: Context) -> list[Path]:
     """Write `outputs.safetensors`: `SET.FIELD` of every set, and `SET.labels` of labelled ones."""
     # The report shows the features, whatever the scores read.
     wanted = post_hoc.needed(context.config.evaluation.scores) | {"features"}
-    forward = _from_uint8(make_forward(*_student(context), wanted))
+    forward = make_forward(*_student(context), wanted)
     forward = distributed.replicate(forward, distributed.make_mesh())
     tensors: dict[str, np.ndarray] = {}
     for name in (*_ID_SPLITS, *groups(context)):
@@ -96,15 +95,6 @@ def inputs(context: Context) -> Sets:
         head=Head(*(np.asarray(variables["params"]["fc"][k]) for k in ("kernel", "bias"))),
         forward=make_forward(net, variables, post_hoc.FIELDS),
     )
-
-
-def _from_uint8(forward: Partial) -> Partial:
-    # Scaled on the device: a float copy of a whole set would be four times its size.
-    return Partial(_scaled, forward)
-
-
-def _scaled(forward, images) -> Outputs:
-    return forward(images / jnp.float32(255))
 
 
 def _student(context: Context) -> tuple[Any, dict[str, Any]]:

@@ -11,13 +11,13 @@ import numpy as np
 
 from oal_jax.config import GENERATED, hub_names
 from oal_jax.data import class_names
-from oal_jax.data.augment import to_unit
 from oal_jax.errors import UserError
 from oal_jax.generator import conditioning, create, stable_diffusion
 from oal_jax.generator.training import latent_scale, make_diffusion_trainer, make_vae_trainer
 from oal_jax.pretrained import diffusers_directory, hub
 from oal_jax.runtime import artifacts, distributed, processes
 from oal_jax.runtime.keys import named
+from oal_jax.runtime.ops import to_unit
 from oal_jax.stages.context import Context, apply_in_batches
 from oal_jax.training import loop, session
 
@@ -55,7 +55,7 @@ def class_words(context: Context) -> tuple[str, ...]:
     Raises:
         UserError: not one a class.
     """
-    names = context.images("validation", limit=1).class_names
+    names = context.info.class_names
     given = tuple(
         part.strip() for word in context.config.generator.class_words for part in word.split(",")
     )
@@ -162,7 +162,7 @@ def _train(context: Context) -> None:
 
 def _write_fresh(context: Context, target: Path) -> None:
     """The configs and the tokenizer of a small Stable Diffusion for the ID images."""
-    channels = context.images("validation", limit=1).images.shape[-1]
+    channels = context.info.image_shape[-1]
     create.create(
         target,
         class_words(context),

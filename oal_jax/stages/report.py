@@ -4,22 +4,16 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from oal_jax.config import Evaluation, flatten, stages_before
+from oal_jax.config import Evaluation, flatten
 from oal_jax.evaluation import bootstrap, protocol
 from oal_jax.evaluation.search import Trial, describe, search, write_search
-from oal_jax.methods import oal
-from oal_jax.methods.base import apply_group
-from oal_jax.methods.registry import SOURCES
-from oal_jax.models.projector import Projector
-from oal_jax.outliers.knn import sample_random, unit
+from oal_jax.methods import registry
 from oal_jax.report.run_page import ReportInputs, extremes, write_report
 from oal_jax.runtime import artifacts, processes
-from oal_jax.runtime.keys import named
 from oal_jax.scores import GRIDS
-from oal_jax.stages import evaluate, latents, outliers, train
+from oal_jax.stages import batches, evaluate, latents, train
 from oal_jax.stages.context import Context
 from oal_jax.training.log import read
 
@@ -63,7 +57,7 @@ def _write(
         written.append(stage / "search.csv")
         write_search(written[-1], trials)
     logged = read(context.workdir / "metrics.jsonl", "train")
-    pictures = latents.pictures(context) if "latents" in stages_before(config) else {}
+    pictures = latents.pictures(context)
     written.append(stage / "index.html")
     write_report(
         written[-1],
@@ -83,7 +77,7 @@ def _write(
             thresholds=result.thresholds,
             id_features=sets.id_test.outputs.features,
             id_labels=sets.id_test.labels,
-            class_names=context.images("validation", limit=1).class_names,
+            class_names=context.info.class_names,
             ood_features={
                 name: data.outputs.features
                 for name, data in sets.ood.items()
@@ -144,12 +138,9 @@ def _extremes(score: str, sets: evaluate.Sets, result: protocol.Evaluation):
 
 
 def _method_name(context: Context) -> str:
-    method = context.config.method
-    if method.name != "oal":
-        return method.name
-    if method.micl != "energy":
-        return f"oal ({method.micl})"
-    return f"oal (energy, {context.config.outliers.source} outliers)"
+    objective = registry.recipe_of(context.config).objective(context.config)
+    name = context.config.method.name
+    return f"{name} ({objective})" if objective else name
 
 
 def _curves(rows: list[dict]) -> dict[str, np.ndarray]:
@@ -167,31 +158,13 @@ def _val_accuracy(rows: list[dict]) -> np.ndarray | None:
 
 
 def _mapped_outliers(context: Context) -> np.ndarray | None:
-    """Some outliers where the student's head sees them: through DT, or through the adapter."""
-    config = context.config
-    if config.method.name != "oal" or config.method.micl != "energy":
+    """Some outliers as student features (n, d), where the method maps them; else None."""
+    map_outliers = registry.recipe_of(context.config).map_outliers(context.config)
+    if map_outliers is None:
         return None
     params, state = train.load(context)
     width = params["student"]["fc"]["kernel"].shape[0]
-    feature, latent = SOURCES[config.outliers.source]
-    count, key = _SHOWN_OUTLIERS, named(context.key, "report")
-    mapped = []
-    if feature:
-        directions = (
-            sample_random(key, count, config.teacher.width)
-            if feature == "random"
-            else outliers.spread(context, count)
-        )
-        mapped.append(
-            apply_group(
-                Projector(width), params, state, "projector", unit(directions), train=False
-            )[0]
-        )
-    if latent in ("pool", "half"):
-        z = jnp.asarray(latents.channels_last(context)[:count])
-        shown, stage = context.images("validation", limit=1), config.method.latent_stage
-        net = train.student(config, len(shown.class_names))
-        adapter = oal.make_adapter(net, shown.image_shape, stage)
-        entering = adapter.apply({"params": params["adapter"]}, z)
-        mapped.append(oal.outputs_of_mapped(net, params, state, entering, stage)[1])
-    return np.concatenate([np.asarray(m) for m in mapped]) if mapped else None
+    outliers = batches.some_outliers(context, _SHOWN_OUTLIERS)
+    features, latents = outliers.get("outlier"), outliers.get("outlier_latent")
+    mapped = map_outliers(width, params, state, features, latents)
+    return np.concatenate([np.asarray(m) for m in mapped.values()]) if mapped else None

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from oal_jax.config import GENERATED, Config
 from oal_jax.data.augment import augment
+from oal_jax.data.info import DatasetInfo
 from oal_jax.errors import UserError
 from oal_jax.methods import base
 from oal_jax.methods.ce import cross_entropy
@@ -52,6 +53,12 @@ def model(config: Config, num_classes: int) -> Any:
     if t.weights:
         return Resized(_vit(config, num_classes, (0.5,) * 3, (0.5,) * 3), t.image_size or 224)
     return _vit(config, num_classes, *moments(config.data.id_set))
+
+
+def abstract_variables(config: Config, info: DatasetInfo) -> dict[str, Any]:
+    """Shapes and types of the teacher's variables."""
+    net, image = model(config, info.num_classes), (1, *info.image_shape)
+    return jax.eval_shape(lambda key: net.init(key, jnp.zeros(image)), jax.random.key(0))
 
 
 def network(context: Context, num_classes: int) -> Any:
@@ -116,7 +123,7 @@ def _shipped(context: Context) -> dict[str, np.ndarray]:
     left = context.config.data.leave_out
     if not left:
         return tensors
-    kept, classes = context.kept_labels()
+    kept, classes = context.info.kept_labels, len(context.info.all_class_names)
     _LOGGER.warning(
         "the shipped teacher has been trained on '%s', which data.leave_out takes out of the ID"
         " set, and so has the shipped generator: they know that near-OOD set. teacher.train=True"
@@ -136,11 +143,11 @@ def variables(context: Context) -> dict[str, Any]:
     Raises:
       UserError: the weights are not those of the architecture in the config.
     """
-    data = context.images("validation", limit=1)
-    net = network(context, len(data.class_names))
+    info = context.info
+    net = network(context, info.num_classes)
     path = context.directory("teacher") / _FILE
     tensors = artifacts.read_tensors(path)
-    image = jnp.zeros((1, *data.images.shape[1:]))
+    image = jnp.zeros((1, *info.image_shape))
     expected = jax.eval_shape(lambda k: net.init(k, image), context.key)
     shapes = {name: leaf.shape for name, leaf in _flat(expected).items()}
     for name in sorted(shapes.keys() | tensors.keys()):
@@ -155,8 +162,7 @@ def variables(context: Context) -> dict[str, Any]:
 
 def load(context: Context):
     """The teacher as `uint8 images -> (logits, features)`."""
-    data = context.images("validation", limit=1)
-    net = network(context, len(data.class_names))
+    net = network(context, context.info.num_classes)
     return classifier(net, context.mesh)(variables(context))
 
 
@@ -185,7 +191,7 @@ def _given(context: Context) -> tuple[classifiers.Classifier, dict[str, np.ndarr
       UserError: the file can't be read; its head is of other classes and is not trained anew.
     """
     config = context.config.teacher
-    classes = len(context.images("validation", limit=1).class_names)
+    classes = context.info.num_classes
     path = Path(config.weights).expanduser()
     if config.weights == GENERATED:
         path = _generate(context, classes)
@@ -210,7 +216,7 @@ def _generate(context: Context, classes: int) -> Path:
 
     Of a class more, where it is to get a new head.
     """
-    side = 2 * context.images("validation", limit=1).images.shape[1]
+    side = 2 * context.info.image_shape[0]
     net = _vit(context.config, classes + context.config.teacher.train, (0.5,) * 3, (0.5,) * 3)
     image = jnp.zeros((1, side, side, 3))
     params = jax.jit(net.init)(named(context.key, "generated teacher"), image)["params"]

@@ -1,4 +1,4 @@
-"""Where logged steps go: a JSON line each, TensorBoard beside it."""
+"""Where logged steps go: one JSON line a step, and TensorBoard files beside it."""
 
 import json
 import os
@@ -6,25 +6,27 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from oal_jax.runtime import artifacts
+
 
 class MetricsLog:
-    """`metrics.jsonl` of a run, and TensorBoard event files in the same directory."""
+    """`metrics.jsonl` of a run, and TensorBoard event files below the same directory."""
 
     def __init__(self, workdir: Path, stage: str, resumed_step: int = 0):
-        """Continue the log of `stage`; lines past `resumed_step` are replaced by those to come."""
-        # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and then the queue to
-        # it blocks for ever.
+        """Continue the log of `stage`. Its lines past `resumed_step` are deleted."""
+        # Not tensorboardX's SummaryWriter: a full disk kills its thread, and its queue then blocks
+        # for ever.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
-        self.path = workdir / "metrics.jsonl"
         self.stage = stage
-        _keep(self.path, stage, resumed_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        path = workdir / "metrics.jsonl"
+        _drop_after(path, stage, resumed_step)
+        self._file = path.open("a", encoding="utf-8")
         board = workdir / "tensorboard" / stage
         board.mkdir(parents=True, exist_ok=True)
         self._board = EventsWriter(str(board / "events"))
-        # TensorBoard forgets what an earlier run logged from this step on.
+        # TensorBoard drops what an earlier run logged from this step on.
         self._event(resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -36,13 +38,13 @@ class MetricsLog:
         values = [Summary.Value(tag=k, simple_value=v) for k, v in metrics.items()]
         self._event(step, summary=Summary(value=values))
 
-    def _event(self, step: int, **what) -> None:
+    def _event(self, step: int, **content) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
-        self._board.write_event(Event(wall_time=time.time(), step=step, **what))
+        self._board.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def sync(self) -> None:
-        """Bring both to the disk: before a checkpoint, whose resumption relies on these lines."""
+        """Bring both to the disk. A resumed run relies on the lines before its checkpoint."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._board.flush()
@@ -55,18 +57,9 @@ class MetricsLog:
             self._board.close()
 
 
-def _keep(path: Path, stage: str, last_step: int) -> None:
-    """Drop what `stage` logged past a step, and lines that a crash or a full disk cut short."""
-    if not path.exists():
-        return
-    kept = [
-        json.dumps(row) + "\n"
-        for row in _rows(path)
-        if row["stage"] != stage or row["step"] <= last_step
-    ]
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(kept), "utf-8")
-    os.replace(temporary, path)
+def read(path: Path, stage: str) -> list[dict[str, float]]:
+    """All logged steps of a stage in order. Lines that were cut short are skipped."""
+    return [row for row in _rows(path) if row["stage"] == stage] if path.exists() else []
 
 
 def _rows(path: Path) -> list[dict]:
@@ -81,6 +74,11 @@ def _rows(path: Path) -> list[dict]:
     return rows
 
 
-def read(path: Path, stage: str) -> list[dict[str, float]]:
-    """All logged steps of a stage, in order; lines that were cut short are passed over."""
-    return [row for row in _rows(path) if row["stage"] == stage] if path.exists() else []
+def _drop_after(path: Path, stage: str, last_step: int) -> None:
+    """Delete the lines of `stage` past a step, and lines that a crash or a full disk cut short."""
+    if not path.exists():
+        return
+    with artifacts.whole_file(path, "w", encoding="utf-8") as file:
+        for row in _rows(path):
+            if row["stage"] != stage or row["step"] <= last_step:
+                file.write(json.dumps(row) + "\n")

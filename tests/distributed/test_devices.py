@@ -29,7 +29,7 @@ from oal_jax.data.augment import augment
 from oal_jax.errors import UserError
 from oal_jax.methods import ce, registry, student
 from oal_jax.outliers import knn
-from oal_jax.runtime import distributed, processes
+from oal_jax.runtime import distributed, ops, processes
 from oal_jax.scores import Head, Outputs
 from oal_jax.stages import generator, latents
 from oal_jax.stages.context import Context, apply_in_batches, classifier
@@ -506,7 +506,7 @@ def steps_of_methods(mesh, names) -> dict[str, list[float]]:
 def outliers_of_a_class():
     rows = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
     sizes = {"k": 5, "count": 8, "anchors": 4, "noise_rows": 16, "keep": 2, "repeats": 2}
-    return knn.sample_class(KEY, knn.unit(rows), sigma=0.1, selection="top", **sizes)
+    return knn.sample_class(KEY, ops.unit(rows), sigma=0.1, selection="top", **sizes)
 
 
 def flat(trained: Trained, drawn, steps) -> dict[str, np.ndarray]:

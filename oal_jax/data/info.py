@@ -1,0 +1,105 @@
+"""What a run must know of its ID set before any image is decoded."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int
+
+from oal_jax.config import GENERATED, Data
+from oal_jax.config.class_names import CLASS_NAMES, FASHION, generated_names
+from oal_jax.data import generated
+from oal_jax.data.leave_out import relabelled
+from oal_jax.data.sources import open_stored
+from oal_jax.data.stored import image_shape
+from oal_jax.errors import UserError
+
+# Training images of the ID sets whose sizes are known without their files.
+_COUNTS = {
+    "fashion": 12_000,
+    "cifar10": 50_000,
+    "cifar100": 50_000,
+    "imagenet200": 258_951,
+    "imagenet": 1_281_167,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """Classes and sizes of an ID set.
+
+    Attributes:
+      name: the set, as `data.id_set` names it.
+      class_names: the classes that labels 0, 1, ... mean.
+      image_shape: (height, width, channels) of every image.
+      num_train: images that the student trains on.
+      all_class_names: the classes of the whole set, before `data.leave_out`.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    num_train: int
+    all_class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def kept_labels(self) -> Int[np.ndarray, " c"]:
+        """Label of each class in the whole set; 0, 1, ... unless classes are left out."""
+        return np.array([self.all_class_names.index(name) for name in self.class_names])
+
+
+def read_info(*, source: str, name: str, limit: int, **options) -> DatasetInfo:
+    """The info of an ID set, from its files. Decodes no image.
+
+    Reads the header of one image where neither the source nor `image_size` says how large images
+    are, and all labels where classes are left out.
+
+    Args:
+      source, name, limit, options: as for `oal_jax.data.sources.open_stored`, of the train split.
+
+    Raises:
+      UserError: the set is not there or is damaged; it has no class that is to be left out.
+    """
+    if source == GENERATED:
+        whole = generated_names(name)
+        names = relabelled(whole, options["leave_out"]).class_names
+        side = options["image_size"] or generated.SIZE
+        return DatasetInfo(name, names, (side, side, 3), limit or 10 * len(names), whole)
+    everything = open_stored(source, name, **options | {"leave_out": ()})
+    train = open_stored(source, name, limit=limit, **options)
+    return DatasetInfo(
+        name, train.class_names, image_shape(train), train.examples, everything.class_names
+    )
+
+
+def known_info(data: Data) -> DatasetInfo:
+    """The info of a well-known ID set, or of a generated one, without any files.
+
+    Raises:
+      UserError: the sizes of the set are not known here.
+    """
+    if data.leave_out:
+        raise UserError(
+            "config data.leave_out: how many images are left is known from the files alone; compile"
+            " the config without it"
+        )
+    name = data.id_set
+    if data.source == GENERATED:
+        side, names = data.image_size or generated.SIZE, generated_names(name)
+        count = data.train_images or 10 * len(names)
+        return DatasetInfo(name, names, (side, side, 3), count, names)
+    if name not in _COUNTS:
+        raise UserError(
+            f"config data.id_set='{name}': the sizes of this set are in its files alone; known"
+            f" without them: {', '.join(_COUNTS)}"
+        )
+    count = min(data.train_images or _COUNTS[name], _COUNTS[name])
+    if name == "fashion":
+        return DatasetInfo(name, FASHION, (28, 28, 1), count, FASHION)
+    side = data.image_size or (32 if name.startswith("cifar") else 224)
+    names = CLASS_NAMES[name]
+    return DatasetInfo(name, names, (side, side, 3), count, names)
