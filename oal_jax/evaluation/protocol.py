@@ -239,10 +239,10 @@ def write_tables(folder: str | Path, evaluation: Evaluation) -> list[Path]:
     paths = [folder / f"{name}.csv" for name in written]
     if evaluation.csid_rows:
         paths.append(folder / "csid.csv")
-        tables.write_shifted(paths[-1], evaluation.csid_rows)
+        tables.write_csv(paths[-1], evaluation.csid_rows, Shifted._fields)
     for score in evaluation.thresholds:
         paths.append(folder / "openood" / f"{score}.csv")
-        tables.write_openood(paths[-1], tables.as_openood(evaluation.rows, score))
+        tables.write_openood(paths[-1], evaluation.rows, score)
     return paths
 
 

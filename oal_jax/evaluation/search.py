@@ -18,7 +18,7 @@ from oal_jax.errors import UserError
 from oal_jax.evaluation import protocol
 from oal_jax.evaluation.metrics import auroc
 from oal_jax.evaluation.protocol import Inputs
-from oal_jax.evaluation.tables import write_lines
+from oal_jax.evaluation.tables import write_csv
 
 
 class Trial(NamedTuple):
@@ -94,13 +94,5 @@ def describe(params: Mapping[str, Any]) -> str:
 
 def write_search(path: str | Path, table: Sequence[Trial]) -> None:
     """Writes `search.csv`: auroc in percent, empty where refused; chosen is 1 or 0. Atomic."""
-    lines = [
-        (
-            trial.score,
-            describe(trial.params),
-            "" if trial.auroc is None else f"{trial.auroc:.4f}",
-            int(trial.chosen),
-        )
-        for trial in table
-    ]
-    write_lines(path, [("score", "parameters", "auroc", "chosen"), *lines])
+    lines = [(t.score, describe(t.params), t.auroc, int(t.chosen)) for t in table]
+    write_csv(path, lines, ("score", "parameters", "auroc", "chosen"))
