@@ -12,6 +12,7 @@ from oal_jax.errors import UserError
 from oal_jax.outliers import crossing
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.runtime.ops import unit
+from oal_jax.scores import compute
 from oal_jax.stages import generator, outliers, teacher, teacher_head
 from oal_jax.stages.context import Context
 
@@ -165,7 +166,8 @@ def test_the_stage_writes_a_pool_in_place_of_the_k_nn_one(tmp_path):
 
 def test_the_head_is_the_teachers(tmp_path):
     context, _ = context_on(4, tmp_path)
-    logits, features = teacher.load(context)(context.images("test", limit=16).images)
+    images = context.images("test", limit=16).images
+    logits, features, *_ = compute(teacher.load(context), images)
     kernel, bias = teacher_head.load(context)
     np.testing.assert_allclose(np.asarray(features) @ kernel + bias, logits, rtol=1e-4, atol=1e-4)
 

@@ -230,7 +230,7 @@ def test_search_fits_anew_and_takes_the_first_of_equals(data, monkeypatch):
     fitted = []
 
     def factory(width=0, other=0):
-        def fit(outputs, labels, head):
+        def fit(outputs, labels, head, mesh):
             fitted.append((width, other))
             return {"width": jnp.float32(width)}
 

@@ -20,9 +20,12 @@ from oal_jax.generator import create, stable_diffusion, stable_diffusion_v1
 from oal_jax.generator.stable_diffusion import StableDiffusion
 from oal_jax.methods import registry
 from oal_jax.runtime import distributed
+from oal_jax.runtime.batched import rows_per_batch
 from oal_jax.runtime.keys import named
+from oal_jax.scores.forward import make_forward
+from oal_jax.scores.outputs import jitted
 from oal_jax.stages import batches, generator, latents, outliers, teacher, train
-from oal_jax.stages.context import Context, forward_pass, whole_batch
+from oal_jax.stages.context import Context
 from oal_jax.training import arrays as streams
 from oal_jax.training import loop
 from oal_jax.training.state import fresh_state, make_train_step, with_average
@@ -182,11 +185,12 @@ def _teacher(context: Context, info: DatasetInfo) -> Any:
 def _features(context: Context) -> Program:
     """The teacher's forward pass on one batch of stage `features`."""
     config, info = context.config, known_info(context.config.data)
-    rows = whole_batch(config.evaluation.batch_size, context.mesh)
+    rows = rows_per_batch(config.evaluation.batch_size, context.mesh)
     images = jax.ShapeDtypeStruct((rows, *info.image_shape), jnp.uint8)
-    forward = forward_pass(teacher.model(config, info.num_classes), context.mesh)
-    arguments = _replicated((_teacher(context, info), images), context.mesh)
-    return Program(forward, arguments, rows)
+    net, fields = teacher.model(config, info.num_classes), ("features",)
+    forward = make_forward(net, _teacher(context, info), fields)
+    arguments = _replicated((forward, images), context.mesh)
+    return Program(jitted(frozenset(fields)), arguments, rows)
 
 
 def _latents(context: Context) -> Program:

@@ -20,11 +20,12 @@ from oal_jax.generator import guidance
 from oal_jax.methods.base import Method, split_variables
 from oal_jax.models import latent_features
 from oal_jax.outliers.selection import log_partition
-from oal_jax.runtime import artifacts, distributed
+from oal_jax.runtime import artifacts, batched, distributed
 from oal_jax.runtime.keys import at_step, named
 from oal_jax.runtime.ops import unit
+from oal_jax.scores import compute
 from oal_jax.stages import generator, latent_inputs, outliers, teacher, teacher_head
-from oal_jax.stages.context import Context, apply_in_batches, apply_to_set
+from oal_jax.stages.context import Context, outputs_of_set
 from oal_jax.training import loop, session
 from oal_jax.training.optimizer import adamw
 from oal_jax.training.state import init_state, make_train_step
@@ -112,8 +113,7 @@ def outputs(
 
     given = distributed.replicate((adapter.params, adapter.kernel, adapter.bias), context.mesh)
     batch = context.config.evaluation.batch_size
-    features, logits = apply_in_batches(partial(forward, given), latents, batch, context.mesh)
-    return features, logits
+    return batched.apply(partial(forward, given), [latents], batch, context.mesh)
 
 
 def _targets(context: Context) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n d"]]:
@@ -217,16 +217,18 @@ def _report(context: Context, adapter: Adapter, sd, vae, validation, of_validati
     `normal`, N(0, 1).
     """
     forward, batch = teacher.load(context), context.config.evaluation.batch_size
-    (logits, features), _ = apply_to_set(forward, validation, batch, context.mesh)
+    fields = ("features",)
+    teachers, _ = outputs_of_set(forward, validation, batch, context.mesh, fields)
     ours = outputs(context, adapter, of_validation)
-    found = {"id_validation": compare(*ours, features, logits)}
+    found = {"id_validation": compare(*ours, teachers.features, teachers.logits)}
     few = of_validation[evenly(len(of_validation), _PROBES)]
     key = at_step(context.key, "adapter probes", 0)
     noise = np.asarray(jax.random.normal(key, few.shape))
     for name, latents in {"id_decoded": few, "id_noised": few + noise, "normal": noise}.items():
         images = generator.decode(context, sd, vae, latents, validation.image_shape)
-        logits, features = apply_in_batches(forward, images, batch, context.mesh)
-        found[name] = compare(*outputs(context, adapter, latents), features, logits)
+        teachers = compute(forward, images, batch, fields, context.mesh)
+        ours = outputs(context, adapter, latents)
+        found[name] = compare(*ours, teachers.features, teachers.logits)
     return found
 
 

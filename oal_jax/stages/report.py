@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from oal_jax.config import Evaluation, stages_before
+from oal_jax.config import stages_before
 from oal_jax.evaluation import bootstrap, protocol
 from oal_jax.evaluation.search import Trial, describe, search, write_search
 from oal_jax.evaluation.tables import write_csv
@@ -32,13 +32,14 @@ def run(context: Context) -> list[Path]:
     """Writes the tables, the thresholds, parameters and states of all scores, and `index.html`."""
     settings = context.config.evaluation
     sets = evaluate.inputs(context)
-    params, trials = _search(settings, sets)
+    params, trials = _search(context, sets)
     result = protocol.evaluate(
         settings.scores,
         **sets._asdict(),
         params=params,
         keep=settings.keep_id,
         batch_size=settings.batch_size,
+        mesh=context.mesh,
     )
     written: list[Path] = []
     processes.on_main(lambda: written.extend(_write(context, sets, trials, result)))
@@ -90,8 +91,9 @@ def _write(
     return written
 
 
-def _search(settings: Evaluation, sets: evaluate.Sets) -> tuple[dict[str, Any], list[Trial]]:
+def _search(context: Context, sets: evaluate.Sets) -> tuple[dict[str, Any], list[Trial]]:
     """Parameters of the scores that have a grid, and all trials. Empty without a search."""
+    settings = context.config.evaluation
     params: dict[str, Any] = {}
     trials: list[Trial] = []
     validation = {n: data for n, data in sets.ood.items() if sets.groups[n] == "validation"}
@@ -107,6 +109,7 @@ def _search(settings: Evaluation, sets: evaluate.Sets) -> tuple[dict[str, Any], 
             sets.head,
             sets.forward,
             settings.batch_size,
+            context.mesh,
         )
         trials += tried
         for trial in tried:
