@@ -119,7 +119,7 @@ def test_tables_are_listed_and_ood_csv_has_no_shifted_set(tmp_path, result):
 def test_scores_are_fitted_where_they_say(data, monkeypatch):
     def factory(on):
         return lambda: Score(
-            lambda outputs, labels, head: {"count": jnp.float32(len(labels))},
+            lambda outputs, labels, head, mesh: {"count": jnp.float32(len(labels))},
             lambda state, outputs: state["count"] + outputs.logits[:, 0],
             fit_on=on,
         )
@@ -143,7 +143,7 @@ def moved(monkeypatch):
             return forward(images + step * images)
 
         return Score(
-            lambda outputs, labels, head: {},
+            lambda outputs, labels, head, mesh: {},
             lambda state, outputs: outputs.logits[:, 0],
             perturb=perturb,
         )
@@ -187,14 +187,14 @@ def test_scores_that_move_images_say_what_they_lack(data, moved):
 
 def test_a_head_is_asked_for_only_where_it_is_read(data, monkeypatch):
     evaluate(["energy"], **{**data, "head": None})
-    needy = lambda: Score(lambda o, y, h: {}, lambda s, o: o.logits[:, 0], needs_head=True)
+    needy = lambda: Score(lambda o, y, h, m: {}, lambda s, o: o.logits[:, 0], needs_head=True)
     monkeypatch.setitem(post_hoc.SCORES, "needy", needy)
     with pytest.raises(UserError, match="needy needs the last linear layer"):
         evaluate(["needy"], **{**data, "head": None})
 
 
 def test_nan_scores_and_missing_labels_are_refused(data, monkeypatch):
-    broken = lambda: Score(lambda o, y, h: {}, lambda s, o: jnp.sqrt(o.logits[:, 0] - 1e3))
+    broken = lambda: Score(lambda o, y, h, m: {}, lambda s, o: jnp.sqrt(o.logits[:, 0] - 1e3))
     monkeypatch.setitem(post_hoc.SCORES, "broken", broken)
     with pytest.raises(UserError, match="broken: 70 of 70 ood_scores of ID test are NaN"):
         evaluate(["broken"], **data)
