@@ -29,7 +29,7 @@ from oal_jax.data.augment import augment
 from oal_jax.errors import UserError
 from oal_jax.methods import ce, registry, student
 from oal_jax.outliers import knn
-from oal_jax.runtime import distributed, ops, processes
+from oal_jax.runtime import distributed, ops, preemption, processes
 from oal_jax.scores import Head, Outputs
 from oal_jax.scores.forward import make_forward
 from oal_jax.stages import generator, latents
@@ -103,7 +103,7 @@ def test_one_process_is_the_first_and_waits_for_nobody():
     assert processes.on_main(lambda: {"a": (1, 2)}) == {"a": (1, 2)}  # as it is, not through JSON
     processes.wait_for_all()
     assert distributed.all_processes(True) and not distributed.all_processes(False)
-    assert bool(distributed.any_process(True, distributed.make_mesh()))
+    assert bool(preemption.any_process(True, distributed.make_mesh()))
     with processes.only_main_prints():
         assert sys.stdout is not None
 
