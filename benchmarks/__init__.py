@@ -1,1 +1,1 @@
-"""Measurements: every figure in the documentation comes from a suite in this folder."""
+"""Timings and comparisons of training methods. Results are kept in `docs/results`."""

@@ -1,11 +1,11 @@
-"""Suite `ablation`: OAL's forms and every outlier source on the embedded data, paired by seed.
+"""OAL's objectives and outlier sources on the embedded data, compared on the same seeds.
 
     python -m benchmarks.run --suite ablation --output results.json [--seeds 0,1,2]
         [--cases kd,oal-random] [--workdir runs/ablation] [--config.a.b=VALUE ...]
 
-All cases train the same number of steps on the same images. A row a case and seed, with every
-metric of every OOD set; on the terminal mean +- std over the seeds, and the paired differences
-to `kd`. Finished runs are skipped, so an interrupted suite goes on where it was.
+All cases train the same number of steps on the same images. A row holds the metrics of one case and
+seed on every OOD set. The terminal shows mean and standard deviation over seeds, and the
+differences from `kd` on the same seed. Finished runs are skipped.
 """
 
 from collections.abc import Sequence
@@ -38,49 +38,47 @@ CASES = {
 
 
 def run(argv: Sequence[str]) -> list[dict[str, Any]]:
-    """Train and evaluate every case for every seed; print the tables; return the rows."""
-    plan = cases.parse("ablation", CASES, argv)
-    rows, tables = cases.run("ablation", CASES, plan, lambda row: row.score == SCORE)
-    print(summary(tables, plan.cases, plan.seeds))
+    """Train and evaluate every case for every seed, print the tables, and return the rows."""
+    study = cases.parse("ablation", __doc__, CASES, argv)
+    rows, tables = cases.run("ablation", CASES, study, [SCORE])
+    print(summary(tables, study.cases, study.seeds))
     return rows
 
 
-def summary(
-    tables: Tables, names: Sequence[str], seeds: Sequence[int], baseline: str = BASELINE
-) -> str:
-    """Markdown: mean +- std of AUROC, FPR95, accuracy; then paired differences to a case."""
+def summary(tables: Tables, names: Sequence[str], seeds: Sequence[int]) -> str:
+    """Markdown tables: AUROC, FPR95 and accuracy, then differences of AUROC from `BASELINE`."""
     sets = columns(tables[names[0], seeds[0]])
     metrics = {
         "FPR95 (OOD), all": "fpr_at_95_ood_tpr",
         "FPR95 (ID), all": "fpr_at_95_id_tpr",
         "ID acc": "id_accuracy",
     }
+
+    def over_seeds(name: str, members: Sequence[str], metric: str = "auroc") -> list[float]:
+        return [mean_of(tables[name, seed], members, metric) for seed in seeds]
+
     lines = [
         [
             name,
-            *(spread([mean_of(tables[name, s], m, "auroc") for s in seeds]) for m in sets.values()),
-            *(
-                spread([mean_of(tables[name, s], sets["all"], metric) for s in seeds])
-                for metric in metrics.values()
-            ),
+            *(spread(over_seeds(name, members)) for members in sets.values()),
+            *(spread(over_seeds(name, sets["all"], metric)) for metric in metrics.values()),
         ]
         for name in names
     ]
     title = f"AUROC of the score `{SCORE}`, mean ± std over seeds {seeds}"
     text = [title, "", markdown(["case", *sets, *metrics], lines)]
-    if baseline in names:
-        differences = []
+    if BASELINE in names:
+        lines = []
         for name in names:
+            if name == BASELINE:
+                continue
             cells = []
             for members in sets.values():
-                d = [
-                    mean_of(tables[name, s], members, "auroc")
-                    - mean_of(tables[baseline, s], members, "auroc")
-                    for s in seeds
-                ]
-                cells.append(f"{spread(d, '+')} ({' '.join(f'{x:+.1f}' for x in d)})")
-            if name != baseline:
-                differences.append([name, *cells])
-        text += ["", f"AUROC minus `{baseline}` of the same seed: mean ± std (each seed)", ""]
-        text.append(markdown(["case", *sets], differences))
+                pairs = zip(over_seeds(name, members), over_seeds(BASELINE, members), strict=True)
+                differences = [ours - baseline for ours, baseline in pairs]
+                each = " ".join(f"{difference:+.1f}" for difference in differences)
+                cells.append(f"{spread(differences, '+')} ({each})")
+            lines.append([name, *cells])
+        title = f"AUROC minus `{BASELINE}` of the same seed: mean ± std (each seed)"
+        text += ["", title, "", markdown(["case", *sets], lines)]
     return "\n".join(text)

@@ -1,27 +1,25 @@
-"""Suite `job`: the whole of OAL, from the teacher's features to the detector's metrics.
+"""The whole of OAL, from the teacher's features to the detector's metrics, against PyTorch.
 
     python -m benchmarks.run --suite job --output results.json [--frameworks jax,torch]
         [--recipes default,short,reference] [--forms reference,tuned,shortcuts] [--runs 5] [--smoke]
         [--warm-cache] [--device auto]
 
-Every run is a process of its own that starts with nothing but the package: imports, compilation
-and data count. The programs take turns, every turn with a seed of its own; one turn before the
-first, at tiny sizes, fills the files' cache and does not count. Cases:
+Every run is a new process that starts with nothing but the package: imports, compilation and data
+count. The programs take turns, and every turn has its own seed. One uncounted turn at tiny sizes
+comes first. Cases:
 
-    default            ours by configs/fashion.py, and the PyTorch twin with all of its shortcuts
-    short              ours by configs/fashion.py in the fewest epochs (and views of the teacher)
-                       whose accuracy and AUROC on the validation sets were no worse than those of
-                       configs/fashion_reference.py with seed 0: the time to its quality
-    reference          ours by configs/fashion_reference.py (the official code's recipe), and the
-                       twin that does that recipe as fast as PyTorch can
-    reference-official the twin that does it as the official code does
+    default             configs/fashion.py, and the PyTorch twin with all of our shortcuts
+    short               configs/fashion.py with the fewest epochs and teacher views whose validation
+                        accuracy and AUROC match those of the reference recipe with seed 0
+    reference           configs/fashion_reference.py (the official code's recipe), and the twin that
+                        runs it as fast as PyTorch can
+    reference-official  the twin that runs it as the official code does
 
-Ours goes to the end of stage `evaluate`, and the energy score is computed: beside the twin's work
-that is outputs for the training and validation sets, and checksums of all files. It draws no
-pictures of latents, as the tuned twin does not, and neither samples latents that its training does
-not read. Rows have `stages` (name to median seconds), `compile_s` (within the time) and `quality`,
-a value a seed: mean AUROC of the near and of the far sets and ID accuracy, in percent; a compiled
-program is found again from one run to the next with --warm-cache alone.
+The JAX side ends with stage `evaluate` and the energy score. Beyond the twin's work it computes
+outputs for the training and validation sets and checksums of all files. Neither side draws pictures
+of latents. Rows have `stages` (name to median seconds), `compile_s` (part of the time) and
+`quality` (a value a seed: mean AUROC of the near and of the far sets, and ID accuracy, in percent).
+Only with --warm-cache do compiled programs stay on disk between runs.
 """
 
 import argparse
@@ -36,135 +34,122 @@ from typing import Any
 import numpy as np
 
 from benchmarks import timing
-from benchmarks.cases import load_config, spread
+from benchmarks.cases import CONFIGS, load_config, spread
 from benchmarks.plots import draw as draw
+from benchmarks.run import choose
 from benchmarks.timing import Job
 from oal_jax.config import Config, Data, benchmarks, flatten, unflatten
 from oal_jax.config.smoke import shrink
-from oal_jax.errors import UserError
 
-# Of ours: the config, and what is changed in it.
+# Config file of each recipe, and changes to it.
 _CONFIGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "default": ("fashion", {}),
     "short": ("fashion", {"train.epochs": 3, "teacher.views": 2}),
     "reference": ("fashion_reference", {}),
 }
-# Of the twin's forms: the recipe, and the case.
+# Recipe and case of each form of the twin.
 RECIPE = {"reference": "reference", "tuned": "reference", "shortcuts": "default"}
-_CASE = {"reference": "reference-official", "tuned": "reference", "shortcuts": "default"}
+CASE = {"reference": "reference-official", "tuned": "reference", "shortcuts": "default"}
 
-
-def configs(*, smoke: bool) -> dict[str, Config]:
-    """The config of each recipe, evaluated by the energy score on the near and far sets."""
-    found = {}
-    for recipe, (name, more) in _CONFIGS.items():
-        config = load_config(Path("configs") / f"{name}.py")
-        less = {"data.csid": ["none"], "evaluation.scores": ["energy"], "latents.pictures": 0}
-        changes = {**more, **less, "smoke": smoke}
-        found[recipe] = unflatten(flatten(config) | changes)
-    return found
+Outputs = dict[tuple[str, str], list[dict[str, Any]]]  # (framework, case) to the JSON of each run
 
 
 def run(argv: Sequence[str]) -> list[dict[str, Any]]:
-    """Time the processes in turns; print ratios; return the rows."""
-    parser = timing.parser("job")
-    parser.add_argument("--recipes", default=",".join(_CONFIGS), help="of our side")
+    """Time the processes, print ratios, and return the rows."""
+    parser = timing.make_parser("job", __doc__)
+    parser.add_argument("--recipes", default=",".join(_CONFIGS), help="of the JAX side")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
-    parser.add_argument("--warm-cache", action="store_true", help="compiled programs stay on disk")
+    parser.add_argument("--warm-cache", action="store_true", help="keep compiled programs")
     args = parser.parse_args(argv)
+    names = choose("recipe", args.recipes, _CONFIGS)
     timing.settle(args, ("torch", "timm", "faiss"))
-    recipes, chosen = configs(smoke=args.smoke), args.recipes.split(",")
-    for name in chosen:
-        if name not in recipes:
-            raise UserError(f"recipe '{name}' is unknown; known: {', '.join(recipes)}")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        results: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    recipes = configs(smoke=args.smoke)
+    outputs: Outputs = {}
+    with tempfile.TemporaryDirectory() as folder:
         jobs = []
         if "jax" in args.frameworks:
-            jobs += [_ours(recipe, recipes[recipe], folder, args, results) for recipe in chosen]
+            jobs += [our_job(name, recipes[name], Path(folder), args, outputs) for name in names]
         if "torch" in args.frameworks:
-            jobs += [_theirs(form, recipes, folder, args, results) for form in args.forms]
+            jobs += [their_job(f, recipes, Path(folder), args, outputs) for f in args.forms]
         rows = timing.measure("job", jobs, args)
     for row in rows:
-        row |= summary(results[row["framework"], row["case"]][1:])
-        print(_stages(row), flush=True)
+        row |= summary(outputs[row["framework"], row["case"]][1:])
+        print(_line(row), flush=True)
     return rows
 
 
-def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Median seconds of the stages and of compilation over runs, and the quality of each run.
-
-    Compilation is within every run here, and not in the first alone.
-    """
-    stages = {n: float(np.median([f["stages"][n] for f in found])) for n in found[0]["stages"]}
-    compile_s = float(np.median([f["compile_s"] for f in found]))
-    quality = {
-        name: [round(100 * float(np.mean([f["metrics"][s][key] for s in sets])), 2) for f in found]
-        for name, (sets, key) in _quality().items()
+def configs(*, smoke: bool) -> dict[str, Config]:
+    """Config of each recipe, evaluated with the energy score on the near and far sets."""
+    common = {
+        "data.csid": ["none"],
+        "evaluation.scores": ["energy"],
+        "latents.pictures": 0,
+        "smoke": smoke,
     }
-    return {"stages": stages, "compile_s": compile_s, "quality": quality}
-
-
-def _quality() -> dict[str, tuple[Sequence[str], str]]:
-    """Of each number: the sets whose mean it is, and the metric."""
-    sets = benchmarks.resolve(Data().id_set)
     return {
-        "near": (sets.near, "auroc"),
-        "far": (sets.far, "auroc"),
-        "ID acc": (("id",), "accuracy"),
+        recipe: unflatten(flatten(load_config(CONFIGS / f"{name}.py")) | dict(changes) | common)
+        for recipe, (name, changes) in _CONFIGS.items()
     }
 
 
-def _stages(row: dict[str, Any]) -> str:
-    parts = [f"{name} {seconds:.1f}" for name, seconds in row["stages"].items()]
-    rest = row["median_s"] - sum(row["stages"].values())
-    line = f"{row['framework']:6s} {row['case']:20s} {', '.join(parts)}, start {rest:.1f}"
-    quality = ", ".join(f"{name} {spread(values)}" for name, values in row["quality"].items())
-    return f"{line} s; compilation {row['compile_s']:.1f} s of these; {quality}"
+def our_job(
+    recipe: str, config: Config, folder: Path, args: argparse.Namespace, outputs: Outputs
+) -> Job:
+    """The JAX side of a recipe. Each run appends to `outputs`; the first run is tiny."""
+    runs = outputs.setdefault(("jax", recipe), [])
+
+    def job() -> None:
+        tiny = {} if runs else {"smoke": True}
+        request = {
+            "config": flatten(config) | tiny | {"seed": _seed(len(runs))},
+            "device": args.device,
+        }
+        runs.append(_process("benchmarks.job", request, folder, f"jax-{recipe}", args))
+
+    return Job(recipe, "jax", job, fields={"recipe": recipe})
 
 
-def _ours(recipe, config, folder, args, results) -> Job:
-    kept = results.setdefault(("jax", recipe), [])
-
-    def job():
-        tiny = {"smoke": True} if not kept else {}
-        flat = flatten(config) | tiny | _seed(kept)
-        order = {"config": flat, "device": args.device}
-        kept.append(_process("benchmarks.job", order, folder, f"jax-{recipe}", args))
-
-    return Job(recipe, "jax", job, more={"recipe": recipe})
-
-
-def _theirs(form, recipes, folder, args, results) -> Job:
+def their_job(
+    form: str,
+    recipes: Mapping[str, Config],
+    folder: Path,
+    args: argparse.Namespace,
+    outputs: Outputs,
+) -> Job:
+    """The PyTorch twin in a form. Each run appends to `outputs`; the first run is tiny."""
     from oal_jax.models.normalise import moments
     from oal_jax.stages import latents
 
-    recipe, case = RECIPE[form], _CASE[form]
-    config = recipes[recipe]
-    kept = results.setdefault(("torch", case), [])
-    more = {"device": args.device, "dtype": args.twin_dtype, "eager": args.twin_eager}
+    recipe, case = RECIPE[form], CASE[form]
+    runs = outputs.setdefault(("torch", case), [])
+    options = {"device": args.device, "dtype": args.twin_dtype, "eager": args.twin_eager}
 
-    def job():
-        given = config if kept and not args.smoke else shrink(config)
-        flat = flatten(given) | {"latents.per_class": latents.per_class(given)} | _seed(kept)
-        order = {"config": flat, "moments": moments(given.data.id_set), "form": form, **more}
-        kept.append(_process("benchmarks.torch_twin.job", order, folder, f"torch-{form}", args))
+    def job() -> None:
+        config = recipes[recipe]
+        if not runs or args.smoke:
+            config = shrink(config)
+        changes = {"latents.per_class": latents.per_class(config), "seed": _seed(len(runs))}
+        request = {
+            "config": flatten(config) | changes,
+            "moments": moments(config.data.id_set),
+            "form": form,
+            **options,
+        }
+        runs.append(_process("benchmarks.torch_twin.job", request, folder, f"torch-{form}", args))
 
-    fields = {"recipe": recipe, "form": form}
     against = ("default",) if recipe == "default" else (recipe, "default", "short")
-    return Job(case, "torch", job, against=against, more=fields)
+    return Job(case, "torch", job, against, {"recipe": recipe, "form": form})
 
 
-def _seed(before: Sequence[Any]) -> dict[str, int]:
-    """The seed of the next run; the tiny turn has the first one's."""
-    return {"seed": max(0, len(before) - 1)}
+def _seed(finished_runs: int) -> int:
+    """Seed of the next run. The tiny run and the first counted one both have seed 0."""
+    return max(0, finished_runs - 1)
 
 
 def _process(
-    module: str, order: dict[str, Any], folder: Path, name: str, args: argparse.Namespace
+    module: str, request: dict[str, Any], folder: Path, name: str, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Run a module on an order, both as files; what it wrote."""
+    """Run `python -m MODULE REQUEST.json OUTPUT.json` and return the output."""
     cache = folder / "cache" if args.warm_cache else Path(tempfile.mkdtemp(dir=folder))
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "torch")}
     if args.warm_cache:
@@ -172,18 +157,46 @@ def _process(
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     if "torch" in module:
         environment["USE_FLAX"] = "0"  # or diffusers imports JAX where it is installed
-    read, written = folder / f"{name}.json", folder / f"{name}.out.json"
-    read.write_text(json.dumps(order))
-    timing.python(["-m", module, str(read), str(written)], **environment)
-    return json.loads(written.read_text())
+    request_path, output_path = folder / f"{name}.json", folder / f"{name}.out.json"
+    request_path.write_text(json.dumps(request))
+    timing.python(["-m", module, str(request_path), str(output_path)], **environment)
+    return json.loads(output_path.read_text())
+
+
+def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Median seconds of stages and compilation over runs, and the quality of each run.
+
+    This `compile_s` replaces that of `timing.measure`, because every run compiles.
+    """
+    stages = {n: float(np.median([run["stages"][n] for run in runs])) for n in runs[0]["stages"]}
+    compile_s = float(np.median([run["compile_s"] for run in runs]))
+    sets = benchmarks.resolve(Data().id_set)
+    aurocs = {
+        name: [[run["metrics"][s]["auroc"] for s in members] for run in runs]
+        for name, members in (("near", sets.near), ("far", sets.far))
+    }
+    accuracy = [[run["metrics"]["id"]["accuracy"]] for run in runs]
+    quality = {
+        name: [round(100 * float(np.mean(values)), 2) for values in per_run]
+        for name, per_run in (aurocs | {"ID acc": accuracy}).items()
+    }
+    return {"stages": stages, "compile_s": compile_s, "quality": quality}
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["stages"].items())
+    rest = row["median_s"] - sum(row["stages"].values())
+    quality = ", ".join(f"{name} {spread(values)}" for name, values in row["quality"].items())
+    name = f"{row['framework']:6s} {row['case']:20s}"
+    return f"{name} {stages}, start {rest:.1f} s; {row['compile_s']:.1f} s compile; {quality}"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Our side of the job, in a process of its own: read JOB.json, run, write OUTPUT.json."""
+    """Run the JAX side once: read REQUEST.json (`argv[1]`), write OUTPUT.json (`argv[2]`)."""
     import jax
 
-    order = json.loads(Path(argv[1]).read_text())
-    if order["device"] == "cpu":
+    request = json.loads(Path(argv[1]).read_text())
+    if request["device"] == "cpu":
         jax.config.update("jax_platforms", "cpu")
     from benchmarks.compilation import CompilationTime
     from oal_jax.evaluation import protocol
@@ -194,20 +207,20 @@ def main(argv: Sequence[str]) -> None:
 
     startup.keep_freed_memory()  # as the command does
     flax_models.leave_torch_out()
-    spent = CompilationTime()
-    config = unflatten(order["config"])
-    with tempfile.TemporaryDirectory() as workdir:
-        pipeline.run(config, Path(workdir), only="evaluate")
-        context = pipeline.resolve(Path(workdir))
-        names = [s.name for s in pipeline.plan(config) if (Path(workdir) / s.name).is_dir()]
-        manifests = {n: artifacts.read_json(Path(workdir) / n / "manifest.json") for n in names}
-        seconds = {name: manifest["seconds"] for name, manifest in manifests.items()}
+    compilation = CompilationTime()
+    config = unflatten(request["config"])
+    with tempfile.TemporaryDirectory() as name:
+        workdir = Path(name)
+        pipeline.run(config, workdir, only="evaluate")
+        stages = [s.name for s in pipeline.plan(config) if (workdir / s.name).is_dir()]
+        seconds = {s: artifacts.read_json(workdir / s / "manifest.json")["seconds"] for s in stages}
         start = time.perf_counter()
-        found = protocol.evaluate(config.evaluation.scores, **evaluate.inputs(context)._asdict())
+        sets = evaluate.inputs(pipeline.resolve(workdir))
+        evaluation = protocol.evaluate(config.evaluation.scores, **sets._asdict())
         seconds["score"] = time.perf_counter() - start
-    metrics = {r.dataset: {"auroc": r.auroc / 100} for r in found.rows}
-    metrics["id"] = {"accuracy": found.rows[0].id_accuracy / 100}
-    output = {"stages": seconds, "compile_s": spent.seconds, "metrics": metrics}
+    metrics = {row.dataset: {"auroc": row.auroc / 100} for row in evaluation.rows}
+    metrics["id"] = {"accuracy": evaluation.rows[0].id_accuracy / 100}
+    output = {"stages": seconds, "compile_s": compilation.seconds, "metrics": metrics}
     Path(argv[2]).write_text(json.dumps(output))
 
 

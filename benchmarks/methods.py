@@ -1,15 +1,15 @@
-"""Suite `methods`: the training methods of both papers and of those they compare with.
+"""Training methods on the embedded data, compared on the same seeds.
 
     python -m benchmarks.run --suite methods --output results.json [--seeds 0,1,2]
         [--cases ce,um] [--workdir runs/methods] [--config.a.b=VALUE ...]
 
-Fine-tuning methods start from the `ce` case of their seed and train three epochs more; `ce-more`
-is the control that does so by cross-entropy alone. Methods that train from scratch have the epochs
-of `ce`. `ce-20` trains on for twenty epochs, until it has memorised what it can: the regime that
-Unleashing Mask is made for. `ce-20-more`, `um-20` and `umap-20` fine-tune it for six. Outlier
-images are the procedural ones (`oal_jax/data/procedural.py`), which are neither in a test nor in
-a validation set. One table for four scores: mean +- std over the seeds of the means over all near
-and far sets, and the difference of AUROC to `ce-more` on the same seed.
+Fine-tuning methods start from the case `ce` of their seed and train three more epochs. The control
+`ce-more` does the same with cross-entropy. Methods that train from scratch have as many epochs as
+`ce`. `ce-20` trains for twenty epochs until the student memorises its images, the regime that
+Unleashing Mask is made for; `ce-20-more`, `um-20` and `umap-20` fine-tune it for six epochs.
+Outlier images are procedural ones, which are in no test or validation set. The terminal shows four
+scores: mean and standard deviation over seeds, and the difference of AUROC from `ce-more` on the
+same seed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,48 +20,47 @@ from benchmarks.cases import Case, Tables, columns, markdown, mean_of, spread
 
 SCORES = ("msp", "odin", "energy", "mahalanobis")
 CONTROL = "ce-more"
-_FINE = {"train.epochs": 3, "train.learning_rate": 0.02}
+_SETTINGS = {"evaluation.scores": list(SCORES), "data.csid": ["none"]}
+_FINE_TUNING = {"train.epochs": 3, "train.learning_rate": 0.02}
+_WITHOUT_IMAGES = {"outliers.image_share": 0.0}  # outliers are features and latents only
 
-_LATENT = {"outliers.image_share": 0.0}  # outliers are features and latents
 
-
-def _tuned(name: str, start: str = "ce", **more: Any) -> Case:
-    """Fine-tuning of a plain classifier by a method."""
-    changes = {key.replace("__", "."): value for key, value in more.items()}
-    return Case({"method.name": name, **_FINE, **changes}, start)
+def _fine_tuned(name: str, start: str = "ce", **changes: Any) -> Case:
+    """Fine-tuning of the case `start`. A double underscore in a key stands for a dot."""
+    flat = {key.replace("__", "."): value for key, value in changes.items()}
+    return Case({"method.name": name, **_FINE_TUNING, **flat}, start)
 
 
 CASES: Mapping[str, Case] = {
     "ce": Case({"method.name": "ce"}),
-    "ce-more": _tuned("ce"),
-    "um": _tuned("um"),
-    "umap": _tuned("umap", train__learning_rate=0.1),
-    "oe": _tuned("oe"),
-    "oe+um": _tuned("oe", method__um=True),
-    "energy": _tuned("energy"),
-    "energy+um": _tuned("energy", method__um=True),
-    "woods": _tuned("woods"),
+    "ce-more": _fine_tuned("ce"),
+    "um": _fine_tuned("um"),
+    "umap": _fine_tuned("umap", train__learning_rate=0.1),
+    "oe": _fine_tuned("oe"),
+    "oe+um": _fine_tuned("oe", method__um=True),
+    "energy": _fine_tuned("energy"),
+    "energy+um": _fine_tuned("energy", method__um=True),
+    "woods": _fine_tuned("woods"),
     "vos": Case({"method.name": "vos"}),
     "npos": Case({"method.name": "npos"}),
     "logitnorm": Case({"method.name": "logitnorm"}),
-    "oal": Case({"method.name": "oal", **_LATENT}),
-    "oal+um": _tuned("oal", method__um=True, **_LATENT),
+    "oal": Case({"method.name": "oal", **_WITHOUT_IMAGES}),
+    "oal+um": _fine_tuned("oal", method__um=True, **_WITHOUT_IMAGES),
     "oal-shapes": Case({"method.name": "oal"}),
     "ce-20": Case({"method.name": "ce", "train.epochs": 20}),
-    "ce-20-more": _tuned("ce", "ce-20", train__epochs=6),
-    "um-20": _tuned("um", "ce-20", train__epochs=6),
-    "umap-20": _tuned("umap", "ce-20", train__epochs=6, train__learning_rate=0.1),
+    "ce-20-more": _fine_tuned("ce", "ce-20", train__epochs=6),
+    "um-20": _fine_tuned("um", "ce-20", train__epochs=6),
+    "umap-20": _fine_tuned("umap", "ce-20", train__epochs=6, train__learning_rate=0.1),
 }
 
 
 def run(argv: Sequence[str]) -> list[dict[str, Any]]:
-    """Train and evaluate every case for every seed; print the table; return the rows."""
-    plan = cases.parse("methods", CASES, argv)
-    settings = {"evaluation.scores": SCORES, "data.csid": ("none",)}
-    chosen = {name: CASES[name]._replace(changes=CASES[name].changes | settings) for name in CASES}
-    rows, tables = cases.run("methods", chosen, plan, lambda row: row.score in SCORES)
+    """Train and evaluate every case for every seed, print the table, and return the rows."""
+    study = cases.parse("methods", __doc__, CASES, argv, _SETTINGS)
+    scores = study.base.evaluation.scores
+    rows, tables = cases.run("methods", CASES, study, scores)
     seconds = {(r["case"], r["seed"]): r["median_s"] for r in rows}
-    print(summary(tables, seconds, plan.cases, plan.seeds))
+    print(summary(tables, seconds, study.cases, study.seeds, scores))
     return rows
 
 
@@ -70,8 +69,9 @@ def summary(
     seconds: Mapping[tuple[str, int], float],
     names: Sequence[str],
     seeds: Sequence[int],
+    scores: Sequence[str] = SCORES,
 ) -> str:
-    """Markdown: a line a case and score."""
+    """A Markdown table with a line a case and score."""
     sets = columns(tables[names[0], seeds[0]])
     metrics = {
         "AUPR in": "aupr_in",
@@ -82,29 +82,23 @@ def summary(
     }
     groups = ("near", "far", "all", "validation")
 
-    def of(name, seed, score):
-        return [r for r in tables[name, seed] if r.score == score]
+    def over_seeds(name: str, score: str, group: str, metric: str = "auroc") -> list[float]:
+        return [
+            mean_of([r for r in tables[name, s] if r.score == score], sets[group], metric)
+            for s in seeds
+        ]
 
     lines = []
     for name in names:
-        for score in SCORES:
-            cells = [
-                spread([mean_of(of(name, s, score), sets[g], "auroc") for s in seeds])
-                for g in groups
-            ]
+        for score in scores:
+            cells = [spread(over_seeds(name, score, group)) for group in groups]
             if CONTROL in names:
-                differences = [
-                    mean_of(of(name, s, score), sets["all"], "auroc")
-                    - mean_of(of(CONTROL, s, score), sets["all"], "auroc")
-                    for s in seeds
-                ]
+                values, control = (over_seeds(n, score, "all") for n in (name, CONTROL))
+                differences = [a - b for a, b in zip(values, control, strict=True)]
                 cells.append(spread(differences, "+"))
-            cells += [
-                spread([mean_of(of(name, s, score), sets["all"], metric) for s in seeds])
-                for metric in metrics.values()
-            ]
-            time = spread([seconds[name, s] for s in seeds])
-            lines.append([name, score, *cells, time])
+            cells += [spread(over_seeds(name, score, "all", m)) for m in metrics.values()]
+            cells.append(spread([seconds[name, s] for s in seeds]))
+            lines.append([name, score, *cells])
     control = [f"all − {CONTROL}"] if CONTROL in names else []
     head = ["case", "score", *(f"AUROC {g}" for g in groups), *control, *metrics, "train s"]
     return markdown(head, lines)

@@ -1,17 +1,29 @@
-"""`python -m benchmarks.run --suite NAME --output results.json`: run a suite, write its rows.
+"""Run a benchmark suite and write its rows as JSON.
 
-A row is an object with `suite, case, framework, median_s, min_s, max_s, runs, device, versions`;
-suites add fields of their own. Ratios are made of rows of one file.
+    python -m benchmarks.run --suite NAME --output results.json [flags of the suite]
+    python -m benchmarks.run --suite NAME --help
+
+Suites:
+  ablation  OAL's objectives and outlier sources, trained and evaluated
+  methods   training methods, trained and evaluated
+  job       the whole of OAL, against PyTorch
+  step      training steps of every method, against PyTorch
+  features  forward passes of the teacher, against PyTorch
+  outliers  k-NN boundary sampling, against PyTorch and faiss
+  latents   Stable Diffusion sampling, against PyTorch
+  scores    post-hoc scores and metrics, against pytorch-ood and scikit-learn
+
+Benchmarks are not part of the installed package: run the command in a checkout. A row is an object
+with `suite, case, framework, median_s, min_s, max_s, runs, device, versions`. Suites add fields.
 """
 
-import argparse
 import difflib
 import json
 import os
 import platform
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -19,15 +31,15 @@ from typing import Any
 
 from oal_jax.errors import UserError
 from oal_jax.runtime import artifacts
-from oal_jax.runtime.command import guard
+from oal_jax.runtime.command import BareParser, guard
 
 SUITES = ("ablation", "features", "job", "latents", "methods", "outliers", "scores", "step")
 
 
 def row(
-    suite: str, case: str, seconds: Sequence[float], framework: str = "jax", **more: Any
+    suite: str, case: str, seconds: Sequence[float], framework: str = "jax", **fields: Any
 ) -> dict[str, Any]:
-    """One row of results.json from the seconds of each run of a case."""
+    """One row of results.json from the seconds of each run. `fields` may replace `device`."""
     return {
         "suite": suite,
         "case": case,
@@ -36,38 +48,59 @@ def row(
         "min_s": round(min(seconds), 6),
         "max_s": round(max(seconds), 6),
         "runs": len(seconds),
-        "device": device(),
-        "versions": artifacts.versions(),
-        **more,
+        "device": fields.pop("device", None) or device(),
+        "versions": fields.pop("versions", None) or artifacts.versions(),
+        **fields,
     }
 
 
+def choose(kind: str, flag: str, known: Collection[str]) -> tuple[str, ...]:
+    """The names in a comma-separated flag, without repetition.
+
+    Raises:
+      UserError: a name that is not known.
+    """
+    names = tuple(dict.fromkeys(flag.split(",")))
+    for name in names:
+        if name not in known:
+            raise UserError(f"{kind} '{name}' is unknown; known: {', '.join(known)}")
+    return names
+
+
 def device() -> str:
-    """Accelerator, or processor and number of cores."""
+    """JAX's accelerators, or the processor and its number of cores."""
     import jax
 
     first = jax.devices()[0]
     if first.platform != "cpu":
         return f"{jax.device_count()} x {first.device_kind}"
-    model = platform.processor() or platform.machine()
+    return processor()
+
+
+def processor() -> str:
+    """The processor's model name and its number of cores."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [ln for ln in cpuinfo.read_text().splitlines() if ln.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = names[0] if names else platform.processor() or platform.machine()
     return f"{model}, {os.cpu_count()} cores"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse the flags, run the suite, write the file."""
-    parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__)
+    """Run the suite that the flags name, write its rows, and draw them if the suite can."""
+    parser = BareParser("benchmarks.run", __doc__)
     parser.add_argument("--suite", required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    args, rest = parser.parse_known_args(argv[1:])
-    if args.suite not in SUITES:
-        near = difflib.get_close_matches(args.suite, SUITES, n=1, cutoff=0.0)
-        raise UserError(f"suite '{args.suite}' is unknown; nearest: '{near[0]}'")
-    suite = import_module(f"benchmarks.{args.suite}")
-    with _alone(args.output):
+    parser.add_argument("--output", type=Path, help="JSON file for the rows; required")
+    flags = list(argv[1:])
+    help_flags = [flag for flag in flags if flag in ("-h", "--help")]
+    if help_flags and any(flag.startswith("--suite") for flag in flags):
+        args, _ = parser.parse_known_args([flag for flag in flags if flag not in help_flags])
+        _suite(args.suite).run(help_flags)  # prints the suite's flags and exits
+    args, rest = parser.parse_known_args(flags)
+    if args.output is None:
+        raise UserError("--output is required; see --help")
+    suite = _suite(args.suite)
+    with _exclusive(args.output):
         rows = suite.run(rest)
         artifacts.write_bytes(args.output, (json.dumps(rows, indent=1) + "\n").encode())
     print(f"{len(rows)} rows: {args.output}")
@@ -75,9 +108,16 @@ def main(argv: Sequence[str]) -> None:
         print("pictures:", *suite.draw(rows, args.output))
 
 
+def _suite(name: str) -> Any:
+    if name not in SUITES:
+        nearest = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.0)[0]
+        raise UserError(f"suite '{name}' is unknown; nearest: '{nearest}'")
+    return import_module(f"benchmarks.{name}")
+
+
 @contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """One suite at a time for an output; that it can be written is known before the first run."""
+def _exclusive(output: Path) -> Iterator[None]:
+    """Hold a lock on the output. Raises `UserError` if it is taken or cannot be written."""
     lock = output.with_name(f".{output.name}.lock")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

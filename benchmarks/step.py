@@ -1,27 +1,23 @@
-"""Suite `step`: what a training step costs: each method's, and OAL's beside PyTorch's.
+"""One training step of every method, and of OAL against PyTorch.
 
-    python -m benchmarks.run --suite step --output results.json [--cases um,oal] [--steps 40]
+    python -m benchmarks.run --suite step --output results.json [--cases um,oal] [--runs 20]
         [--config configs/fashion.py] [--frameworks jax,torch] [--forms reference,tuned,shortcuts]
-        [--runs 20] [--batch 16] [--side 224] [--teacher-depth 12]
-        [--teacher-dtype float32] [--twin-dtype float32] [--device auto]
+        [--batch 16] [--side 224] [--teacher-depth 12] [--teacher-dtype float32]
+        [--twin-dtype float32] [--device auto]
 
-Methods, ours alone, in units of a step by cross-entropy (`ce`): the student and batch size of the
-config. They take turns, a step each, after steps that do not count: compilation, full queues.
+Methods are timed in JAX with the student and batch size of the config, and compared with a step of
+cross-entropy (`ce`). OAL is timed in both frameworks:
 
-OAL in two frameworks, in turns too, on the student and batch size of the two recipes of suite
-`job`, and with ViT-B/16 and ResNet-18 at --side pixels (random weights, --batch images):
+    oal, oal-large                  the default recipe of suite `job` with cached teacher outputs
+    oal-teacher, oal-large-teacher  its reference recipe: the teacher runs in the step
+    ...-official                    the reference recipe in PyTorch as the official code runs it
 
-    oal, oal-large                  our default, outlier images apart: the teacher's outputs are
-                                    cached
-    oal-sharded                     beside oal, as training calls it: sharded over one device
-    oal-teacher, oal-large-teacher  the published recipe: the teacher runs in the step; and
-    ...-official                    the same in PyTorch as the official code does it
-
-Every step is on a batch of random images that stays the same.
+`large` is ViT-B/16 and ResNet-18 with random weights on --batch images of --side pixels. JAX runs
+the program that training runs, on one device. Every step sees the same batch of random images and
+no outlier images.
 """
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,18 +25,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from benchmarks import timing
-from benchmarks.cases import load_config
+from benchmarks.cases import CONFIGS, load_config
 from benchmarks.job import RECIPE, configs
 from benchmarks.plots import draw as draw
-from benchmarks.run import row
+from benchmarks.run import choose
 from benchmarks.timing import Job
 from oal_jax.config import Config, flatten, unflatten
 from oal_jax.config.class_names import CLASS_NAMES
 from oal_jax.errors import UserError
-from oal_jax.methods import registry
 from oal_jax.models.normalise import moments
 from oal_jax.runtime import distributed
 from oal_jax.stages import teacher, train
@@ -48,7 +42,7 @@ from oal_jax.training import loop
 from oal_jax.training.state import init_state, make_train_step
 
 BASELINE = "ce"
-CASES: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "ce": {"method.name": "ce"},
     "um": {"method.name": "um"},
     "umap": {"method.name": "umap"},
@@ -57,26 +51,24 @@ CASES: dict[str, dict[str, Any]] = {
     "oe": {"method.name": "oe"},
     "energy": {"method.name": "energy"},
     "woods": {"method.name": "woods"},
-    # From the first step on, as later in a training.
+    # With their loss from the first step, as later in a training.
     "vos": {"method.name": "vos", "method.virtual.start": 0.0},
     "npos": {"method.name": "npos", "method.virtual.start": 0.0},
 }
-_STEPS = 1000  # of a training that the steps stand in
-_FILLED = 70  # steps until the queues of 1,000 features a class are full, and the loss begins
-_IMAGE_SHAPES = {"fashion": (28, 28, 1), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3)}
-
-
-# The recipe of suite `job`, and whether at full size.
-OAL_CASES = {
+# Recipe of suite `job`, and whether the networks are large.
+OAL = {
     "oal": ("default", False),
     "oal-teacher": ("reference", False),
     "oal-large": ("default", True),
     "oal-large-teacher": ("reference", True),
 }
+_EPOCH_STEPS = 100  # of the training that the timed steps are part of
+_QUEUE_STEPS = 70  # until the queues of vos and npos are full and their loss begins
+_IMAGE_SHAPES = {"fashion": (28, 28, 1), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3)}
 
 
 class Problem(NamedTuple):
-    """A step of OAL: what is trained, and on which batch of ours (images with channels last)."""
+    """A training step: the config, and a batch on the host (images with channels last)."""
 
     config: Config
     classes: int
@@ -87,79 +79,81 @@ class Problem(NamedTuple):
         """(height, width, channels)."""
         return self.batch["image"].shape[1:]
 
+    @property
+    def plan(self) -> loop.Plan:
+        """The training that the step is part of."""
+        return train.make_plan(self.config, _EPOCH_STEPS * self.config.train.batch_size)
+
 
 def run(argv: Sequence[str]) -> list[dict[str, Any]]:
-    """Time the steps in turns; print the ratios; return the rows."""
-    parser = timing.parser("step", runs=20)
-    parser.add_argument("--config", type=Path, default=Path("configs/fashion.py"))
-    parser.add_argument("--cases", default=",".join([*CASES, *OAL_CASES]))
-    parser.add_argument("--steps", type=int, default=40, help="of each method")
+    """Time the steps, print ratios, and return the rows."""
+    parser = timing.make_parser("step", __doc__, runs=20)
+    parser.add_argument("--config", type=Path, default=CONFIGS / "fashion.py", help="of methods")
+    parser.add_argument("--cases", default=",".join([*METHODS, *OAL]))
     parser.add_argument("--batch", type=int, default=16, help="of the large cases")
     parser.add_argument("--side", type=int, default=224, help="of the large cases")
     parser.add_argument("--teacher-depth", type=int, default=12, help="of the large cases")
     timing.add_teacher_dtype(parser)
     args = parser.parse_args(argv)
-    names = args.cases.split(",")
-    for name in names:
-        if name not in (*CASES, *OAL_CASES):
-            known = ", ".join([*CASES, *OAL_CASES])
-            raise UserError(f"case '{name}' is unknown; known: {known}")
+    names = choose("case", args.cases, [*METHODS, *OAL])
     timing.settle(args)
     rows = []
-    methods = [name for name in names if name in CASES]
+    methods = [name for name in names if name in METHODS]
     if methods and "jax" in args.frameworks:
-        rows += _methods(load_config(args.config), [BASELINE, *methods], args.steps)
+        base = load_config(args.config)
+        names_timed = dict.fromkeys([BASELINE, *methods])
+        rows += timing.measure("step", [_method_job(n, base) for n in names_timed], args)
     for name in names:
-        if name in OAL_CASES:
-            rows += timing.measure("step", _oal(name, args), args)
+        if name in OAL:
+            rows += timing.measure("step", _oal_jobs(name, args), args)
     return rows
 
 
-def _methods(base: Config, names: Sequence[str], turns: int) -> list[dict[str, Any]]:
-    names = list(dict.fromkeys(names))
-    steps = {name: stepper(unflatten(flatten(base) | CASES[name])) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for name, step in steps.items():
-        for _ in range(_FILLED if name in ("vos", "npos") else 2):
+def _method_job(name: str, base: Config) -> Job:
+    config = unflatten(flatten(base) | METHODS[name])
+    step = ours(method_problem(config))
+    if config.method.name in ("vos", "npos"):
+        for _ in range(_QUEUE_STEPS):
             step()
-    for _ in range(turns):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    for name, times in seconds.items():
-        ratios = np.array(times) / np.array(seconds[BASELINE])
-        low, middle, high = np.percentile(ratios, [25, 50, 75])
-        print(
-            f"{name:10s} {1000 * np.median(times):7.1f} ms  {middle:5.2f} x {BASELINE}"
-            f" (quartiles {low:.2f} to {high:.2f})"
-        )
-    return [row("step", name, times) for name, times in seconds.items()]
+    against = () if name == BASELINE else (BASELINE,)
+    return Job(name, "jax", step, against, items=config.train.batch_size)
 
 
-def _oal(name: str, args: argparse.Namespace) -> list[Job]:
-    """The jobs of a case of OAL."""
-    recipe, large = OAL_CASES[name]
-    problem = make_problem(recipe, large, args)
+def _oal_jobs(name: str, args: argparse.Namespace) -> list[Job]:
+    recipe, large = OAL[name]
+    problem = oal_problem(recipe, large, args)
     jobs, size = [], problem.config.train.batch_size
     if "jax" in args.frameworks:
-        more = {"teacher_dtype": args.teacher_dtype}
-        jobs.append(Job(name, "jax", ours(problem), more=more, items=size))
-        if name == "oal":
-            mesh = distributed.make_mesh(devices=jax.devices()[:1])
-            jobs.append(Job("oal-sharded", "jax", ours(problem, mesh), (name,), items=size))
+        fields = {"teacher_dtype": args.teacher_dtype}
+        jobs.append(Job(name, "jax", ours(problem), (), fields, size))
     if "torch" in args.frameworks:
         for form in args.forms:
             if RECIPE[form] == recipe:
                 case = f"{name}-official" if form == "reference" else name
-                step = theirs(problem, form, args)
-                more = {"form": form, "twin_dtype": args.twin_dtype}
-                jobs.append(Job(case, "torch", step, (name,), more, size))
+                fields = {"form": form, "twin_dtype": args.twin_dtype}
+                jobs.append(Job(case, "torch", theirs(problem, form, args), (name,), fields, size))
     return jobs
 
 
-def make_problem(recipe: str, large: bool, args: argparse.Namespace) -> Problem:
-    """A recipe's step, on a batch of random numbers."""
+def method_problem(config: Config) -> Problem:
+    """A step of the config's method on images, outlier images and wild images.
+
+    Raises:
+      UserError: the config's ID set has no known image size.
+    """
+    id_set, size = config.data.id_set, config.train.batch_size
+    if id_set not in _IMAGE_SHAPES:
+        known = ", ".join(_IMAGE_SHAPES)
+        raise UserError(f"suite step has no image size for data.id_set '{id_set}'; known: {known}")
+    classes = len(CLASS_NAMES.get(id_set, range(8)))
+    rng = np.random.default_rng(0)
+    names = ("image", "outlier_image", "wild_image")
+    images = {n: rng.random((size, *_IMAGE_SHAPES[id_set]), np.float32) for n in names}
+    return Problem(config, classes, images | {"label": np.arange(size, dtype=np.int32) % classes})
+
+
+def oal_problem(recipe: str, large: bool, args: argparse.Namespace) -> Problem:
+    """A step of OAL by a recipe of suite `job`, on a batch of random numbers."""
     config, shape, side = configs(smoke=False)[recipe], (28, 28, 1), 8
     config.outliers.image_share = 0.0
     if large:
@@ -174,7 +168,7 @@ def make_problem(recipe: str, large: bool, args: argparse.Namespace) -> Problem:
     classes, size = (10 if large else 8), config.train.batch_size
     rng = np.random.default_rng(0)
 
-    def normal(*shape):
+    def normal(*shape: int) -> np.ndarray:
         return rng.normal(size=(size, *shape)).astype(np.float32)
 
     batch = {
@@ -192,49 +186,50 @@ def make_problem(recipe: str, large: bool, args: argparse.Namespace) -> Problem:
     return Problem(config, classes, batch)
 
 
-def ours(problem: Problem, mesh: Mesh | None = None) -> Callable[[], None]:
-    """A function that takes the next step of OAL in JAX, and waits for it.
+def ours(problem: Problem) -> Callable[[], None]:
+    """A function that takes the next step in JAX and waits for it.
 
-    Without a mesh the step is jitted as it is; with one, it is sharded over it as in training.
+    OAL without cached teacher outputs runs the teacher in the step.
     """
     config, classes, batch = problem
-    net, seen = train.student(config, classes), teacher.model(config, classes)
-    shapes = {"latents": batch["outlier_latent"].shape} | {k: v.shape for k, v in batch.items()}
-    parts = registry.Parts(config, net, problem.image_shape, shapes, _STEPS, 100, None, None)
-    method, key = registry.make(parts, None), jax.random.key(0)
-    optimizer = train.make_optimizer(config, list(jax.eval_shape(method.init, key)[0]), _STEPS)
-    train_step, variables = make_train_step(method, optimizer, key), {}
-    if not config.teacher.views:
-        variables = jax.jit(seen.init)(key, jnp.zeros((1, *problem.image_shape)))
+    net = train.student(config, classes)
+    arrays = batch | {"latents": batch.get("outlier_latent", ())}
+    estimated = {"unmasked": 0.5, "constraint": 0.5}
+    method = train.assemble(
+        config, net, problem.image_shape, arrays, estimated, problem.plan.examples
+    )
+    key, steps = jax.random.key(0), problem.plan.steps
+    optimizer = train.make_optimizer(config, list(jax.eval_shape(method.init, key)[0]), steps)
+    look = teacher.model(config, classes)
+    runs_teacher = config.method.name == "oal" and not config.teacher.views
+    variables = {}
+    if runs_teacher:
+        variables = jax.jit(look.init)(key, jnp.zeros((1, *problem.image_shape)))
 
-    def step(state, variables, batch):
-        if variables:
-            outputs = seen.apply(variables, batch["image"])
-            batch = batch | dict(zip(("teacher_logits", "teacher_features"), outputs, strict=True))
-        return train_step(state, batch)
+    def make_batch(arrays, *_):
+        batch, variables = arrays
+        if runs_teacher:
+            logits, features = look.apply(variables, batch["image"])
+            batch = batch | {"teacher_logits": logits, "teacher_features": features}
+        return batch
 
-    if mesh is None:
-        batch, state = jax.device_put(batch), init_state(method, optimizer, key)
-        compiled = jax.jit(step, donate_argnums=0)
-        arguments = variables, batch
-    else:
-        assert not variables, "the teacher in the step is of the plain form alone"
-        state = init_state(method, optimizer, key, mesh)
-        plan = loop.Plan(_STEPS * config.train.batch_size, config.train.batch_size, 1, 1, 1)
-        compiled = loop.compile_step(train_step, lambda arrays, *_: arrays, plan, mesh)
-        order = jnp.zeros((_STEPS, config.train.batch_size), jnp.int32)
-        arguments = distributed.replicate((batch, order), mesh)
+    mesh = distributed.make_mesh(devices=jax.devices()[:1])
+    state = init_state(method, optimizer, key, mesh)
+    train_step = make_train_step(method, optimizer, key)
+    step = loop.compile_step(train_step, make_batch, problem.plan, mesh)
+    order = jnp.zeros((problem.plan.steps_per_epoch, config.train.batch_size), jnp.int32)
+    arguments = distributed.replicate(((batch, variables), order), mesh)
 
     def take() -> None:
         nonlocal state
-        state, metrics = compiled(state, *arguments)
+        state, metrics = step(state, *arguments)
         jax.block_until_ready((state, metrics))
 
     return take
 
 
 def theirs(problem: Problem, form_name: str, args: argparse.Namespace) -> Callable[[], None]:
-    """The same in a form of the PyTorch twin."""
+    """The same step in a form of the PyTorch twin."""
     import torch
 
     from benchmarks.torch_twin import forms, training
@@ -257,51 +252,11 @@ def theirs(problem: Problem, form_name: str, args: argparse.Namespace) -> Callab
         t = config.teacher
         sizes = {n: getattr(t, n) for n in ("patch", "width", "depth", "heads", "mlp_ratio")}
         look = Teacher(problem.image_shape, classes, stats, **sizes).to(device)
-    step = training.make_step(oal.to(device).train(), look, config, form, 1000)
+    step = training.make_step(oal.to(device).train(), look, config, form, problem.plan.steps)
 
     def take() -> None:
         forms.prepare(form, device)
         step(batch)
         forms.synchronise(device)
-
-    return take
-
-
-def stepper(config: Config) -> Callable[[], None]:
-    """A function that takes the next training step of the config's method, and waits for it."""
-    id_set = config.data.id_set
-    if id_set not in _IMAGE_SHAPES:
-        raise UserError(f"suite step knows no image size of '{id_set}'")
-    shape, classes = _IMAGE_SHAPES[id_set], len(CLASS_NAMES.get(id_set, range(8)))
-    net = train.student(config, classes)
-    parts = registry.Parts(
-        config,
-        net,
-        shape,
-        shapes={},
-        steps=1000,
-        epoch_steps=100,
-        start_loss=0.5,
-        ce_transform=None,
-    )
-    method = registry.make(parts, constraint=0.5)
-    key = jax.random.key(0)
-    groups = list(jax.eval_shape(method.init, key)[0])
-    optimizer = train.make_optimizer(config, groups, steps=1000)
-    step = jax.jit(make_train_step(method, optimizer, key), donate_argnums=0)
-    size = config.train.batch_size
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": rng.uniform(size=(size, *shape)).astype(np.float32),
-        "outlier_image": rng.uniform(size=(size, *shape)).astype(np.float32),
-        "wild_image": rng.uniform(size=(size, *shape)).astype(np.float32),
-        "label": np.arange(size, dtype=np.int32) % classes,
-    }
-    batch, state = jax.device_put(batch), init_state(method, optimizer, key)
-
-    def take() -> None:
-        nonlocal state
-        state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
 
     return take

@@ -1,21 +1,19 @@
 """`python -m oal_jax.compile --config FILE --topology NAME [--stage NAME] [--config.a.b=VALUE]`.
 
-Compiles the program of a stage ahead of time, for devices that need not be there, from shapes
+Compiles the program of a stage ahead of time, for devices that need not be attached, from shapes
 alone: no data set, no weights. Prints one JSON object.
 
   --topology  v5e:2x2, v5e:16x16, v4:2x2x1, v5p:2x2x1, v6e:2x2 (TPU slices of any size; extra
               `tpu`), h100:8 (GPUs of one node; extra `cuda12`), cpu:8 (virtual devices)
-  --stage     train (default): the training step; latents: the sampling of outlier latents, of
-              Stable Diffusion v1 where generator.directory is not there; features: the teacher
+  --stage     train (default): the training step; latents: sampling of outlier latents, with the
+              sizes of Stable Diffusion v1 if generator.directory is absent; features: the teacher
 
-Keys, null where the compiler does not tell: `devices` as JAX counts them; for each of them
-`argument_bytes`, `temp_bytes`, `peak_bytes`, and whether that `fits` its memory;
-`flops_per_device`, of matrix products and convolutions, shared evenly over the devices, beside the
-compiler's own count `compiler_flops_per_device`, which takes each loop's body once; `collectives`,
-count and bytes by kind, and `origins`, the operations that those other than all-reduce come from;
-`host_calls` (none may be there). All but the bytes are a training step's (a call of `train` runs
-`steps_per_call` of them), or a chunk's or batch's of the other stages. `estimate`: a roofline of
-the chip's published numbers, no measurement.
+Keys, null where the compiler gives no answer. For one device: `flops_per_device`, of matrix
+products and convolutions, shared evenly; `argument_bytes`, `temp_bytes`, `peak_bytes`, and whether
+the peak `fits` in `memory_bytes`. `collectives`: number and bytes of the messages between devices,
+by kind. `host_calls`: operations that call the host; there should be none. FLOPs and messages are
+those of one training step (a call of `train` runs `steps_per_call` of them), or of one `batch` of
+the other stages.
 
 Exit codes as those of `oal_jax.main`.
 """
@@ -42,10 +40,14 @@ def run(argv: Sequence[str]) -> None:
     config = read_for_compiling(rest)
     from oal_jax.aot import topologies
 
-    topologies.prepare(args.topology)  # JAX starts only now
-    from oal_jax.aot import summary
+    topologies.prepare(args.topology)  # JAX may be imported only now
+    from oal_jax.aot import costs, programs
+    from oal_jax.runtime import distributed
 
-    print(json.dumps(summary.compile_stage(config, topologies.describe(args.topology), args.stage)))
+    topology = topologies.describe(args.topology)
+    mesh = distributed.make_mesh(config.mesh.model, topology.devices)
+    program = programs.make(args.stage, config, mesh)
+    print(json.dumps({"stage": args.stage, **costs.measure(program, topology)}))
 
 
 if __name__ == "__main__":

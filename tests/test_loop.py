@@ -13,74 +13,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import chex
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from toy_training import KEY, PLAN, arrays, evaluate, fresh, make_batch, train_step
 
 from oal_jax import main
 from oal_jax.errors import UserError
 from oal_jax.runtime import distributed
-from oal_jax.runtime.keys import at_step
 from oal_jax.stages.train import _check_collapse
 from oal_jax.training import log, loop
 from oal_jax.training.checkpoints import Checkpoints
-
-KEY = jax.random.key(3)
-PLAN = loop.Plan(examples=30, batch_size=4, epochs=4, log_every=3)  # 7 steps an epoch
-
-
-@flax.struct.dataclass
-class State:
-    step: Any
-    params: Any
-    model_state: Any
-    opt_state: Any
-
-
-def fresh():
-    return State(
-        step=jnp.zeros((), jnp.int32),
-        params={"w": jnp.ones((5,)), "b": jnp.zeros(())},
-        model_state={"mean": jnp.zeros((5,))},
-        opt_state={"w": jnp.zeros((5,)), "b": jnp.zeros(())},
-    )
-
-
-def train_step(state, batch):
-    """Noisy linear regression with momentum and a running mean."""
-
-    def loss_of(params):
-        noise = 0.1 * jax.random.normal(at_step(KEY, "noise", state.step), batch["x"].shape)
-        error = (batch["x"] + noise) @ params["w"] + params["b"] - batch["y"]
-        return jnp.mean(error**2)
-
-    loss, grads = jax.value_and_grad(loss_of)(state.params)
-    momentum = jax.tree.map(lambda m, g: 0.9 * m + g, state.opt_state, grads)
-    params = jax.tree.map(lambda p, m: p - 0.02 * m, state.params, momentum)
-    mean = 0.9 * state.model_state["mean"] + 0.1 * jnp.mean(batch["x"], axis=0)
-    drawn = batch["index"].astype(jnp.float32) @ jnp.array([1.0, 32.0, 32.0**2, 32.0**3])
-    metrics = {"loss": loss, "drawn": drawn}
-    return State(state.step + 1, params, {"mean": mean}, momentum), metrics
-
-
-def arrays():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(PLAN.examples, 5)).astype(np.float32)
-    return {"x": x, "y": x @ np.arange(5, dtype=np.float32)}
-
-
-def make_batch(arrays, indices, epoch, step):
-    del epoch, step
-    return {"x": arrays["x"][indices], "y": arrays["y"][indices], "index": indices}
-
-
-def evaluate(state):
-    return {"val": float(jnp.sum(state.params["w"]))}
 
 
 def mesh_of(count):
@@ -312,14 +259,14 @@ def test_a_checkpoint_is_of_its_step_however_far_training_goes_on(tmp_path):
 
 
 def test_an_interruption_in_a_save_waits_and_is_not_lost(tmp_path, monkeypatch):
-    whole = Checkpoints.save
+    whole = ocp.CheckpointManager.save
 
-    def swallowing(self, state):
+    def swallowing(self, *arguments, **more):
         with contextlib.suppress(KeyboardInterrupt):  # as Orbax was seen to
             signal.raise_signal(signal.SIGINT)
-        whole(self, state)
+        return whole(self, *arguments, **more)
 
-    monkeypatch.setattr(Checkpoints, "save", swallowing)
+    monkeypatch.setattr(ocp.CheckpointManager, "save", swallowing)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path)
     assert latest(tmp_path) == PLAN.steps_per_epoch
@@ -619,9 +566,7 @@ def test_a_disk_that_fills_up_during_a_save_ends_with_one_line(small_disk, monke
     assert main.guard(lambda _: fit(small_disk), []) == 2
     err = capsys.readouterr().err
     told = [line for line in re.split(r"[\r\n]", err) if line and not line.startswith("tiny:")]
-    assert told == [
-        "oal_jax: the disk is full: the stage under way is not done; make room and start again"
-    ]
+    assert len(told) == 1 and told[0].startswith("oal_jax: the disk is full")
     assert latest(small_disk) == 7
     monkeypatch.undo()
     (small_disk / "filler").unlink()

@@ -1,7 +1,6 @@
-"""Tables and the HTML report of a protocol run on small Gaussian features."""
+"""The page of a protocol run on small Gaussian features, and its pictures."""
 
 import base64
-import csv
 import io
 import re
 from html.parser import HTMLParser
@@ -10,241 +9,87 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from oal_jax.errors import UserError
-from oal_jax.evaluation import (
-    Inputs,
-    Row,
-    bootstrap,
-    evaluate,
-    format_table,
-    protocol,
-    write_tables,
-)
-from oal_jax.evaluation.metrics import ood_metrics
+from oal_jax.config import Config
+from oal_jax.evaluation import Inputs, bootstrap, evaluate, protocol
 from oal_jax.evaluation.search import Trial
-from oal_jax.evaluation.tables import with_means
 from oal_jax.report import figures, run_page
 from oal_jax.report.run_page import ReportInputs, write_report
-from oal_jax.runtime.artifacts import write_bytes
-from oal_jax.scores import Head, Outputs
+from oal_jax.scores import Outputs
 
 CLASSES, WIDTH = 4, 8
-GROUPS = {"bag": "near", "sandal": "near", "digits": "far", "noise": "validation"}
+GROUPS = {"bag": "near", "sandal": "near", "digits": "far", "noise": "validation", "fog": "csid"}
 SCORES = ["energy", "knn"]
-COLUMNS = (
-    "score,dataset,group,auroc,aupr_in,aupr_out,fpr_at_95_ood_tpr,fpr_at_95_id_tpr,id_accuracy"
-)
 VOID = {"meta", "img", "br", "path", "use", "rect"}
 
 
 @pytest.fixture(scope="module")
-def data():
+def inputs():
     rng = np.random.default_rng(0)
     means = 3 * np.eye(CLASSES, WIDTH, dtype=np.float32)
-    head = Head(means.T, np.zeros(CLASSES, np.float32))
 
-    def outputs(features):
-        features = features.astype(np.float32)
-        return Outputs(features @ head.kernel, features)
-
-    def labelled(n):
+    def data(n, shift=0.0, known=True, pictured=False):
         labels = rng.integers(0, CLASSES, n)
-        return Inputs(outputs(means[labels] + rng.normal(size=(n, WIDTH))), labels=labels)
+        features = (known * means[labels] + shift + rng.normal(size=(n, WIDTH))).astype(np.float32)
+        images = rng.integers(0, 256, (n, 28, 28, 3), dtype=np.uint8)
+        return Inputs(
+            Outputs(features @ means.T, features),
+            images=(lambda: images) if pictured else None,
+            labels=labels if known else None,
+        )
 
-    sets = {
-        name: Inputs(outputs(shift + rng.normal(size=(50, WIDTH))))
-        for name, shift in {"digits": 0.0, "bag": 0.6, "noise": -0.5, "sandal": 0.9}.items()
+    id_test = data(80, pictured=True)
+    ood = {"bag": data(50, 0.6, False, True), "sandal": data(50, 0.9, False)}
+    ood |= {
+        "digits": data(50, 0, False, True),
+        "noise": data(50, -0.5, False),
+        "fog": data(60, 0.3),
     }
-    return {
-        "id_train": labelled(120),
-        "id_val": labelled(60),
-        "id_test": labelled(80),
-        "ood": sets,
-        "groups": GROUPS,
-        "head": head,
-    }
-
-
-@pytest.fixture(scope="module")
-def evaluation(data):
-    return evaluate(SCORES, **data, params={"knn": {"k": 5}}, batch_size=64)
-
-
-@pytest.fixture(scope="module")
-def inputs(data, evaluation):
-    rng = np.random.default_rng(1)
-    steps = np.arange(1000)
+    result = evaluate(SCORES, data(120), data(60), id_test, ood, GROUPS, params={"knn": {"k": 5}})
+    config = Config()
+    config.data.root = "<b>bold</b>"
     images = rng.integers(0, 256, (CLASSES, 3, 28, 28, 1), dtype=np.uint8)
+    log = [{"step": s, "loss": 1 / (1 + s), "grad_norm": 1.0} for s in range(0, 1000, 2)]
+    log[-1] |= {"val_accuracy": 0.75}
     return ReportInputs(
-        run_name="<script>alert('x')</script>",
-        method="oal & more",
-        seed=3,
-        id_accuracy=91.5,
-        date="2025-01-02",
-        rows=evaluation.rows,
-        config={"train": {"epochs": 5}, "note": "<b>bold</b>"},
-        versions={"jax": "0.10.2"},
-        validation_rows=evaluation.validation_rows,
-        id_scores=evaluation.id_scores,
-        ood_scores=evaluation.ood_scores,
-        groups=GROUPS,
-        thresholds=evaluation.thresholds,
-        id_features=data["id_test"].outputs.features,
-        id_labels=data["id_test"].labels,
+        title="<script>alert('x')</script>",
+        facts={"Method": "oal & more", "jax": "0.10.2"},
+        config=config,
         class_names=["coat", "shirt", "<i>", "boot & shoe"],
-        ood_features={"bag": data["ood"]["bag"].outputs.features},
+        evaluation=result,
+        id_test=id_test,
+        ood=ood,
+        groups=GROUPS,
+        intervals=[
+            interval
+            for score in SCORES
+            for interval in bootstrap.intervals(
+                score, result.id_scores[score], result.ood_scores[score], GROUPS, resamples=20
+            )
+        ],
+        trials=[
+            Trial("knn", {"k": 5}, 91.25, chosen=True),
+            Trial("knn", {"k": 500}, None, refusal="<k> is too large"),
+        ],
+        log=log,
         outlier_features=rng.normal(size=(20, WIDTH)),
-        losses={"cross-entropy": np.stack([steps, 1 / (1 + steps)], axis=1)},
-        val_accuracy=np.array([[100, 50.0], [200, 75.0]]),
-        id_samples=images,
-        outlier_samples=images[::-1],
+        samples={"In-distribution": images, "Decoded outliers": images[::-1]},
     )
 
 
 @pytest.fixture(scope="module")
-def full(data, inputs):
-    """As `inputs`, and all that comes with csid sets, images and a search."""
-    rng = np.random.default_rng(2)
-    shifted = data["id_test"].outputs.features + 0.3
-    csid = Inputs(Outputs(shifted @ data["head"].kernel, shifted), labels=data["id_test"].labels)
-    sets = {**data, "ood": {**data["ood"], "fog": csid}, "groups": {**GROUPS, "fog": "csid"}}
-    result = evaluate(SCORES, **sets, params={"knn": {"k": 5}}, batch_size=64)
-    pictures = {
-        name: run_page.extremes(
-            result.ood_scores["energy"][name], rng.integers(0, 256, (50, 28, 28, 3), dtype=np.uint8)
-        )
-        for name in ("bag", "digits")
-    }
-    found = [
-        interval
-        for score in SCORES
-        for interval in bootstrap.intervals(
-            score, result.id_scores[score], result.ood_scores[score], GROUPS, resamples=20
-        )
-    ]
-    trials = [
-        Trial("knn", {"k": 5}, 91.25, chosen=True),
-        Trial("knn", {"k": 500}, None, refusal="<k> is too large"),
-    ]
-    return inputs._replace(
-        groups=sets["groups"],
-        intervals=found,
-        rejected=protocol.rejected(result),
-        csid_rows=result.csid_rows,
-        full_spectrum_rows=result.full_spectrum_rows,
-        extremes=pictures,
-        trials=trials,
-    )
-
-
-def test_rows_and_their_order(data, evaluation):
-    expected = [(s, d) for s in SCORES for d in ("bag", "sandal", "digits")]
-    expected += [(s, d) for s in SCORES for d in ("nearood", "farood")]
-    assert [(row.score, row.dataset) for row in evaluation.rows] == expected
-    validation = [(row.score, row.dataset) for row in evaluation.validation_rows]
-    assert validation == [(s, "noise") for s in SCORES] + [(s, "valood") for s in SCORES]
-    rows = {(row.score, row.dataset): row for row in evaluation.rows}
-    metrics = ood_metrics(evaluation.id_scores["knn"], evaluation.ood_scores["knn"]["bag"])
-    for name, value in metrics.items():
-        assert getattr(rows["knn", "bag"], name) == pytest.approx(100 * value)
-        mean = (getattr(rows["knn", "bag"], name) + getattr(rows["knn", "sandal"], name)) / 2
-        assert getattr(rows["knn", "nearood"], name) == pytest.approx(mean)
-    assert rows["knn", "farood"][3:] == pytest.approx(rows["knn", "digits"][3:])
-    test = data["id_test"]
-    accuracy = 100 * np.mean(test.outputs.logits.argmax(axis=1) == test.labels)
-    assert [row.id_accuracy for row in evaluation.rows] == pytest.approx([accuracy] * 10)
-
-
-def test_thresholds_keep_95_percent_of_validation(data, evaluation):
-    logits = data["id_val"].outputs.logits.astype(np.float64)
-    energy = -np.log(np.exp(logits).sum(axis=1))
-    assert np.mean(energy <= evaluation.thresholds["energy"] + 1e-4) == pytest.approx(0.95)
-
-
-def test_csv_files_exactly(tmp_path, evaluation):
-    write_tables(tmp_path / "report", evaluation)
-    names = [str(p.relative_to(tmp_path / "report")) for p in (tmp_path / "report").rglob("*.csv")]
-    assert sorted(names) == ["ood.csv", "openood/energy.csv", "openood/knn.csv", "validation.csv"]
-    for name, rows in (
-        ("ood.csv", evaluation.rows),
-        ("validation.csv", evaluation.validation_rows),
-    ):
-        lines = (tmp_path / "report" / name).read_bytes().decode().split("\n")
-        assert lines[0] == COLUMNS and lines[-1] == ""
-        assert len(lines) == len(rows) + 2
-        for line, row in zip(lines[1:-1], rows, strict=True):
-            assert re.fullmatch(r"\w+,\w+,(near|far|validation)(,\d+\.\d{4}){6}", line)
-            assert line.split(",")[3] == f"{row.auroc:.4f}"
-
-
-def test_no_validation_file_without_validation_sets(tmp_path, data):
-    few = {**data, "ood": {"bag": data["ood"]["bag"]}}
-    write_tables(tmp_path, evaluate(["msp"], **few))
-    (file,) = tmp_path.glob("*.csv")
-    rows = list(csv.DictReader(io.StringIO(file.read_text())))
-    assert [row["dataset"] for row in rows] == ["bag", "nearood"]
-
-
-def test_means_are_unweighted_and_skip_empty_groups():
-    rows = [Row("s", "a", "near", *range(6)), Row("s", "b", "near", *range(2, 8))]
-    means = with_means(rows, ("near", "far"))[2:]
-    assert means == [Row("s", "nearood", "near", 1.0, 2.0, 3.0, 4.0, 5.0, 6.0)]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"groups": {**GROUPS, "bag": "middle"}}, "'bag' needs a group"),
-        ({"groups": {}}, "needs a group"),
-        ({"score_names": ["msp", "msp"]}, "listed twice"),
-        ({"score_names": ["mps"]}, "did you mean 'msp'"),
-        ({"params": {"knn": {"k": 3}}}, "not evaluated"),
-    ],
-)
-def test_mistakes_are_one_line(data, change, message):
-    with pytest.raises(UserError, match=message) as error:
-        evaluate(**{"score_names": ["msp"], **data, **change})
-    assert "\n" not in str(error.value)
-
-
-def test_a_set_must_not_be_called_like_a_mean(data):
-    clash = {**data, "ood": {"farood": data["ood"]["bag"]}, "groups": {"farood": "near"}}
-    with pytest.raises(UserError, match="mean row"):
-        evaluate(["msp"], **clash)
-
-
-def test_nan_names_score_and_set(data):
-    bag = data["ood"]["bag"].outputs
-    bad = bag.logits.copy()
-    bad[0, 0] = np.nan
-    broken = {**data, "ood": {**data["ood"], "bag": Inputs(bag._replace(logits=bad))}}
-    with pytest.raises(UserError, match="msp: the logits of bag"):
-        evaluate(["msp"], **broken)
-
-
-@pytest.mark.parametrize("width", [30, 60, 200])
-def test_text_table_is_aligned_and_complete(evaluation, width):
-    text = format_table(evaluation.rows, width)
-    title, *blocks = text.split("\n\n")
-    for block in blocks:
-        assert len({len(line) for line in block.strip("\n").split("\n")}) == 1
-    if width > 30:
-        assert max(map(len, text.split("\n"))) <= width
-    assert text.index("nearood") < text.index("farood") < text.index("bag")
-    for row in evaluation.rows:
-        assert f"{row.auroc:.2f} / {row.fpr_at_95_ood_tpr:.2f}" in text
+def page(inputs):
+    return run_page.render(inputs)
 
 
 class _Balanced(HTMLParser):
-    """Fails on a tag that is closed out of order; collects tags and attributes."""
+    """Fails on a tag that is closed out of order. Collects tags, attributes and text."""
 
     def __init__(self):
         super().__init__()
         self.open, self.seen, self.attributes, self.text = [], [], [], []
 
     def handle_starttag(self, tag, attrs):
-        self.seen.append(tag)
-        self.attributes += attrs
+        self.handle_startendtag(tag, attrs)
         if tag not in VOID:
             self.open.append(tag)
 
@@ -268,119 +113,146 @@ def _parse(page):
     return parser
 
 
-def test_report_has_every_section_and_fetches_nothing(tmp_path, inputs):
+def _section(page, name):
+    return page[page.index(f"<section id={name}>") :].partition("</section>")[0]
+
+
+def test_sections_and_pictures(tmp_path, page, inputs):
     write_report(tmp_path / "report" / "index.html", inputs)
-    assert [p.name for p in (tmp_path / "report").iterdir()] == ["index.html"]
-    page = (tmp_path / "report" / "index.html").read_text()
+    assert [file.name for file in (tmp_path / "report").iterdir()] == ["index.html"]
+    assert (tmp_path / "report" / "index.html").read_text() == page  # deterministic
     assert len(page) < 3e6
-    parser = _parse(page)
-    titles = re.findall(r"<h2>(.*?)</h2>", page)
-    assert titles == [
-        "Results", "Score distributions", "Feature space", "Training", "Samples",
-        "Validation sets", "Configuration",
+    assert re.findall(r"<section id=([\w-]+)>", page) == [
+        "results", "score-distributions", "thresholds", "covariate-shift", "most-and-least-ood",
+        "feature-space", "training", "samples", "validation-sets", "parameter-search",
+        "configuration",
     ]  # fmt: skip
-    # Two overviews, two charts a score, one projection, two curves; a strip a class and kind.
-    assert parser.seen.count("svg") == 2 + 2 * len(SCORES) + 3
-    assert parser.seen.count("img") == 2 * CLASSES
+    seen = _parse(page).seen
+    # Two overviews; two distributions and a bar chart per score; a projection; two curves.
+    assert seen.count("svg") == 2 + 3 * len(SCORES) + 3
+    # One strip per class and kind of samples; most and least of the three sets with images.
+    assert seen.count("img") == 2 * CLASSES + 2 * 3
+
+
+def test_page_fetches_nothing_and_runs_nothing(page):
+    parser = _parse(page)
     assert not {"script", "link", "iframe"} & set(parser.seen)
     assert "http" not in page and "@import" not in page
     for name, value in parser.attributes:
         if name in ("src", "href", "xlink:href"):
             assert value.startswith(("data:image/png;base64,", "#"))
-    text = "".join(parser.text)
-    for row in inputs.rows:
-        assert row.dataset in text and f"{row.auroc:.2f}" in text
-    for expected in ("train.epochs", "0.10.2", "threshold", "mapped outliers", "cross-entropy"):
-        assert expected in text
 
 
-def test_report_escapes_strings(inputs):
-    page = run_page.render(inputs)
-    assert "<script" not in page and "<b>bold" not in page and "<i>" not in page
-    assert "&lt;script&gt;alert(&#x27;x&#x27;)" in page
-    assert "boot &amp; shoe" in page and "oal &amp; more" in page
+def test_strings_are_escaped(page):
+    for tag in ("<script", "<b>bold", "<i>", "<k>"):
+        assert tag not in page
+    text = "".join(_parse(page).text)
+    for string in ("<script>alert('x')", "<b>bold</b>", "boot & shoe", "oal & more", "<k> is too"):
+        assert string in text
 
 
-def test_report_of_everything(full):
-    page = run_page.render(full)
-    parser = _parse(page)
-    titles = re.findall(r"<h2>(.*?)</h2>", page)
-    assert titles == [
-        "Results", "Score distributions", "Thresholds", "Covariate shift", "Most and least OOD",
-        "Feature space", "Training", "Samples", "Validation sets", "Parameter search",
-        "Configuration",
-    ]  # fmt: skip
-    assert parser.seen.count("svg") == 2 + 3 * len(SCORES) + 3
-    assert parser.seen.count("img") == 2 * CLASSES + 4
-    assert "<k>" not in page and "&lt;k&gt; is too large" in page
-    # Every image has its ood_score below it.
-    block = page[page.index("id=most-and-least-ood") : page.index("id=feature-space")]
-    shown = re.findall(r"<span>(-?[\d.e+-]+)</span>", block)
-    expected = [
-        f"{value:.3g}"
-        for pictures in full.extremes.values()
-        for value in (*pictures.most_scores, *pictures.least_scores)
-    ]
-    assert shown == expected
-    for row in full.csid_rows:
-        assert f"<td>{row.id_accuracy:.2f}</td><td>{row.rejected:.2f}</td>" in page
-    # Nothing but tables, which scroll on their own, may be wider than a phone.
+def test_numbers_of_all_tables(page, inputs):
+    result = inputs.evaluation
+    for name, rows in {
+        "results": result.rows,
+        "validation-sets": result.validation_rows,
+        "covariate-shift": result.full_spectrum_rows,
+    }.items():
+        section = _section(page, name)
+        for row in rows:
+            assert row.dataset in section and f"{row.score}</th>" in section
+            assert re.search(rf'<td class="first (best)?">{row.auroc:.2f}</td>', section)
+    for row in result.csid_rows:
+        cells = f"<td>{row.dataset}</td><td>{row.id_accuracy:.2f}</td><td>{row.rejected:.2f}</td>"
+        assert cells in _section(page, "covariate-shift")
+    for shares in protocol.rejected(result).values():
+        cells = "".join(f"<td>{value:.2f}</td>" for value in shares.values())
+        assert cells in _section(page, "thresholds")
+    assert "<td class=best>91.25</td>" in _section(page, "parameter-search")
+    for text in ("train.epochs", "0.10.2", "threshold", "mapped outliers", "75", "0.95"):
+        assert text in page
+    # Tables scroll on their own where they are wider than a phone.
     assert page.count("<table") == page.count("<div class=scroll")
 
 
-def test_table_of_shares_called_ood(full):
-    page = run_page.render(full)
-    section = page[page.index("id=thresholds") : page.index("id=covariate-shift")]
-    for shares in full.rejected.values():
-        cells = "".join(f"<td>{value:.2f}</td>" for value in shares.values())
-        assert cells in section
-    assert section.count("<svg") == len(SCORES)
+def test_best_values_are_marked_by_column(page, inputs):
+    means = [row for row in inputs.evaluation.rows if row.dataset == "nearood"]
+    low = min(round(row.fpr_at_95_ood_tpr, 2) for row in means)
+    high = max(round(row.auroc, 2) for row in means)
+    table = _section(page, "results").partition("<h3>")[0]
+    assert f'<td class="first best">{high:.2f}</td>' in table
+    assert f'<td class="best">{low:.2f}</td>' in table
+
+
+def test_extreme_images_have_their_ood_score(page, inputs):
+    shown = re.findall(r"<span>(-?[\d.e+-]+)</span>", _section(page, "most-and-least-ood"))
+    result, expected = inputs.evaluation, []
+    for scores in (
+        result.id_scores,
+        *({s: v[n] for s, v in result.ood_scores.items()} for n in ("bag", "digits")),
+    ):
+        order = np.sort(scores["energy"])
+        expected += [f"{value:.3g}" for value in (*order[::-1][:8], *order[:8])]
+    assert shown == expected
 
 
 def test_extremes_are_the_ends_of_the_order():
     scores = np.array([0.5, 3.0, -1.0, 2.0, 0.0, 1.0])
-    images = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1)
-    found = run_page.extremes(scores, images, count=2)
-    assert found.most.ravel().tolist() == [1, 3] and found.most_scores.tolist() == [3.0, 2.0]
-    assert found.least.ravel().tolist() == [2, 4] and found.least_scores.tolist() == [-1.0, 0.0]
-    assert len(run_page.extremes(scores, images).most) == 3  # none is shown as both
-    assert len(run_page.extremes(scores[:1], images[:1]).most) == 1
+    rows = run_page.extreme_rows(scores, 2)
+    assert rows["most"].tolist() == [1, 3] and rows["least"].tolist() == [2, 4]
+    rows = run_page.extreme_rows(scores, 8)
+    assert sorted([*rows["most"], *rows["least"]]) == list(range(6))  # no image in both
+    assert len(run_page.extreme_rows(scores[:1], 8)["most"]) == 1
 
 
-def test_names_with_dollars_are_no_formulas():
-    chart = figures.shares({"a$b$c": 50.0}, {}, 5.0, "energy")
-    assert "a$b$c" in chart
+@pytest.mark.parametrize("ood", [("bag",), ("noise",), ()])
+def test_sections_without_data_are_left_out(inputs, ood):
+    def bare(data):
+        return data._replace(images=None, outputs=data.outputs._replace(features=None))
 
-
-def test_report_is_deterministic(inputs):
-    assert run_page.render(inputs) == run_page.render(inputs)
-
-
-def test_sections_without_data_are_left_out(inputs):
-    bare = ReportInputs(*inputs[: ReportInputs._fields.index("validation_rows")])
-    page = run_page.render(bare)
+    sets = {name: bare(inputs.ood[name]) for name in ood}
+    known = bare(inputs.id_test)
+    result = evaluate(["msp"], known, known, known, sets, GROUPS)
+    page = run_page.render(
+        ReportInputs("run", {}, Config(), inputs.class_names, result, known, sets, GROUPS)
+    )
     _parse(page)
-    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Results", "Configuration"]
-    assert not re.search(r"\bNone\b", page)
-    assert page.count("</svg>") == 2  # all scores at a glance, which needs the rows alone
-    _parse(run_page.render(bare._replace(rows=[])))
+    expected = {
+        ("bag",): ["results", "score-distributions", "thresholds", "configuration"],
+        ("noise",): ["thresholds", "validation-sets", "configuration"],
+        (): ["thresholds", "configuration"],
+    }
+    assert re.findall(r"<section id=([\w-]+)>", page) == expected[ood]
+    assert not re.search(r"\b(None|nan)\b", page)
 
 
 def test_large_inputs_stay_small(inputs):
     rng = np.random.default_rng(0)
-    big = inputs._replace(
-        id_scores={"energy": rng.normal(size=200_000)},
-        ood_scores={"energy": {"bag": rng.normal(size=200_000)}},
-        id_features=rng.normal(size=(20_000, 64)),
-        id_labels=rng.integers(0, 200, 20_000),
-        class_names=[f"class {i}" for i in range(200)],
-        ood_features={"bag": rng.normal(size=(20_000, 64))},
-        outlier_features=rng.normal(size=(20_000, 64)),
-        losses={"loss": rng.normal(size=(100_000, 2))},
-        id_samples=rng.integers(0, 256, (200, 9, 60, 60, 3), dtype=np.uint8),
-        outlier_samples=rng.integers(0, 256, (9, 8, 48, 48, 3), dtype=np.uint8),
+
+    def large(n, known=True):
+        features = rng.normal(size=(n, 64)).astype(np.float32)
+        logits = np.zeros((n, 200), np.float32)
+        labels = rng.integers(0, 200, n) if known else None
+        return Inputs(Outputs(logits, features), labels=labels)
+
+    scores = {"energy": rng.normal(size=200_000)}
+    page = run_page.render(
+        inputs._replace(
+            evaluation=inputs.evaluation._replace(
+                id_scores=scores,
+                id_val_scores=scores,
+                ood_scores={"energy": {"bag": rng.normal(size=200_000)}},
+                csid_scores={"energy": {}},
+                thresholds={"energy": 1.0},
+            ),
+            id_test=large(20_000),
+            ood={"bag": large(20_000, known=False)},
+            class_names=[f"class {i}" for i in range(200)],
+            outlier_features=rng.normal(size=(20_000, 64)),
+            log=[{"step": i, "loss": x} for i, x in enumerate(rng.normal(size=100_000))],
+            samples={"ID": rng.integers(0, 256, (200, 9, 60, 60, 3), dtype=np.uint8)},
+        )
     )
-    page = run_page.render(big)
     assert len(page) < 3e6
     assert "190 more classes" in page
 
@@ -403,6 +275,10 @@ def _decode(uri):
     return np.rint(imread(io.BytesIO(data)) * 255).astype(np.uint8)
 
 
+def test_dollars_in_names_are_no_formulas():
+    assert "a$b$c" in figures.shares({"a$b$c": 50.0}, {}, 5.0, "energy")
+
+
 def test_pca_finds_the_axes():
     rng = np.random.default_rng(0)
     scales = np.array([1.0, 9.0, 0.1, 4.0])
@@ -410,17 +286,3 @@ def test_pca_finds_the_axes():
     np.testing.assert_allclose(mean, 7, atol=1)
     np.testing.assert_allclose(axes, np.eye(4)[:, [1, 3]], atol=0.1)
     assert figures.pca(np.ones((1, 1)))[1].shape == (1, 2)
-
-
-def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "page.html"
-    write_bytes(path, b"old")
-
-    def fail(*args):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_bytes(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]

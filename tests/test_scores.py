@@ -185,7 +185,7 @@ def test_one_compilation_for_sets_of_any_size():
         traces.append(outputs.logits.shape)
         return outputs.logits[:, 0]
 
-    score = scores.Score(lambda outputs, labels, head: {}, count)
+    score = scores.Score(lambda outputs, labels, head, mesh: {}, count)
     for n in (3, 16, 33):
         scores.apply(score, {}, _id(n, seed=0)[0], batch_size=16)
     assert traces == [(16, CLASSES)]

@@ -20,6 +20,7 @@ from oal_jax.models.resnet import ResNet
 from oal_jax.models.vit import VisionTransformer
 from oal_jax.pretrained.classifiers import load_classifier, save_timm
 from oal_jax.runtime import distributed
+from oal_jax.scores import compute
 from oal_jax.stages import generator, teacher
 from oal_jax.stages.context import Context
 from oal_jax.stages.run import plan, sized
@@ -81,7 +82,7 @@ def test_a_file_s_network_sees_enlarged_images(tmp_path, kind):
     context = context_of(tmp_path, Teacher(weights=str(path), image_size=24))
     teacher.run(context)
     images = context.images("test", limit=8).images
-    logits, features = teacher.load(context)(images)
+    logits, features, *_ = compute(teacher.load(context), images)
     given = load_classifier(path, image_size=24)
     larger = enlarged(images / 255, 24).astype(np.float32)
     expected = quick(given.net.apply)(given.variables, larger)
@@ -133,7 +134,7 @@ def test_fine_tuning_moves_the_head_and_the_body_at_their_rates(tmp_path):
     assert 0.5e-5 < moved.max() < 6.5e-5
     # The bias of a new head is zero before.
     assert 0.5e-3 < np.abs(tensors["head.bias"]).max() < 6.5e-3
-    logits, _ = teacher.load(context)(context.images("test", limit=4).images)
+    logits, *_ = compute(teacher.load(context), context.images("test", limit=4).images)
     assert logits.shape == (4, 10)
 
 
@@ -214,7 +215,7 @@ def test_an_aligned_teacher_s_features_come_near_their_words(tmp_path):
     generator.run(context)
     teacher.run(context)
     data = context.images("test")
-    _, features = teacher.load(context)(data.images)
+    features = compute(teacher.load(context), data.images).features
     words = teacher._word_vectors(context)
     features = features / np.linalg.norm(features, axis=1, keepdims=True)
     cosines = features @ (words / np.linalg.norm(words, axis=1, keepdims=True)).T

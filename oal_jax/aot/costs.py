@@ -1,209 +1,167 @@
-"""What a program costs, read off it: arithmetic, messages between devices, calls to the host.
+"""Costs of a program on given devices: arithmetic, memory, messages between devices.
 
-Arithmetic is counted in the traced program (a jaxpr), which says the same on every backend, and
-where a loop's length is known. Messages are counted in the compiled program's text (HLO), since the
-compiler is who makes them.
+Arithmetic is counted in the traced program (jaxpr): XLA's own count takes the body of a loop once,
+and XLA gives none for CUDA without a device. Messages are counted in the compiled program's text,
+because the compiler inserts them.
 """
 
 import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
+import jax
 import numpy as np
 
-COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
+from oal_jax.aot.programs import Program
+from oal_jax.aot.topologies import Topology
 
 
-class Collective(NamedTuple):
-    """One instruction that sends between devices.
+def measure(program: Program, topology: Topology) -> dict[str, Any]:
+    """Compile a program for a topology; returns its costs for JSON, see `oal_jax.compile`."""
+    devices, steps = len(topology.devices), program.steps_per_call
+    traced = program.function.trace(*program.arguments)
+    costs = {
+        "topology": topology.name,
+        "devices": devices,
+        "batch": program.batch,
+        "steps_per_call": steps,
+        "flops_per_device": flops(traced.jaxpr) / steps / devices,
+        "host_calls": host_calls(traced.jaxpr),
+        "memory_bytes": topology.memory_bytes,
+        **dict.fromkeys(("argument_bytes", "temp_bytes", "peak_bytes", "fits", "collectives")),
+    }
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return costs | {"fits": False, "compiler": " ".join(str(error).split())[:300]}
+    costs["collectives"] = {
+        kind: {name: value / steps for name, value in numbers.items()}
+        for kind, numbers in collectives(compiled.as_text()).items()
+    }
+    return costs | memory(compiled.memory_analysis(), topology.memory_bytes)
 
-    Attributes:
-      kind: one of `COLLECTIVES`.
-      bytes: of its result, on one device.
-      times: how often a call of the program runs it.
-      op: the operation that it was made of, as JAX names it.
+
+def memory(stats: Any, available: int | None) -> dict[str, Any]:
+    """Bytes on one device, from `compiled.memory_analysis()`, and whether they fit.
+
+    Args:
+      stats: None if the compiler gives none.
+      available: bytes of a device that a program may use; None if unknown.
     """
+    if stats is None:
+        return {}
+    # Donated arguments hold results; other results need memory of their own.
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    arguments, temporary = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+    peak = arguments + results + temporary + stats.generated_code_size_in_bytes
+    return {
+        "argument_bytes": arguments,
+        "temp_bytes": temporary,
+        "peak_bytes": peak,
+        "fits": None if available is None else peak <= available,
+    }
 
-    kind: str
-    bytes: int
-    times: int
-    op: str
 
+def flops(jaxpr: Any) -> int:
+    """FLOPs of the matrix products and convolutions of a traced program.
 
-def flops(jaxpr: Any) -> dict[str, int]:
-    """FLOPs of the matrix products and convolutions of a call, by the type of their inputs.
-
-    A multiplication and an addition are two. A loop counts as often as it runs (`while_loop`, whose
-    length is not known, once), a branch as its most expensive side. Of a convolution, taps that
-    fall on padding or between the elements of a dilated input do not count: a strided convolution
-    costs its gradient what it costs forward.
+    A multiplication and an addition are two FLOPs. A `scan` counts once per iteration, a
+    `while_loop` once, a `cond` as its most expensive branch.
     """
-    counts: Counter[str] = Counter()
-    for eqn in _open(jaxpr).eqns:
-        name = eqn.primitive.name
+    total = 0
+    for eqn in jaxpr.eqns:
+        name, p = eqn.primitive.name, eqn.params
         if name == "dot_general":
-            counts[_type(eqn)] += 2 * math.prod(eqn.outvars[0].aval.shape) * _contracted(eqn)
+            (contracted, _), _ = p["dimension_numbers"]
+            lhs, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+            total += 2 * math.prod(out) * math.prod(lhs[axis] for axis in contracted)
         elif name == "conv_general_dilated":
-            counts[_type(eqn)] += _convolution(eqn)
-        elif name == "cond":
-            sides = [flops(branch) for branch in eqn.params["branches"]]
-            counts.update(max(sides, key=lambda side: sum(side.values())))
+            total += _convolution_flops(eqn)
         else:
-            times = eqn.params["length"] if name == "scan" else 1
-            for inner in _inner(eqn):
-                counts.update({k: times * v for k, v in flops(inner).items()})
-    return dict(counts)
+            leaves = jax.tree.leaves(list(p.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns"))
+            inner = [flops(leaf) for leaf in leaves if hasattr(leaf, "eqns")]
+            total += max(inner) if name == "cond" else p.get("length", 1) * sum(inner)
+    return total
+
+
+def _convolution_flops(eqn: Any) -> int:
+    p, (lhs, rhs, out) = eqn.params, (v.aval.shape for v in (*eqn.invars, *eqn.outvars))
+    spec = p["dimension_numbers"]
+    sizes = (
+        [shape[i] for i in axes[2:]] for shape, axes in zip((lhs, rhs, out), spec, strict=True)
+    )
+    steps = p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"]
+    taps = math.prod(map(_taps, *sizes, *steps))
+    rows, channels, inputs = out[spec.out_spec[0]], out[spec.out_spec[1]], rhs[spec.rhs_spec[1]]
+    return 2 * rows * channels * inputs * taps
+
+
+def _taps(size, kernel, outputs, stride, padding, gap, dilation) -> int:
+    """Pairs of an output and a kernel element on one axis that meet neither padding nor a gap."""
+    place = np.arange(outputs)[:, None] * stride + np.arange(kernel) * dilation - padding[0]
+    return int(np.sum((place >= 0) & (place <= (size - 1) * gap) & (place % gap == 0)))
 
 
 def host_calls(jaxpr: Any) -> list[str]:
-    """Names of the operations that leave the devices in the middle of a program."""
-    found = []
-    for eqn in _open(jaxpr).eqns:
-        name = eqn.primitive.name
-        if "callback" in name or name in ("infeed", "outfeed"):
-            found.append(name)
-        for inner in _inner(eqn):
-            found += host_calls(inner)
-    return found
+    """Names of the operations of a traced program that call the host; a step should have none."""
+    return sorted(set(re.findall(r"\b(\w+_callback|infeed|outfeed)\[", str(jaxpr))))
 
 
-def _open(jaxpr: Any) -> Any:
-    return getattr(jaxpr, "jaxpr", jaxpr)
-
-
-def _inner(eqn: Any) -> Iterator[Any]:
-    for value in eqn.params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(_open(item), "eqns"):
-                yield item
-
-
-def _type(eqn: Any) -> str:
-    return str(eqn.invars[0].aval.dtype)
-
-
-def _contracted(eqn: Any) -> int:
-    (contracting, _), _ = eqn.params["dimension_numbers"]
-    return math.prod(eqn.invars[0].aval.shape[d] for d in contracting)
-
-
-def _convolution(eqn: Any) -> int:
-    p, (lhs, rhs, out) = eqn.params, (v.aval.shape for v in (*eqn.invars, *eqn.outvars))
-    numbers = p["dimension_numbers"]
-    taps = math.prod(
-        _taps(lhs[i], rhs[k], out[o], stride, padding, holes_in, holes_kernel)
-        for i, k, o, stride, padding, holes_in, holes_kernel in zip(
-            numbers.lhs_spec[2:],
-            numbers.rhs_spec[2:],
-            numbers.out_spec[2:],
-            p["window_strides"],
-            p["padding"],
-            p["lhs_dilation"],
-            p["rhs_dilation"],
-            strict=True,
-        )
-    )
-    # Inputs of a group: the kernel's second axis says how many.
-    channels = rhs[numbers.rhs_spec[1]]
-    rows, maps = out[numbers.out_spec[0]], out[numbers.out_spec[1]]
-    return 2 * rows * maps * channels * taps
-
-
-def _taps(size: int, kernel: int, out: int, stride: int, padding, dilated: int, holes: int) -> int:
-    """Pairs of an output and a kernel position, along one axis, that meet an element."""
-    at = np.arange(out)[:, None] * stride + np.arange(kernel)[None] * holes - padding[0]
-    inside = (at >= 0) & (at <= (size - 1) * dilated) & (at % dilated == 0)
-    return int(inside.sum())
-
-
-def collectives(text: str) -> list[Collective]:
-    """The instructions of a compiled program that send between devices, loops unrolled in `times`.
-
-    A loop whose length the compiler does not know counts once.
-    """
-    bodies, entry = _computations(text)
-    times: dict[str, int] = defaultdict(int)
-    _visit(bodies, entry, 1, times)
-    found = []
-    for name, lines in bodies.items():
-        for line in lines if times[name] else []:
-            match = _COLLECTIVE.search(line)
-            if match:
-                op = re.search(r'op_name="([^"]*)"', line)
-                size = _result_bytes(match["type"], bool(match["start"]), match["kind"])
-                found.append(
-                    Collective(match["kind"], size, times[name], op[1] if op else "unknown")
-                )
-    return found
-
-
-_COLLECTIVE = re.compile(
-    rf"= (?P<type>\S.*?) (?P<kind>{'|'.join(COLLECTIVES)})(?P<start>-start)?\("
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
+_MESSAGE = re.compile(
+    r"= (?P<type>\S.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|(?:ragged-)?all-to-all"
+    r"|collective-permute|collective-broadcast)(?P<start>-start)?\("
 )
-_HEAD = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{\s*$")
 _CALLED = re.compile(
-    r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+    r"(?:body|condition|calls|to_apply|\w+_computations?)=\{?%?([\w.\-]+(?:, %[\w.\-]+)*)"
 )
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'known_trip_count[^0-9]*"?n"?[^0-9]*(\d+)')
+_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # bits, shape
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Name to lines of each computation, and the name of the one that runs."""
-    bodies: dict[str, list[str]] = {}
-    entry, lines = "", []
-    for line in text.splitlines():
-        head = _HEAD.match(line)
-        if head and not line.startswith("HloModule"):
-            lines = bodies.setdefault(head["name"], [])
-            entry = head["name"] if head["entry"] else entry
-        elif line.startswith(" "):
-            lines.append(line)
-    return bodies, entry
+def collectives(text: str) -> dict[str, Counter[str]]:
+    """Count and result bytes of a compiled program's messages between devices, by kind.
+
+    A message in a loop counts once per iteration, or once if the text (HLO) does not tell how many
+    iterations there are.
+    """
+    entry, bodies, sent = "", {}, {}
+    for is_entry, name, body in _COMPUTATION.findall(text):
+        bodies[name] = body
+        entry = name if is_entry else entry
+
+    def visit(name: str, times: int) -> None:
+        for line in bodies[name].splitlines():
+            if message := _MESSAGE.search(line):
+                numbers = sent.setdefault(message["kind"], Counter())
+                numbers.update({"count": times, "bytes": times * _result_bytes(message)})
+            iterations = _iterations(line, bodies) if " while(" in line else 1
+            for names in _CALLED.findall(line):
+                for called in names.split(", "):
+                    visit(called.removeprefix("%"), times * iterations)
+
+    visit(entry, 1)
+    return dict(sorted(sent.items()))
 
 
-def _visit(bodies: dict[str, list[str]], name: str, count: int, times: dict[str, int]) -> None:
-    times[name] += count
-    for line in bodies.get(name, ()):
-        called = _CALLED.findall(line)
-        for branches in _BRANCHES.findall(line):
-            called += [branch.strip().lstrip("%") for branch in branches.split(",")]
-        rounds = _rounds(bodies, line) if " while(" in line else 1
-        for other in called:
-            _visit(bodies, other, count * rounds, times)
-
-
-def _rounds(bodies: dict[str, list[str]], line: str) -> int:
-    """How often a loop runs: as the compiler says, or by the bound that its counter stays below."""
-    known = _TRIPS.search(line)
-    if known:
+def _iterations(line: str, bodies: Mapping[str, str]) -> int:
+    """Iterations of a loop: the compiler's note, or the bound that its counter stays below."""
+    if known := re.search(r"known_trip_count\W+n\W+(\d+)", line):
         return int(known[1])
-    condition = bodies.get(re.search(r"condition=%?([\w.\-]+)", line)[1], ())
-    bounds = [int(n) for text in condition for n in re.findall(r" constant\((\d+)\)", text)]
-    counted = any("compare(" in text and "direction=LT" in text for text in condition)
-    return bounds[0] if counted and len(bounds) == 1 else 1
+    condition = bodies[re.search(r"condition=%?([\w.\-]+)", line)[1]]
+    bounds = re.findall(r" constant\((\d+)\)", condition)
+    return int(bounds[0]) if len(bounds) == 1 and "direction=LT" in condition else 1
 
 
-def _result_bytes(written: str, start: bool, kind: str) -> int:
-    """Bytes of a result type as HLO writes it: "f32[2,3]{1,0}", or several in parentheses."""
-    arrays = [
-        (_bits(kind_of) * math.prod(int(n) for n in shape.split(",") if n)) // 8
-        for kind_of, shape in re.findall(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]", written)
+def _result_bytes(message: re.Match[str]) -> int:
+    """Bytes of a message's result on one device; its type is "f32[2,3]{1,0}", or a tuple."""
+    sizes = [
+        int(bits or 8) * math.prod(int(n) for n in shape.split(",") if n) // 8
+        for bits, shape in _ARRAY.findall(message["type"])
     ]
-    if start and kind in ("all-gather", "collective-permute"):
-        return max(arrays, default=0)  # the operand is beside the result, and counters
-    return sum(arrays)
-
-
-def _bits(kind: str) -> int:
-    return 8 if kind == "pred" else int(re.search(r"\d+", kind)[0])
+    if message["start"] and message["kind"] in ("all-gather", "collective-permute"):
+        return max(sizes)  # the tuple holds the operand, the result and counters
+    return sum(sizes)

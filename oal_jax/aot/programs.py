@@ -1,6 +1,6 @@
-"""The jitted programs of a config, with abstract arguments: no data set, no weights, no devices.
+"""The jitted programs of a config with abstract arguments: no data set, no weights, no devices.
 
-Each is what its stage itself calls, on the arrays that its stage makes.
+Each program is the one that its stage calls, on arrays of the shapes that its stage makes.
 """
 
 from functools import partial
@@ -14,14 +14,17 @@ from jax.sharding import Mesh
 
 from oal_jax.config import GENERATED, Config
 from oal_jax.data import class_names
-from oal_jax.data.info import known_info
+from oal_jax.data.info import DatasetInfo, known_info
 from oal_jax.generator import create, stable_diffusion, stable_diffusion_v1
 from oal_jax.generator.stable_diffusion import StableDiffusion
 from oal_jax.methods import registry
 from oal_jax.runtime import distributed
+from oal_jax.runtime.batched import rows_per_batch
 from oal_jax.runtime.keys import named
+from oal_jax.scores.forward import make_forward
+from oal_jax.scores.outputs import jitted
 from oal_jax.stages import batches, generator, latents, teacher, train
-from oal_jax.stages.context import Context, forward_pass
+from oal_jax.stages.context import Context
 from oal_jax.training import loop
 from oal_jax.training.state import fresh_state, make_train_step, with_average
 
@@ -30,64 +33,64 @@ class Program(NamedTuple):
     """A jitted function, and the shapes, types and shardings of its arguments.
 
     Attributes:
-      repeats: training steps a call; 1 for the others.
-      batch: images or latents a repeat, over all devices.
+      function: the jitted function.
+      arguments: trees of `jax.ShapeDtypeStruct`.
+      batch: images or latents per step, over all devices.
+      steps_per_call: training steps that a call runs; 1 for the other stages.
     """
 
     function: Any
     arguments: tuple[Any, ...]
-    repeats: int
     batch: int
+    steps_per_call: int = 1
 
 
-def make(stage: str, config: Config, mesh: Mesh, platform: str) -> Program:
-    """The program of a stage for the devices of a mesh, which may not be there.
+def make(stage: str, config: Config, mesh: Mesh) -> Program:
+    """The program of a stage for the devices of a mesh, which need not be attached.
 
     Args:
       stage: "train", "latents" or "features".
       config: as the stage gets it (`smoke` applied).
       mesh: of the devices to compile for.
-      platform: of these devices: how many training steps a call depends on it.
 
     Raises:
-      UserError: a batch that the devices can't share evenly, sizes that are not known.
+      UserError: the devices cannot share a batch evenly, or the data set's sizes are unknown.
     """
     context = Context(config, Path("unread"), mesh, jax.random.key(config.seed))
-    if stage == "train":
-        return _train(context, platform)
-    return _latents(context) if stage == "latents" else _features(context)
+    return {"train": _train, "latents": _latents, "features": _features}[stage](context)
 
 
-def generator_of(config: Config) -> tuple[StableDiffusion, str]:
-    """The Stable Diffusion of a config without its weights, and whose sizes it has.
+def generator_of(config: Config) -> StableDiffusion:
+    """The Stable Diffusion of a config without its weights.
 
-    One of the hub, or of a directory that is not there, counts as Stable Diffusion v1.
+    One from the hub, or of a directory that is absent, has the sizes of Stable Diffusion v1.
     """
     directory, dtype = config.generator.directory, jnp.dtype(config.generator.dtype)
     if directory == GENERATED or (config.generator.train and not directory):
         with TemporaryDirectory() as folder:
             words = class_names.words(known_info(config.data).class_names)
             create.create(Path(folder), words, width=config.teacher.width)
-            return stable_diffusion.build(Path(folder), dtype), "the small Stable Diffusion"
+            return stable_diffusion.build(Path(folder), dtype)
     path = Path(directory).expanduser() if directory else Path(str(generator.SHIPPED))
     if path.exists():
-        return stable_diffusion.build(path, dtype), str(path)
-    return stable_diffusion_v1.build(dtype), "Stable Diffusion v1, as published"
+        return stable_diffusion.build(path, dtype)
+    return stable_diffusion_v1.build(dtype)
 
 
-def _train(context: Context, platform: str) -> Program:
-    """What `loop.fit` calls between two logged steps, for stage `train`."""
-    config, mesh, known = context.config, context.mesh, known_info(context.config.data)
+def _train(context: Context) -> Program:
+    """The call of `loop.fit` between two logged steps of stage `train`."""
+    config, mesh, info = context.config, context.mesh, known_info(context.config.data)
     size, accumulate = config.train.batch_size, config.train.accumulate
     train.check_batches(config, mesh)
-    pools = registry.recipe_of(config).pools(config)
-    latent_shape = generator_of(config)[0].latent_shape if any(p.reads for p in pools) else None
-    arrays = batches.abstract_arrays(context, known, latent_shape)
-    examples = -(-known.num_train // registry.recipe_of(config).label_every)
-    net = train.student(config, known.num_classes)
+    recipe = registry.recipe_of(config)
+    generated = any(pool.reads for pool in recipe.pools(config))
+    latent_shape = generator_of(config).latent_shape if generated else None
+    arrays = batches.abstract_arrays(context, info, latent_shape)
+    examples = -(-info.num_train // recipe.label_every)
+    net = train.student(config, info.num_classes)
     # Numbers of the stage before, which change no shape.
     estimated = {"unmasked": 1.0, "constraint": 1.0}
-    method = train.assemble(config, net, known.image_shape, arrays, estimated, examples)
+    method = train.assemble(config, net, info.image_shape, arrays, estimated, examples)
     plan = train.make_plan(config, examples)
     key = named(context.key, "student")
     groups = list(jax.eval_shape(method.init, key)[0])
@@ -96,33 +99,31 @@ def _train(context: Context, platform: str) -> Program:
     if config.train.ema:
         state = jax.eval_shape(with_average, state)
     shardings = distributed.shardings(state, mesh)
-    in_scan = platform != "cpu" and not config.data.stream
-    repeats = min(plan.log_every, plan.steps_per_epoch) if in_scan else 1
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    one = on_cpu or config.data.stream
+    steps_per_call = 1 if one else min(plan.log_every, plan.steps_per_epoch)
     step = loop.compile_step(
-        make_train_step(
-            method, optimizer, key, accumulate, unroll=platform == "cpu", ema=config.train.ema
-        ),
-        batches.make_batches(context, teacher.model(config, known.num_classes)),
+        make_train_step(method, optimizer, key, accumulate, unroll=on_cpu, ema=config.train.ema),
+        batches.make_batches(context, teacher.model(config, info.num_classes)),
         plan,
         mesh,
-        repeats,
+        steps_per_call,
         shardings=shardings,
         streamed=config.data.stream,
     )
     if config.data.stream:
-        source = _placed(
-            {
-                "image": jax.ShapeDtypeStruct((size, *known.image_shape), jnp.uint8),
-                "label": _ints(size),
-                "index": _ints(size),
-            },
-            distributed.over_data(mesh),
-        )
+        source = _placed(_images(size, info) | {"index": _ints(size)}, distributed.over_data(mesh))
     else:
         source = _replicated(_ints(plan.steps_per_epoch, size), mesh)
-    return Program(
-        step, (_placed(state, shardings), _replicated(arrays, mesh), source), repeats, size
-    )
+    arguments = _placed(state, shardings), _replicated(arrays, mesh), source
+    return Program(step, arguments, size, steps_per_call)
+
+
+def _images(count: int, info: DatasetInfo) -> dict[str, Any]:
+    return {
+        "image": jax.ShapeDtypeStruct((count, *info.image_shape), jnp.uint8),
+        "label": _ints(count),
+    }
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:
@@ -130,23 +131,20 @@ def _ints(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _features(context: Context) -> Program:
-    """One batch of the teacher's forward pass, of stage `features`."""
-    config, known, devices = (
-        context.config,
-        known_info(context.config.data),
-        context.mesh.shape["data"],
-    )
-    rows = max(1, config.evaluation.batch_size // devices) * devices
-    images = jax.ShapeDtypeStruct((rows, *known.image_shape), jnp.uint8)
-    forward = forward_pass(teacher.model(config, known.num_classes), context.mesh)
-    arguments = _replicated((teacher.abstract_variables(config, known), images), context.mesh)
-    return Program(forward, arguments, 1, rows)
+    """The teacher's forward pass on one batch of stage `features`."""
+    config, info = context.config, known_info(context.config.data)
+    rows = rows_per_batch(config.evaluation.batch_size, context.mesh)
+    images = jax.ShapeDtypeStruct((rows, *info.image_shape), jnp.uint8)
+    net, fields = teacher.model(config, info.num_classes), ("features",)
+    forward = make_forward(net, teacher.abstract_variables(config, info), fields)
+    arguments = _replicated((forward, images), context.mesh)
+    return Program(jitted(frozenset(fields)), arguments, rows)
 
 
 def _latents(context: Context) -> Program:
-    """One chunk of outlier latents, of stage `latents`: text encoder and all sampling steps."""
+    """Text encoder and all sampling steps for one chunk of outlier latents of stage `latents`."""
     classes = known_info(context.config.data).num_classes
-    sd, _ = generator_of(context.config)
+    sd = generator_of(context.config)
     params = jax.eval_shape(partial(stable_diffusion.init_params, sd), context.key)
     cast = lambda a: jax.ShapeDtypeStruct(a.shape, sd.unet.dtype)
     params |= jax.tree.map(cast, {name: params[name] for name in ("text_encoder", "unet")})
@@ -162,7 +160,7 @@ def _latents(context: Context) -> Program:
         jax.ShapeDtypeStruct((rows,), jnp.uint32),
     )
     sample = latents.sampling(context, sd)
-    return Program(sample, _replicated(arguments, context.mesh), 1, rows)
+    return Program(sample, _replicated(arguments, context.mesh), rows)
 
 
 def _replicated(tree: Any, mesh: Mesh) -> Any:

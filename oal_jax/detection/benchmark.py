@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
+
 from oal_jax import scores as post_hoc
 from oal_jax.config.benchmarks import resolve
 from oal_jax.data import sources
@@ -18,6 +20,7 @@ from oal_jax.errors import UserError
 from oal_jax.evaluation import protocol
 from oal_jax.evaluation.protocol import Evaluation, Inputs
 from oal_jax.evaluation.search import search as search_parameters
+from oal_jax.runtime import distributed
 from oal_jax.scores.forward import as_forward
 from oal_jax.scores.outputs import check as check_outputs
 
@@ -87,6 +90,7 @@ def benchmark(
     search: bool = False,
     keep_id: float = 0.95,
     batch_size: int = 256,
+    mesh: Mesh | None = None,
 ) -> Evaluation:
     """How well the scores tell ID from OOD on a classifier of one's own.
 
@@ -103,6 +107,7 @@ def benchmark(
         `sets.validation_ood`.
       keep_id: share of ID validation images that a threshold keeps.
       batch_size: images that the model sees at once.
+      mesh: the devices; None for all.
 
     Returns:
       The result; `print(oal_jax.evaluation.format_table(result.rows))` shows it.
@@ -114,7 +119,9 @@ def benchmark(
     check_share(keep_id)
     if batch_size < 1:
         raise UserError(f"batch_size must be 1 or more, got {batch_size}")
-    forward, params = as_forward(forward), dict(params or {})
+    mesh = mesh or distributed.make_mesh()
+    forward = distributed.place_parameters(as_forward(forward), mesh)
+    params = dict(params or {})
     head = None if head is None else post_hoc.Head(*head)
     made = [post_hoc.make(name, **params.get(name, {})) for name in scores]
     fields = sorted({field for score in made for field in score.needs})
@@ -124,7 +131,7 @@ def benchmark(
 
     train_images, _ = check_labelled(sets.train, "set ID train")
     shape = train_images.shape[1:]
-    check_rows_are_independent(forward, train_images[:batch_size])
+    check_rows_are_independent(forward, train_images[:batch_size], mesh)
 
     def labelled(given: Labelled, name: str) -> Inputs:
         images, labels = check_labelled(given, f"set {name}", shape)
@@ -135,7 +142,7 @@ def benchmark(
     def unlabelled(images, name: str) -> Inputs:
         try:
             images = check_images(images, shape)
-            outputs = post_hoc.compute(forward, images, batch_size, fields)
+            outputs = post_hoc.compute(forward, images, batch_size, fields, mesh)
             check_outputs(outputs, (), "the {}")
         except UserError as error:
             raise UserError(f"set {name}: {error}") from None
@@ -155,10 +162,10 @@ def benchmark(
             if name in post_hoc.GRIDS and name not in params:
                 params[name], _ = search_parameters(
                     *(name, post_hoc.GRIDS[name], *id_sets[:2], validation),
-                    *(head, forward, batch_size),
+                    *(head, forward, batch_size, mesh),
                 )
     return protocol.evaluate(
-        scores, *id_sets, ood, groups, head, forward, params, keep_id, batch_size
+        scores, *id_sets, ood, groups, head, forward, params, keep_id, batch_size, mesh
     )
 
 

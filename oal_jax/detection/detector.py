@@ -5,23 +5,23 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Bool, Float, Int32
 
 from oal_jax import scores as post_hoc
 from oal_jax.errors import UserError
 from oal_jax.evaluation.protocol import threshold
-from oal_jax.runtime import distributed
+from oal_jax.runtime import batched, distributed
 from oal_jax.runtime.ops import to_unit
 from oal_jax.scores import Head, Outputs, Score, State
 from oal_jax.scores.forward import as_forward
-from oal_jax.scores.outputs import rows
 
 Labelled = tuple[Any, Any]  # images, labels
 
@@ -50,6 +50,7 @@ class Detector:
       class_names: what each label means, or None.
       batch_size: images that the model sees at once.
       params: the score's parameters; those left out have their defaults.
+      mesh: the devices; None for all.
     """
 
     forward: Partial
@@ -61,6 +62,7 @@ class Detector:
     class_names: tuple[str, ...] | None = None
     batch_size: int = 256
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         check_share(self.keep_id)
@@ -93,7 +95,7 @@ class Detector:
         single = images.ndim == 3 and images.shape == self.image_shape
         images = check_images(images[None] if single else images, self.image_shape)
         label, confidence, ood_score = run_detector(
-            self.score, self.forward, self.state, images, self.batch_size
+            self.score, self.forward, self.state, images, self.batch_size, self.mesh
         )
         names = None if self.class_names is None else np.array(self.class_names)[label]
         # Written so that a NaN is OOD, not in-distribution.
@@ -117,27 +119,21 @@ def predict(
 _predict = jax.jit(predict, static_argnums=0)
 
 
-def run_detector(score, forward, state, images, batch_size) -> list[np.ndarray]:
-    """`predict` over a set, split over the devices; the host's arrays."""
-    mesh = distributed.make_mesh()
-    forward, state = distributed.replicate((forward, state), mesh)
+def run_detector(
+    score: Score,
+    forward: Partial,
+    state: State,
+    images: np.ndarray,
+    batch_size: int,
+    mesh: Mesh | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`predict` over a set, split over the devices of `mesh` (None: all); NumPy arrays."""
+    mesh = mesh or distributed.make_mesh()
+    forward = distributed.place_parameters(forward, mesh)
+    run = partial(_predict, score, forward, distributed.replicate(state, mesh))
     # A short last batch is filled up to a power of two: few programs, and one image stays cheap.
     size = min(batch_size, 1 << max(len(images) - 1, 0).bit_length())
-    parts: list[tuple] = []
-    waiting: tuple = ()
-    for chunk, kept in rows(images, size, NamedSharding(mesh, PartitionSpec("data"))):
-        dispatched = _predict(score, forward, state, chunk), kept
-        # Read one batch behind, so that the device never waits for the host.
-        parts += _read(*waiting) if waiting else []
-        waiting = dispatched
-    parts += _read(*waiting) if waiting else []
-    if not parts:
-        return [np.zeros(0, dtype) for dtype in (np.int32, np.float32, np.float32)]
-    return [np.concatenate(column) for column in zip(*parts, strict=True)]
-
-
-def _read(outputs, kept) -> list[tuple]:
-    return [tuple(distributed.to_host(x)[:kept] for x in outputs)]
+    return batched.apply(run, [images], size, mesh)
 
 
 def check_images(images, image_shape: Sequence[int] | None = None) -> np.ndarray:
@@ -182,6 +178,7 @@ def calibrate(
     params: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
     batch_size: int = 256,
+    mesh: Mesh | None = None,
 ) -> Detector:
     """A detector of any classifier: fits a score, sets the threshold.
 
@@ -197,6 +194,7 @@ def calibrate(
       params: parameters of the score.
       class_names: what each label means.
       batch_size: images that the model sees at once.
+      mesh: the devices; None for all.
 
     Raises:
       UserError: unknown score, wrong images or labels, a model that does not give what the score
@@ -207,22 +205,25 @@ def calibrate(
     val_images, val_labels = check_labelled(validation, "validation", images.shape[1:])
     if made.fit_on == "validation":
         images, labels = val_images, val_labels
-    check_rows_are_independent(forward, val_images[:batch_size])
-    outputs = post_hoc.compute(forward, images, batch_size, made.needs)
+    mesh = mesh or distributed.make_mesh()
+    forward = distributed.place_parameters(forward, mesh)
+    check_rows_are_independent(forward, val_images[:batch_size], mesh)
+    outputs = post_hoc.compute(forward, images, batch_size, made.needs, mesh)
     check_classes(outputs, labels, class_names)
     head = None if head is None else Head(*head)
     detector = Detector(
-        forward=distributed.replicate(forward, distributed.make_mesh()),
+        forward=forward,
         score=made,
-        state=post_hoc.fit(made, outputs, labels, head, f"ID {made.fit_on}"),
+        state=post_hoc.fit(made, outputs, labels, head, f"ID {made.fit_on}", mesh),
         id_val_scores=np.zeros(0, np.float32),
         image_shape=images.shape[1:],
         keep_id=keep_id,
         class_names=None if class_names is None else tuple(class_names),
         batch_size=batch_size,
         params=dict(params or {}),
+        mesh=mesh,
     )
-    *_, values = run_detector(made, forward, detector.state, val_images, batch_size)
+    *_, values = run_detector(made, forward, detector.state, val_images, batch_size, mesh)
     return dataclasses.replace(detector, id_val_scores=sorted_scores(values, score))
 
 
@@ -261,7 +262,9 @@ def check_classes(outputs: Outputs, labels: np.ndarray, class_names=None) -> Non
         raise UserError(f"{len(class_names)} class_names for a model of {count} logits")
 
 
-def check_rows_are_independent(forward: Partial, images: np.ndarray) -> None:
+def check_rows_are_independent(
+    forward: Partial, images: np.ndarray, mesh: Mesh | None = None
+) -> None:
     """Raises a UserError where an image's logits change with its place and its neighbours."""
     half = len(images) // 2
     if not half:
@@ -269,7 +272,7 @@ def check_rows_are_independent(forward: Partial, images: np.ndarray) -> None:
     first, others = images[:half], images[half : 2 * half]
 
     def logits(batch):
-        return np.asarray(post_hoc.compute(forward, batch, len(batch), ()).logits)[:half]
+        return np.asarray(post_hoc.compute(forward, batch, len(batch), (), mesh).logits)[:half]
 
     here = logits(np.concatenate([first, others]))
     there = logits(np.concatenate([first[::-1], np.zeros_like(others)]))[::-1]

@@ -54,17 +54,17 @@ def load(
         print(f"oal_jax: {directory} lists no score {name}; fitting it now", file=sys.stderr)
         params, (state, values) = {}, _fit(context, post_hoc.make(name), head, forward)
     made = post_hoc.make(name, **params)
-    mesh = distributed.make_mesh()
     return Detector(
-        forward=distributed.replicate(forward, mesh),
+        forward=distributed.place_parameters(forward, context.mesh),
         score=made,
-        state=distributed.replicate(state, mesh),
+        state=distributed.replicate(state, context.mesh),
         id_val_scores=sorted_scores(values, name),
         image_shape=tuple(card["image_shape"]),
         keep_id=keep_id,
         class_names=tuple(card["class_names"]),
         batch_size=batch_size,
         params=params,
+        mesh=context.mesh,
     )
 
 
@@ -121,15 +121,17 @@ def _fit(
     for file in artifacts.output_hashes(context.directory("evaluate")):
         artifacts.verified(context.directory("evaluate"), file)
     sets, size = evaluate.inputs(context), context.config.evaluation.batch_size
+    mesh = context.mesh
 
     def outputs(inputs) -> Outputs:
         if all(getattr(inputs.outputs, field) is not None for field in score.needs):
             return inputs.outputs
         images = inputs.images()
-        return post_hoc.compute(forward, images, size, score.needs)
+        return post_hoc.compute(forward, images, size, score.needs, mesh)
 
     fitted_on = sets.id_train if score.fit_on == "train" else sets.id_val
-    state = post_hoc.fit(score, outputs(fitted_on), fitted_on.labels, head, f"ID {score.fit_on}")
+    set_name = f"ID {score.fit_on}"
+    state = post_hoc.fit(score, outputs(fitted_on), fitted_on.labels, head, set_name, mesh)
     if score.perturb:
-        return state, run_detector(score, forward, state, sets.id_val.images(), size)[-1]
-    return state, post_hoc.apply(score, state, outputs(sets.id_val), size, "ID val")
+        return state, run_detector(score, forward, state, sets.id_val.images(), size, mesh)[-1]
+    return state, post_hoc.apply(score, state, outputs(sets.id_val), size, "ID val", mesh)

@@ -1,28 +1,26 @@
-"""Confidence intervals of all metrics by the percentile bootstrap, without sorting anew.
+"""Confidence intervals of all metrics by the percentile bootstrap, with a single sort.
 
-A resample only changes how often an input counts. So the scores are sorted once, inputs that share
-a score are one column, and a resample is a row of counts; every metric then is a few cumulative
-sums over rows. ID and OOD inputs are drawn apart, each as often as there are, since their numbers
-are the benchmark's choice and no sample.
+A resample only changes how often each input counts. So the scores are sorted once, equal scores
+share a column, and a resample is a row of counts: every metric is then a few cumulative sums along
+the rows. ID and OOD inputs are resampled separately, because their numbers belong to the benchmark.
 
 Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
 """
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from oal_jax.evaluation.metrics import METRICS, checked
-from oal_jax.evaluation.tables import MEANS, write_lines
+from oal_jax.evaluation.tables import MEANS
 
-_CELLS = 2_000_000  # resamples x scores at once: 16 MB an array
+_CELLS = 2_000_000  # resamples x scores at a time: 16 MB per array
 
 
 class Interval(NamedTuple):
-    """Where a metric lies, in percent; the fields are the columns of `intervals.csv`."""
+    """The interval of a metric, in percent. The fields are the columns of `intervals.csv`."""
 
     score: str
     dataset: str
@@ -39,15 +37,15 @@ def resample(
     seed: int = 0,
     stream: int = 0,
 ) -> Float[np.ndarray, "b 5"]:
-    """`METRICS` (columns, shares in [0, 1]) of `resamples` bootstrap samples.
+    """`METRICS` of each bootstrap sample, one metric a column, as shares in [0, 1].
 
     Args:
       id_scores: (n,) ood_scores of ID inputs.
       ood_scores: (m,) ood_scores of OOD inputs.
-      resamples: how many samples.
-      seed: of the draws. Those of ID inputs depend on it and n alone, so that sets which are
-        compared with one ID set see it resampled alike.
-      stream: number of the OOD set, for draws of its own.
+      resamples: number of samples.
+      seed: seed of the draws. ID draws depend on it and on n alone, so all sets that are compared
+        with the same ID set see the same ID samples.
+      stream: index of the OOD set. Sets with different indices get independent draws.
 
     Raises:
       ValueError: an empty set, a NaN, or not one axis.
@@ -76,35 +74,30 @@ def intervals(
     seed: int = 0,
     level: float = 0.95,
 ) -> list[Interval]:
-    """Intervals of every metric on every set, then on the unweighted mean over each group.
+    """Intervals of each metric on each set, then on the unweighted mean over each group.
 
     Args:
       score: name of the score.
       id_scores: ood_scores of ID test.
       sets: ood_scores by OOD set.
       groups: near, far or validation, by set.
-      resamples: bootstrap samples; 200 give the ends to about a fifth of the interval's length.
-      seed: of the draws.
+      resamples: number of bootstrap samples. With 200 the ends are good to about a fifth of the
+        interval's length.
+      seed: seed of the draws.
       level: share of the samples between the ends.
     """
     samples = {
         name: resample(id_scores, values, resamples, seed, index)
         for index, (name, values) in enumerate(sets.items())
     }
-    found = []
+    result = []
     for name in sets:
-        found += _ends(score, name, groups[name], samples[name], level)
+        result += _ends(score, name, groups[name], samples[name], level)
     for group, mean in MEANS.items():
         members = [samples[name] for name in sets if groups[name] == group]
         if members:
-            found += _ends(score, mean, group, np.mean(members, axis=0), level)
-    return found
-
-
-def write_intervals(path: str | Path, found: Iterable[Interval]) -> None:
-    """Writes `intervals.csv`, percent with 4 decimals, atomically."""
-    lines = ([*i[:4], f"{i.low:.4f}", f"{i.high:.4f}"] for i in found)
-    write_lines(path, [Interval._fields, *lines])
+            result += _ends(score, mean, group, np.mean(members, axis=0), level)
+    return result
 
 
 def _ends(score, dataset, group, samples, level) -> list[Interval]:
@@ -119,24 +112,24 @@ def _ends(score, dataset, group, samples, level) -> list[Interval]:
 def _counts(
     draws: np.random.Generator, column: Int[np.ndarray, " n"], columns: int, rows: int
 ) -> Float[np.ndarray, "b t"]:
-    """How often each column was drawn: n inputs a row, with replacement."""
-    drawn = column[draws.integers(0, len(column), (rows, len(column)))]
-    drawn += columns * np.arange(rows)[:, None]
-    counts = np.bincount(drawn.ravel(), minlength=rows * columns)
+    """Counts per column of n draws with replacement, one sample a row."""
+    samples = column[draws.integers(0, len(column), (rows, len(column)))]
+    samples += columns * np.arange(rows)[:, None]
+    counts = np.bincount(samples.ravel(), minlength=rows * columns)
     return counts.reshape(rows, columns).astype(np.float64)
 
 
 def _metrics(
     id_counts: Float[np.ndarray, "b t"], ood_counts: Float[np.ndarray, "b t"], n: int, m: int
 ) -> Float[np.ndarray, "b 5"]:
-    """`metrics.ood_metrics` of every row; columns from the highest score to the lowest."""
+    """`metrics.ood_metrics` of each row. Columns run from the highest score to the lowest."""
     id_above, ood_above = np.cumsum(id_counts, axis=1), np.cumsum(ood_counts, axis=1)
-    # An OOD input is above all ID inputs of lower columns, and even with those of its own.
+    # An OOD input beats the ID inputs of lower columns and ties with those of its own column.
     auroc = np.sum(id_counts * (ood_above - ood_counts / 2), axis=1) / (n * m)
     aupr_out = _aupr(ood_above, id_above, ood_counts)
     id_below, ood_below = n - id_above + id_counts, m - ood_above + ood_counts
     aupr_in = _aupr(id_below[:, ::-1], ood_below[:, ::-1], id_counts[:, ::-1])
-    # The first column at which 95 % of OOD is caught, and the last that still keeps 95 % of ID.
+    # The first column that catches 95 % of OOD, and the last one that still keeps 95 % of ID.
     rows = np.arange(len(id_counts))
     caught = np.argmax(ood_above / m >= 0.95, axis=1)
     accepts = np.sum((n - id_above) / n >= 0.95, axis=1)
@@ -149,9 +142,9 @@ def _aupr(
     misses: Float[np.ndarray, "b t"],
     steps: Float[np.ndarray, "b t"],
 ) -> Float[np.ndarray, " b"]:
-    """Trapezoids between the points of the precision-recall curve; `steps` are new hits."""
-    taken = hits + misses
-    # No rank taken: precision is 0 / 0, and by convention 1.
-    precision = np.where(taken > 0, hits, 1.0) / np.maximum(taken, 1.0)
+    """Area under the precision-recall curve by trapezoids; `steps` counts the new hits."""
+    positives = hits + misses
+    # Precision without a positive is 0 / 0, by convention 1.
+    precision = np.where(positives > 0, hits, 1.0) / np.maximum(positives, 1.0)
     area = np.sum(precision * steps, axis=1) + np.sum(precision[:, :-1] * steps[:, 1:], axis=1)
     return (area + steps[:, 0]) / (2 * hits[:, -1])

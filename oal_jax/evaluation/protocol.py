@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from oal_jax import scores as post_hoc
@@ -61,6 +62,7 @@ def evaluate(
     params: Mapping[str, Mapping[str, Any]] | None = None,
     keep: float = 0.95,
     batch_size: int = 512,
+    mesh: Mesh | None = None,
 ) -> Evaluation:
     """Runs the protocol.
 
@@ -79,6 +81,7 @@ def evaluate(
       params: parameters of scores, by score name.
       keep: share of ID validation inputs that a threshold keeps.
       batch_size: inputs a call of a score.
+      mesh: the devices; None for all.
 
     Raises:
       UserError: an unknown score, a set without a group or called like a mean row, a NaN, missing
@@ -100,10 +103,10 @@ def evaluate(
     for score_name in score_names:
         chosen = dict(params.get(score_name, {}))
         score = post_hoc.make(score_name, **chosen)
-        state = fit(score, id_train, id_val, head)
+        state = fit(score, id_train, id_val, head, mesh)
 
         def on(data, set_name, score=score, state=state):
-            return apply(score, state, data, forward, batch_size, set_name)
+            return apply(score, state, data, forward, batch_size, set_name, mesh)
 
         id_scores = on(id_test, "ID test")
         val_scores = np.sort(on(id_val, "ID validation"))
@@ -135,7 +138,11 @@ def evaluate(
 
 
 def fit(
-    score: post_hoc.Score, id_train: Inputs, id_val: Inputs, head: post_hoc.Head | None
+    score: post_hoc.Score,
+    id_train: Inputs,
+    id_val: Inputs,
+    head: post_hoc.Head | None,
+    mesh: Mesh | None = None,
 ) -> post_hoc.State:
     """`scores.fit` on the ID set that the score is meant to be fitted on.
 
@@ -146,7 +153,7 @@ def fit(
     data, name = (id_val, "ID validation") if on_validation else (id_train, "ID train")
     if data.labels is None:
         raise UserError(f"{score.name}: {name} has no labels; give its class indices")
-    return post_hoc.fit(score, data.outputs, data.labels, head, name)
+    return post_hoc.fit(score, data.outputs, data.labels, head, name, mesh)
 
 
 def apply(
@@ -156,6 +163,7 @@ def apply(
     forward: post_hoc.Forward | None,
     batch_size: int,
     set_name: str,
+    mesh: Mesh | None = None,
 ) -> Float[np.ndarray, " n"]:
     """The ood_score of every input of a set, from its outputs, or from its images for `perturb`.
 
@@ -163,7 +171,7 @@ def apply(
       UserError: a field, the images or `forward` are missing though the score needs them, or a NaN.
     """
     if score.perturb is None:
-        values = post_hoc.apply(score, state, data.outputs, batch_size, set_name)
+        values = post_hoc.apply(score, state, data.outputs, batch_size, set_name, mesh)
     elif forward is None or data.images is None:
         raise UserError(
             f"{score.name} moves the images along a gradient: give the images of {set_name} and the"
@@ -171,7 +179,7 @@ def apply(
         )
     else:
         images = data.images()
-        values = post_hoc.apply_to_images(score, state, forward, images, batch_size)
+        values = post_hoc.apply_to_images(score, state, forward, images, batch_size, mesh)
         count = len(data.outputs.logits)
         if len(values) != count:
             raise UserError(
@@ -239,10 +247,10 @@ def write_tables(folder: str | Path, evaluation: Evaluation) -> list[Path]:
     paths = [folder / f"{name}.csv" for name in written]
     if evaluation.csid_rows:
         paths.append(folder / "csid.csv")
-        tables.write_shifted(paths[-1], evaluation.csid_rows)
+        tables.write_csv(paths[-1], evaluation.csid_rows, Shifted._fields)
     for score in evaluation.thresholds:
         paths.append(folder / "openood" / f"{score}.csv")
-        tables.write_openood(paths[-1], tables.as_openood(evaluation.rows, score))
+        tables.write_openood(paths[-1], evaluation.rows, score)
     return paths
 
 

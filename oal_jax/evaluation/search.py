@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from oal_jax import scores as post_hoc
 from oal_jax.errors import UserError
 from oal_jax.evaluation import protocol
 from oal_jax.evaluation.metrics import auroc
 from oal_jax.evaluation.protocol import Inputs
-from oal_jax.evaluation.tables import write_lines
+from oal_jax.evaluation.tables import write_csv
 
 
 class Trial(NamedTuple):
@@ -40,6 +41,7 @@ def search(
     head: post_hoc.Head | None = None,
     forward: post_hoc.Forward | None = None,
     batch_size: int = 512,
+    mesh: Mesh | None = None,
 ) -> tuple[dict[str, Any], list[Trial]]:
     """The parameters with the highest mean AUROC of validation OOD sets against ID validation.
 
@@ -48,7 +50,7 @@ def search(
       grid: parameter to its values, as in `scores.GRIDS`; their full product is tried, in order.
       id_train, id_val: ID sets as for `protocol.evaluate`.
       validation_ood: OOD sets for choosing, by name; disjoint from what is reported.
-      head, forward, batch_size: as for `protocol.evaluate`.
+      head, forward, batch_size, mesh: as for `protocol.evaluate`.
 
     Returns:
       The parameters, the first of several equally good ones, and a `Trial` for each point; one that
@@ -69,10 +71,10 @@ def search(
         params = dict(zip(grid, values, strict=True))
         try:
             score = post_hoc.make(name, **params)
-            state = protocol.fit(score, id_train, id_val, head)
+            state = protocol.fit(score, id_train, id_val, head, mesh)
             sets = {"ID validation": id_val, **validation_ood}
             known, *unknown = (
-                protocol.apply(score, state, data, forward, batch_size, set_name)
+                protocol.apply(score, state, data, forward, batch_size, set_name, mesh)
                 for set_name, data in sets.items()
             )
         except UserError as error:
@@ -94,13 +96,5 @@ def describe(params: Mapping[str, Any]) -> str:
 
 def write_search(path: str | Path, table: Sequence[Trial]) -> None:
     """Writes `search.csv`: auroc in percent, empty where refused; chosen is 1 or 0. Atomic."""
-    lines = [
-        (
-            trial.score,
-            describe(trial.params),
-            "" if trial.auroc is None else f"{trial.auroc:.4f}",
-            int(trial.chosen),
-        )
-        for trial in table
-    ]
-    write_lines(path, [("score", "parameters", "auroc", "chosen"), *lines])
+    lines = [(t.score, describe(t.params), t.auroc, int(t.chosen)) for t in table]
+    write_csv(path, lines, ("score", "parameters", "auroc", "chosen"))

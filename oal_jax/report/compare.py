@@ -1,12 +1,13 @@
-"""`--compare RUN1 RUN2 ...`: finished runs side by side, seeds of one config together.
+"""`--compare RUN1 RUN2 ...`: finished runs side by side, seeds of one config grouped.
 
-Runs whose configs differ only in the seed, and in where things lie, are one case: mean and sample
-standard deviation over its runs. Where two cases share seeds, their difference is taken seed by
-seed, which leaves out what the seed does to both.
+Runs whose configs differ only in the seed and in paths are one case: mean and sample standard
+deviation over its runs. Where a case shares seeds with the first one, their difference is taken
+seed by seed, which cancels the effect of the seed on both.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,35 +16,24 @@ import numpy as np
 from oal_jax.config import Config, flatten
 from oal_jax.errors import UserError
 from oal_jax.evaluation import tables
-from oal_jax.evaluation.tables import Row
+from oal_jax.evaluation.tables import OPENOOD, Row
 from oal_jax.report import html
 from oal_jax.runtime import artifacts
+from oal_jax.runtime.command import BareParser
 
-# Names of OpenOOD's postprocessors, which are the stems of its files, where ours are others.
+# OpenOOD's names of postprocessors, which are the stems of its files, where ours differ.
 _OPENOOD_SCORES = {"ebo": "energy", "mls": "max_logit", "mds": "mahalanobis"}
-_PLACES = ("data.root", "train.start")  # where things lie; other values of them are the same case
-
-
-class Measure(NamedTuple):
-    """A line of the comparison, read from the mean rows of a run."""
-
-    title: str
-    dataset: str
-    field: str  # of `Row`
-    higher: bool  # is better
-
-
-MEASURES = (
-    Measure("near-OOD AUROC", "nearood", "auroc", True),
-    Measure("far-OOD AUROC", "farood", "auroc", True),
-    Measure("near-OOD FPR at 95 % OOD TPR", "nearood", "fpr_at_95_ood_tpr", False),
-    Measure("far-OOD FPR at 95 % OOD TPR", "farood", "fpr_at_95_ood_tpr", False),
-)
-_ACCURACY = Measure("ID accuracy", "", "id_accuracy", True)
+_PATHS = ("data.root", "train.start")  # another value of these is not another case
+_MEASURES = {  # title -> mean row and field of `Row`
+    "near-OOD AUROC": ("nearood", "auroc"),
+    "far-OOD AUROC": ("farood", "auroc"),
+    "near-OOD FPR at 95 % OOD TPR": ("nearood", "fpr_at_95_ood_tpr"),
+    "far-OOD FPR at 95 % OOD TPR": ("farood", "fpr_at_95_ood_tpr"),
+}
 
 
 class Run(NamedTuple):
-    """What is read of a finished run."""
+    """A finished run, or a CSV file in OpenOOD's layout, which has no config."""
 
     path: Path
     config: dict[str, Any]
@@ -51,360 +41,273 @@ class Run(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A column: runs of one config, or a CSV file in OpenOOD's layout."""
+    """A column of the comparison: the runs of one config, or one CSV file."""
 
     name: str  # a letter
     label: str
-    runs: list[Run]  # none for a CSV file
-    mean: list[Row]
-    std: list[Row]
+    runs: list[Run]
 
 
 class Cell(NamedTuple):
-    """A number of the table; `std` is NaN where it comes of one run."""
+    """A value of the comparison; `std` is None for a single run."""
 
     mean: float
-    std: float
-    count: int
+    std: float | None
+    runs: int
 
 
-# (title of the measure, score) -> name of the column -> cell
-Table = dict[tuple[str, str], dict[str, Cell]]
+Key = tuple[str, str]  # title of the measure; score, or set
+Table = dict[Key, dict[str, Cell]]  # key -> column -> cell
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Reads the arguments behind the program's name, prints the comparison, writes `--output`.
+    """Parses the command line, prints the comparison and writes `--output`.
 
     Raises:
-      UserError: a path that is no finished run or given twice, an unknown flag, an output whose
-        name ends in neither .html nor .csv.
+      UserError: a path that is not a finished run or is given twice, an unknown flag, an output
+        that ends in neither .html nor .csv or can't be written.
     """
-    paths, output = _parse(arguments)
-    cases = read(paths)
-    table, differences = compare(cases)
-    print(format_text(cases, table, differences))
-    if output:
-        _write(output, cases, table, differences)
-        print(f"comparison: {output}")
+    parser = BareParser("python -m oal_jax.main", "Compares finished runs.")
+    parser.add_argument("--compare", nargs="*", action="extend", type=Path)
+    parser.add_argument("--output", type=Path)
+    values, rest = parser.parse_known_args(arguments)
+    if rest:
+        raise UserError(f"{rest[0]} does not go with --compare, which takes RUN ... and --output")
+    if values.output and values.output.suffix not in (".html", ".csv"):
+        raise UserError(f"--output {values.output} must end in .html or .csv")
+    cases = read(values.compare)
+    print(format_text(cases))
+    if values.output:
+        _write(values.output, cases)
+        print(f"comparison: {values.output}")
 
 
 def read(paths: Sequence[Path]) -> list[Case]:
-    """The cases in the order in which their first runs are given.
+    """The cases: those of runs in the order of their first runs, then the CSV files.
 
     Raises:
       UserError: see `run`.
     """
-    seen: dict[Path, Path] = {}
-    for path in paths:
-        if path.resolve() in seen:
-            raise UserError(f"--compare got {path} twice; give each run once")
-        seen[path.resolve()] = path
-    runs = [_read_run(path) for path in paths if path.suffix != ".csv" or path.is_dir()]
-    if not runs:
-        raise UserError("--compare wants the directory of at least one finished run")
+    for one, other in itertools.combinations(paths, 2):
+        if one.resolve() == other.resolve():
+            raise UserError(f"--compare got {other} twice; give each run once")
+    files = [path for path in paths if path.suffix == ".csv" and not path.is_dir()]
     grouped: dict[str, list[Run]] = {}
-    for item in runs:
-        grouped.setdefault(_identity(item.config), []).append(item)
-    for members in grouped.values():
-        _check_apart(members)
-    varied = _varied([members[0].config for members in grouped.values()])
-    cases = []
-    for members in grouped.values():
-        mean, std = tables.aggregate([item.rows for item in members])
-        cases.append(Case(_letter(len(cases)), _label(members, varied), members, mean, std))
     for path in paths:
-        if path.suffix == ".csv" and not path.is_dir():
-            score, rows = _read_published(path, cases)
-            label = f"{path}, as score {score}"
-            empty = [row._replace(**dict.fromkeys(Row._fields[3:], np.nan)) for row in rows]
-            cases.append(Case(_letter(len(cases)), label, [], rows, empty))
-    return cases
+        if path not in files:
+            finished = _read_run(path)
+            grouped.setdefault(_identity(finished.config), []).append(finished)
+    if not grouped:
+        raise UserError("--compare needs the directory of at least one finished run")
+    groups = list(grouped.values())
+    for runs in groups:
+        _check_group(runs)
+    labels = _labels(groups)
+    scores = list(dict.fromkeys(row.score for runs in groups for row in runs[0].rows))
+    for path in files:
+        score = _OPENOOD_SCORES.get(path.stem, path.stem)
+        score = score if score in scores else scores[0]
+        rows = [row._replace(score=score) for row in tables.read_openood(path)]
+        groups.append([Run(path, {}, rows)])
+        labels.append(f"{path}, as score {score}")
+    names = (chr(ord("A") + i) if i < 26 else f"#{i + 1}" for i in range(len(groups)))
+    return [Case(*case) for case in zip(names, labels, groups, strict=True)]
 
 
 def compare(cases: Sequence[Case]) -> tuple[Table, Table]:
-    """The table over all cases, and that of paired differences to the first one.
+    """The table of all cases, and the paired differences to the first case.
 
-    The second has a column for each further case that shares a seed with the first.
+    The second table has a column for each further case that shares a seed with the first.
     """
-    table: Table = {}
-    for case in cases:
-        spreads = _cells(case.std)
-        for key, value in _cells(case.mean).items():
-            cell = Cell(value, spreads[key], max(1, len(case.runs)))
-            table.setdefault(key, {})[case.name] = cell
-    differences: Table = {}
+    published = {case.runs[0].rows[0].score for case in cases if not case.runs[0].config}
+    columns = {c.name: [_measures(run.rows, published) for run in c.runs] for c in cases}
     first, *others = cases
-    base = _by_seed(first)
+    base, differences = _by_seed(first, columns[first.name]), {}
     for case in others:
-        theirs = _by_seed(case)
-        shared = [seed for seed in base if seed in theirs]
-        for key in _cells(case.mean) if shared else ():
-            pairs = [(theirs[s].get(key), base[s].get(key)) for s in shared]
-            if any(value is None for pair in pairs for value in pair):
-                continue
-            values = [a - b for a, b in pairs]
-            std = float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
-            cell = Cell(float(np.mean(values)), std, len(values))
-            differences.setdefault(key, {})[f"{case.name}-{first.name}"] = cell
-    return _ordered(table), _ordered(differences)
-
-
-def best(key: tuple[str, str], table: Table) -> set[str]:
-    """Columns that are best in a line, to two decimals; of a single column, whether it is so in it.
-
-    A line with one cell is compared with the other scores of the same measure.
-    """
-    higher = {measure.title: measure.higher for measure in (*MEASURES, _ACCURACY)}[key[0]]
-    line = {name: round(cell.mean, 2) for name, cell in table[key].items()}
-    rivals = list(line.values())
-    if len(_names(table)) == 1:
-        rivals = [
-            round(cell.mean, 2) for k, c in table.items() if k[0] == key[0] for cell in c.values()
+        pairs = [
+            (values, base[seed])
+            for seed, values in _by_seed(case, columns[case.name]).items()
+            if seed in base
         ]
-    if len(rivals) < 2:
-        return set()
-    top = max(rivals) if higher else min(rivals)
-    return {name for name, value in line.items() if value == top}
+        if pairs:
+            differences[f"{case.name}-{first.name}"] = [
+                {key: a[key] - b[key] for key in a if key in b} for a, b in pairs
+            ]
+    return _tabulate(columns), _tabulate(differences)
 
 
-def format_text(cases: Sequence[Case], table: Table, differences: Table) -> str:
-    """The comparison for the terminal; a `*` is behind the best of each line."""
+def best(key: Key, table: Table) -> set[str]:
+    """Columns with the best value of a line, to two decimals.
+
+    In a table of one column, a line competes with the other lines of its measure.
+    """
+    rivals = [table[key]]
+    if len(_columns(table)) == 1:
+        rivals = [cells for (title, _), cells in table.items() if title == key[0]]
+    values = [round(cell.mean, 2) for cells in rivals for cell in cells.values()]
+    top = min(values) if "FPR" in key[0] else max(values)
+    return {n for n, cell in table[key].items() if round(cell.mean, 2) == top and len(values) > 1}
+
+
+def format_text(cases: Sequence[Case]) -> str:
+    """The comparison for the terminal, with a `*` behind the best values of each line."""
     lines = [f"{case.name}  {case.label}" for case in cases]
-    if len({_sets(case) for case in cases if case.runs}) > 1:
-        lines.append("note: these runs were tested on different sets; their means do not compare")
-    lines += ["", "percent, mean ± standard deviation over runs; * best of a line"]
-    lines += _blocks(table, [case.name for case in cases], lambda key: best(key, table), "")
-    if differences:
-        names = _names(differences)
-        lines += ["", f"difference to {cases[0].name}, seed by seed"]
-        lines += _blocks(differences, names, lambda key: set(), "+")
-    for case in cases:
-        if not case.runs:
-            score = case.mean[0].score
-            ours = tables.as_openood(cases[0].mean, score)
-            lines += ["", f"{case.name} -> {cases[0].name}, set by set, score {score}"]
-            lines += tables.difference(ours, tables.as_openood(case.mean, score))
+    lines += [f"note: {note}" for note in _notes(cases)]
+    lines += ["", "percent, mean ± sample standard deviation over runs; * marks the best of a line"]
+    for heading, columns, body in _sections(cases):
+        grid = [["", *(f"{name}  " for name in columns)]]
+        grid += [
+            [label, *(text + (" *" if top else "  ") for text, top in cells)]
+            for _, label, cells in body
+        ]
+        head, *rest = (line.rstrip() for line in tables.aligned(grid))
+        lines += ["", heading, head] if heading else ["", head]
+        for title, group in itertools.groupby(zip(body, rest, strict=True), lambda x: x[0][0]):
+            lines += ["", title, *(line for _, line in group)]
     return "\n".join(lines) + "\n"
 
 
-def format_page(cases: Sequence[Case], table: Table, differences: Table) -> str:
+def format_page(cases: Sequence[Case]) -> str:
     """The comparison as one HTML page."""
-    legend = "".join(
-        f"<tr><th>{html.text(case.name)}</th><td>{html.text(case.label)}</td></tr>"
-        for case in cases
+    return html.render(
+        "compare.html.jinja",
+        title="Comparison of runs",
+        cases=cases,
+        notes=_notes(cases),
+        sections=_sections(cases),
     )
-    parts = [
-        f"<table class=config><tbody>{legend}</tbody></table>",
-        "<p class=note>Percent, mean ± sample standard deviation over the runs of a case. Best of "
-        "a line in bold.</p>",
-        _html(table, [case.name for case in cases], lambda key: best(key, table), ""),
-    ]
-    if differences:
-        names = _names(differences)
-        parts.append(f"<h2>Difference to {cases[0].name}, seed by seed</h2>")
-        parts.append(_html(differences, names, lambda key: set(), "+"))
-    for case in cases:
-        if not case.runs:
-            score = case.mean[0].score
-            ours = tables.as_openood(cases[0].mean, score)
-            lines = tables.difference(ours, tables.as_openood(case.mean, score))
-            heading = f"{case.name} to {cases[0].name}, set by set, score {score}"
-            items = "".join(f"<li>{html.text(line)}</li>" for line in lines)
-            parts.append(f"<h2>{html.text(heading)}</h2><ul>{items}</ul>")
-    return html.document("Comparison of runs", "<h1>Comparison of runs</h1>\n" + "\n".join(parts))
-
-
-def _parse(arguments: Sequence[str]) -> tuple[list[Path], str]:
-    paths, output, given = [], "", list(arguments)
-    while given:
-        name, equals, value = given.pop(0).partition("=")
-        if name == "--output":
-            output = value if equals else given.pop(0) if given else ""
-            if not output or output.startswith("--"):
-                raise UserError("--output wants a file name that ends in .html or .csv")
-        elif name == "--compare":
-            paths += [Path(value)] if value else []
-        elif name.startswith("-"):
-            raise UserError(f"{name} does not go with --compare, which takes RUN ... and --output")
-        else:
-            paths.append(Path(name + equals + value))
-    if output and Path(output).suffix not in (".html", ".csv"):
-        raise UserError(f"--output {output} must end in .html or .csv")
-    return paths, output
 
 
 def _read_run(path: Path) -> Run:
-    if not (path / "config.json").is_file():
+    file, table = path / "config.json", path / "report" / "ood.csv"
+    if not file.is_file():
         raise UserError(f"{path} has no config.json; it is not the directory of a run")
-    config = artifacts.read_json(path / "config.json", "run its --config with --force once more")
+    config = artifacts.read_json(file, "run its --config with --force again")
     if not isinstance(config, dict):
-        raise UserError(f"{path / 'config.json'} is damaged; run its --config with --force again")
-    table = path / "report" / "ood.csv"
+        raise UserError(f"{file} is damaged; run its --config with --force again")
     if not table.is_file():
         raise UserError(f"run {path} is not finished: {table} is missing; start it again to go on")
     rows = tables.read_csv(table)
     if not rows:
         raise UserError(f"{table} has no rows; delete {table.parent} and run the stage report")
-    # Keys that came after the run was made have their defaults.
+    # Keys that are newer than the run have their defaults.
     return Run(path, flatten(Config()) | config, rows)
 
 
-def _read_published(path: Path, cases: Sequence[Case]) -> tuple[str, list[Row]]:
-    """The score that a file stands for, by its name or else the first one, and its rows."""
-    scores = list(dict.fromkeys(row.score for case in cases for row in case.mean))
-    named = _OPENOOD_SCORES.get(path.stem, path.stem)
-    score = named if named in scores else scores[0]
-    lines = tables.read_openood(path)
-    if not lines:
-        raise UserError(f"{path} has no lines below its header")
-    groups = {row.dataset.lower(): row.group for case in cases for row in case.mean}
-    rows, group = [], "near"
-    for line in lines:
-        # Near sets come first and end with their mean.
-        group = groups.get(line.dataset.lower(), group)
-        metrics = (line.auroc, line.aupr_in, line.aupr_out, line.fpr95, np.nan, line.accuracy)
-        rows.append(Row(score, line.dataset, group, *metrics))
-        if line.dataset == tables.MEANS["near"]:
-            group = "far"
-    return score, rows
-
-
 def _identity(config: Mapping[str, Any]) -> str:
-    kept = {key: value for key, value in config.items() if key not in ("seed", *_PLACES)}
-    # Whether there is a start matters; which of several seeds' runs it is does not.
-    kept["train.start"] = bool(config["train.start"])
-    return json.dumps(kept, sort_keys=True)
+    """What the runs of a case have in common."""
+    fixed = {key: value for key, value in config.items() if key not in ("seed", *_PATHS)}
+    # A start is part of a case, but each seed may start from a run of its own.
+    return json.dumps(fixed | {"train.start": bool(config["train.start"])}, sort_keys=True)
 
 
-def _check_apart(members: Sequence[Run]) -> None:
-    known: dict[str, Run] = {}
-    for item in members:
-        config = json.dumps(item.config, sort_keys=True)
-        if config in known:
+def _check_group(runs: Sequence[Run]) -> None:
+    """Checks that the runs of a case differ and have rows of the same scores and sets."""
+    for one, other in itertools.combinations(runs, 2):
+        if one.config == other.config:
             raise UserError(
-                f"{known[config].path} and {item.path} are the same run: one config, one seed;"
-                " give one of them"
+                f"{one.path} and {other.path} are the same run: one config, one seed; give one"
             )
-        known[config] = item
+        differing = {row[:2] for row in one.rows} ^ {row[:2] for row in other.rows}
+        if differing:
+            score, dataset = min(differing)
+            raise UserError(
+                f"only one of {one.path} and {other.path} has a row of score {score} on {dataset};"
+                " give runs of the same scores and sets"
+            )
 
 
-def _varied(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    keys = dict.fromkeys(key for config in configs for key in config)
-    ignored = ("seed", "data.root")
-    return [
-        key
-        for key in keys
-        if key not in ignored and any(c.get(key) != configs[0].get(key) for c in configs)
-    ]
+def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """Settings that differ between cases, seeds and paths of each case."""
+    configs = [runs[0].config for runs in groups]
+    keys = [key for key in dict.fromkeys(itertools.chain(*configs)) if key != "data.root"]
+    varied = [k for k in keys if k != "seed" and len({str(c.get(k)) for c in configs}) > 1]
+    labels = []
+    for runs in groups:
+        settings = ", ".join(f"{key}={runs[0].config.get(key)}" for key in varied)
+        seeds = " ".join(str(run.config["seed"]) for run in runs)
+        paths = ", ".join(str(run.path) for run in runs)
+        word = "seed" if len(runs) == 1 else "seeds"
+        labels.append(f"{settings}{'; ' * bool(settings)}{word} {seeds} ({paths})")
+    return labels
 
 
-def _label(members: Sequence[Run], varied: Sequence[str]) -> str:
-    settings = ", ".join(f"{key}={members[0].config.get(key)}" for key in varied)
-    seeds = " ".join(str(item.config["seed"]) for item in members)
-    paths = ", ".join(str(item.path) for item in members)
-    count = "seed" if len(members) == 1 else "seeds"
-    return f"{settings}{'; ' * bool(settings)}{count} {seeds} ({paths})"
-
-
-def _letter(index: int) -> str:
-    return chr(ord("A") + index) if index < 26 else f"#{index + 1}"
-
-
-def _sets(case: Case) -> tuple[str, ...]:
-    return tuple(sorted({row.dataset for row in case.mean}))
-
-
-def _cells(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
-    cells = {}
-    for row in rows:
-        for measure in MEASURES:
-            if row.dataset == measure.dataset:
-                cells[measure.title, row.score] = getattr(row, measure.field)
-        cells[_ACCURACY.title, ""] = row.id_accuracy  # of the classifier, whatever the score
-    return cells
-
-
-def _by_seed(case: Case) -> dict[int, dict[tuple[str, str], float]]:
-    seeds = [item.config["seed"] for item in case.runs]
-    return {
-        seed: _cells(item.rows)
-        for seed, item in zip(seeds, case.runs, strict=True)
-        if seeds.count(seed) == 1
+def _measures(rows: Sequence[Row], published: set[str]) -> dict[Key, float]:
+    """Values of a run: means of all scores, accuracy, and each set for `published` scores."""
+    values = {
+        (title, row.score): getattr(row, field)
+        for title, (dataset, field) in _MEASURES.items()
+        for row in rows
+        if row.dataset == dataset
+    }
+    values["ID accuracy", ""] = rows[-1].id_accuracy  # the same in all rows
+    return values | {
+        (f"{name} of each set ({row.score})", row.dataset.lower()): getattr(row, field)
+        for name, field in OPENOOD.items()
+        for row in rows
+        if row.score in published and name != "ACC"
     }
 
 
-def _names(table: Table) -> list[str]:
-    return list(dict.fromkeys(name for cells in table.values() for name in cells))
+def _by_seed(case: Case, values: Sequence[dict[Key, float]]) -> dict[int, dict[Key, float]]:
+    """`values` of the case's runs by seed. Seeds that the case has twice are left out."""
+    seeds = [run.config.get("seed") for run in case.runs]
+    pairs = zip(seeds, values, strict=True)
+    return {seed: v for seed, v in pairs if seed is not None and seeds.count(seed) == 1}
 
 
-def _ordered(table: Table) -> Table:
-    titles = [measure.title for measure in (*MEASURES, _ACCURACY)]
+def _tabulate(columns: Mapping[str, Sequence[Mapping[Key, float]]]) -> Table:
+    """Mean and deviation of each value over the runs of a column, lines of a measure together."""
+    table: Table = {}
+    for name, runs in columns.items():
+        for key in runs[0]:
+            values = [run[key] for run in runs]
+            std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            table.setdefault(key, {})[name] = Cell(float(np.mean(values)), std, len(values))
+    titles = list(dict.fromkeys(title for title, _ in table))
     return dict(sorted(table.items(), key=lambda item: titles.index(item[0][0])))
 
 
-def _shown(cell: Cell | None, sign: str) -> str:
+def _columns(table: Table) -> list[str]:
+    return list(dict.fromkeys(name for cells in table.values() for name in cells))
+
+
+def _notes(cases: Sequence[Case]) -> list[str]:
+    runs = [case.runs[0] for case in cases if case.runs[0].config]
+    same = len({frozenset(row.dataset for row in run.rows) for run in runs}) == 1
+    return [] if same else ["these runs were tested on different sets; do not compare their means"]
+
+
+def _sections(cases: Sequence[Case]) -> list[tuple]:
+    """(heading, columns, lines) of each table; a line is (measure, label, [(text, is best)])."""
+    table, differences = compare(cases)
+    headings = ("", f"Difference to {cases[0].name}, seed by seed")
+    sections = []
+    for heading, content, sign in zip(headings, (table, differences), ("", "+"), strict=True):
+        columns, lines = _columns(content), []
+        for key, cells in content.items():
+            marked = best(key, content) if content is table else set()
+            texts = [_text(cells.get(name), sign) for name in columns]
+            marks = [name in marked for name in columns]
+            lines.append((*key, list(zip(texts, marks, strict=True))))
+        sections.append((heading, columns, lines))
+    return [section for section in sections if section[2]]
+
+
+def _text(cell: Cell | None, sign: str) -> str:
     if cell is None:
         return "-"
-    spread = "" if np.isnan(cell.std) else f" ± {cell.std:.2f}"
-    return f"{cell.mean:{sign}.2f}{spread}"
+    return f"{cell.mean:{sign}.2f}" + ("" if cell.std is None else f" ± {cell.std:.2f}")
 
 
-def _blocks(table: Table, names: Sequence[str], top: Callable, sign: str) -> list[str]:
-    """A block of lines a measure, the columns aligned over all of them."""
-    grid = [
-        [key[1], *(_shown(cells.get(n), sign) + (" *" if n in top(key) else "  ") for n in names)]
-        for key, cells in table.items()
+def _write(output: Path, cases: Sequence[Case]) -> None:
+    if output.suffix == ".html":
+        artifacts.write_bytes(output, format_page(cases).encode())
+        return
+    lines = [
+        (name, score, title, *cell)
+        for table in compare(cases)
+        for (title, score), cells in table.items()
+        for name, cell in cells.items()
     ]
-    head = ["", *(f"{name}  " for name in names)]
-    widths = [max(len(line[i]) for line in [head, *grid]) for i in range(len(head))]
-    lines, title = [], None
-    for (measure, _), cells in zip(table, grid, strict=True):
-        if measure != title:
-            lines += ["", measure, _aligned(head, widths)] if title is None else ["", measure]
-            title = measure
-        lines.append(_aligned(cells, widths))
-    return lines
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = (
-        cell.rjust(width) if i else cell.ljust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join([first, *others]).rstrip()
-
-
-def _html(table: Table, names: Sequence[str], top: Callable, sign: str) -> str:
-    lines, title = [], None
-    for (measure, score), cells in table.items():
-        if measure != title:
-            lines.append(f"<tr><th colspan={len(names) + 1}>{html.text(measure)}</th></tr>")
-            title = measure
-        marked = top((measure, score))
-        columns = "".join(
-            f"<td{' class=best' if name in marked else ''}>{_shown(cells.get(name), sign)}</td>"
-            for name in names
-        )
-        lines.append(f"<tr><th>{html.text(score)}</th>{columns}</tr>\n")
-    head = "".join(f"<th>{html.text(name)}</th>" for name in names)
-    return html.table(f"<th></th>{head}", "".join(lines))
-
-
-def _write(output: str, cases, table: Table, differences: Table) -> None:
-    try:
-        if output.endswith(".html"):
-            artifacts.write_bytes(Path(output), format_page(cases, table, differences).encode())
-            return
-        lines = [("case", "score", "measure", "mean", "std", "runs")]
-        for (measure, score), cells in [*table.items(), *differences.items()]:
-            lines += [
-                (name, score, measure, f"{c.mean:.4f}", _number(c.std), str(c.count))
-                for name, c in cells.items()
-            ]
-        tables.write_lines(output, lines)
-    except (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
-        raise UserError(f"--output {output} can't be written ({error})") from None
-
-
-def _number(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:.4f}"
+    tables.write_csv(output, lines, ("case", "score", "measure", "mean", "std", "runs"))

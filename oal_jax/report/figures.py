@@ -1,15 +1,13 @@
-"""The pictures of the report, as strings that go into its HTML.
+"""The pictures of the report, as strings for its HTML.
 
-Charts are SVG with text as text and lines in `currentColor`, so that they follow the light or dark
-scheme of the page; samples are PNG data. matplotlib is imported on first use, drives no window, and
-no state of `pyplot` is touched.
+Charts are SVG with text as text and lines in `currentColor`, so they follow the light or dark
+scheme of the page. Samples are PNG data. matplotlib is imported on first use, `pyplot` never.
 """
 
 import base64
 import html
 import io
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -20,13 +18,13 @@ from oal_jax.evaluation.metrics import curve
 INK = "#010203"  # stands for currentColor while matplotlib draws
 ID_COLOR = "#4c8bd6"
 GROUP_COLORS = {"near": "#f28e2b", "far": "#d9534f", "validation": "#9c6ade", "csid": "#3fa796"}
-# Readable on white and on near-black; more series than colours start again.
+# Readable on white and on near-black. Colours repeat after the last one.
 SERIES = ("#4c8bd6", "#f28e2b", "#d9534f", "#3fa796", "#9c6ade", "#b8892b", "#d16ba5", "#7a8899")
 _CURVE_POINTS = 300
-_DOTS = 1200  # a cloud of the projection; more only hide one another
-_CLASSES_NAMED = 10  # more would fill the picture with their legend
+_DOTS = 1200  # points per cloud of the projection; more would hide each other
+_CLASSES_NAMED = 10  # a longer legend would fill the picture
 _SPIKE = 8  # ratio of peaks from which a linear axis would hide the lower histogram
-_FIT_ROWS = 1000  # features that the projection is fitted on
+_FIT_ROWS = 1000  # features used to fit the projection
 
 
 def histograms(
@@ -37,7 +35,7 @@ def histograms(
 ) -> str:
     """Densities of the ood_scores of ID test and of each group of OOD sets, and the threshold.
 
-    The axis spans the middle 99.5 % of all scores, as single outliers would squeeze the rest.
+    The axis spans the middle 99.5 % of all scores, so that a few extremes do not squeeze the rest.
     """
     figure, axes = _figure()
     everything = np.concatenate([id_scores, *groups.values()]).astype(np.float64)
@@ -49,7 +47,7 @@ def histograms(
     series += [(f"{name} OOD", s, GROUP_COLORS[name]) for name, s in groups.items()]
     peaks = []
     for name, scores, color in series:
-        # Weights, so that what lies outside the axis still counts in the area.
+        # Explicit weights: scores outside the axis still count in the area.
         weights = np.full(len(scores), 1 / (len(scores) * (bins[1] - bins[0])))
         style = {"histtype": "stepfilled", "alpha": 0.35, "color": color}
         heights, _, _ = axes.hist(scores, bins, weights=weights, label=name, **style)
@@ -73,12 +71,12 @@ def roc(
     sets: Mapping[str, Float[np.ndarray, " m"]],
     title: str,
 ) -> str:
-    """ROC curves, one an OOD set; OOD is the positive class."""
+    """ROC curves, one per OOD set. OOD is the positive class."""
     figure, axes = _figure()
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.3)
     for index, (name, scores) in enumerate(sets.items()):
         c = curve(id_scores, scores)
-        # Evenly along the length of the staircase: corners survive where the curve is steep.
+        # Points evenly spaced along the staircase keep its corners where the curve is steep.
         length = c.id_rate + c.ood_rate
         pick = np.searchsorted(length, np.linspace(0, 2, _CURVE_POINTS)).clip(0, len(length) - 1)
         style = {"color": SERIES[index % len(SERIES)], "linewidth": 1.4}
@@ -94,9 +92,9 @@ def overview(
     intervals: Mapping[tuple[str, str], tuple[float, float]],
     title: str,
 ) -> str:
-    """One line a score, the first on top, and on it a dot a group (near, far), in percent.
+    """One line per score, the first on top, with one dot per group (near, far), in percent.
 
-    Where `intervals` has the ends for (score, group), a bar through the dot shows them.
+    A bar through a dot shows the ends that `intervals` has for (score, group).
     """
     order = list(values)[::-1]
     figure, axes = _figure(height=0.9 + 0.24 * len(order))
@@ -117,18 +115,18 @@ def overview(
 
 
 def shares(
-    percent: Mapping[str, float], groups: Mapping[str, str], wanted: float, title: str
+    percent: Mapping[str, float], groups: Mapping[str, str], expected: float, title: str
 ) -> str:
-    """Horizontal bars: percent of each set called OOD; sets without a group are ID.
+    """Horizontal bars: percent of each set called OOD. Sets without a group are ID.
 
-    The dashed line is at `wanted`, the percent of ID inputs that the threshold gives away.
+    The dashed line is at `expected`, the percent of ID inputs that the threshold rejects.
     """
     figure, axes = _figure(height=0.9 + 0.24 * len(percent))
     names = list(percent)[::-1]
     colors = [GROUP_COLORS[groups[name]] if name in groups else ID_COLOR for name in names]
     axes.barh(range(len(names)), [percent[name] for name in names], color=colors, height=0.7)
     for place, name in enumerate(names):
-        inside = percent[name] > 85  # where a number behind the bar would leave the picture
+        inside = percent[name] > 85  # a number beside a long bar would leave the picture
         axes.annotate(
             f"{percent[name]:.1f}",
             (percent[name], place),
@@ -139,17 +137,17 @@ def shares(
             color=INK,
             fontsize=8,
         )
-    axes.axvline(wanted, color=INK, linestyle="--", linewidth=1)
+    axes.axvline(expected, color=INK, linestyle="--", linewidth=1)
     axes.set(title=title, xlabel="called OOD, percent", xlim=(0, 100), yticks=range(len(names)))
     axes.set_yticklabels([_plain(name) for name in names])
     return _svg(figure, f"Share of each set called OOD: {title}")
 
 
 def pca(features: Float[np.ndarray, "n d"]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (d,) and the two leading principal axes (d, 2) of `features`, signs made unique.
+    """Mean (d,) and the two leading principal axes (d, 2) of `features`, with unique signs.
 
-    Fitted on at most 1000 rows, evenly spaced, which two axes do not notice. Where features have
-    one dimension or one row, the missing axes are zero.
+    The fit uses at most 1000 rows, evenly spaced. Features of one dimension or one row have no
+    second axis: it is zero.
     """
     rows = np.asarray(features, np.float64)[:: -(-len(features) // _FIT_ROWS)]
     mean = rows.mean(axis=0)
@@ -166,10 +164,10 @@ def projection(
     ood_features: Mapping[str, Float[np.ndarray, "m d"]],
     outlier_features: Float[np.ndarray, "k d"] | None,
 ) -> str:
-    """First two principal components, fitted on ID features, of everything.
+    """First two principal components of all features, fitted on ID features.
 
-    ID by class, OOD by set, mapped outliers as crosses. The axes span the middle 99 % of the
-    points, so that a few far ones do not squeeze the classes.
+    Colours are ID classes, markers are OOD sets, crosses are mapped outliers. The axes span the
+    middle 99 % of the points, so that a few far ones do not squeeze the classes.
     """
     figure, axes = _figure(height=4.0)
     mean, directions = pca(id_features)
@@ -183,7 +181,7 @@ def projection(
     points, labels = place(thin(id_features)), thin(id_labels)
     clouds = [points]
     style = {"linestyle": "none", "markeredgewidth": 0}
-    # OOD sets lie below the classes and differ by marker, since the hues are taken by the classes.
+    # OOD sets are drawn first, below the classes. Hues are for classes, so sets differ by marker.
     for index, (name, features) in enumerate(ood_features.items()):
         clouds.append(place(thin(features, _DOTS // 2)))
         axes.plot(
@@ -235,7 +233,7 @@ def projection(
 
 
 def curves(series: Mapping[str, Float[np.ndarray, "t 2"]], title: str, unit: str) -> str:
-    """Lines over training steps: (step, value) pairs by name; long ones are thinned by means."""
+    """Lines over training steps from (step, value) pairs; long series are averaged in chunks."""
     figure, axes = _figure()
     for index, (name, values) in enumerate(series.items()):
         values = np.asarray(values, np.float64)
@@ -253,7 +251,7 @@ def curves(series: Mapping[str, Float[np.ndarray, "t 2"]], title: str, unit: str
     last = [abs(np.asarray(values)[-1, 1]) for values in series.values()]
     first = [abs(np.asarray(values)[0, 1]) for values in series.values()]
     if max(first) > 20 * np.median(last):
-        # One large early term would press all others into a line at the bottom.
+        # On a linear axis one large early value would flatten all other lines.
         axes.set_yscale("symlog", linthresh=1.0)
     axes.set(title=title, xlabel="step", ylabel=unit)
     axes.grid(color=INK, alpha=0.12, linewidth=0.6)
@@ -265,12 +263,14 @@ def strip(images: UInt8[np.ndarray, "k h w c"], size: int = 48) -> str:
     """One row of images as a PNG data URI, each reduced to at most `size` pixels a side.
 
     Args:
-      images: uint8; 1 channel (grey) or 3 (RGB).
+      images: uint8, with 1 channel (grey) or 3 (RGB).
       size: larger images are averaged down by whole factors.
 
     Raises:
       ValueError: not uint8, not four axes, or another number of channels.
     """
+    from PIL import Image
+
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(f"images must be uint8 (k, h, w, 1 or 3): {images.dtype} {images.shape}")
@@ -280,36 +280,20 @@ def strip(images: UInt8[np.ndarray, "k h w c"], size: int = 48) -> str:
     blocks = images[:, :h, :w].reshape(k, h // factor, factor, w // factor, factor, c)
     small = np.rint(blocks.mean(axis=(2, 4))).astype(np.uint8)
     row = np.concatenate(list(small), axis=1)
-    return "data:image/png;base64," + base64.b64encode(_png(row)).decode()
-
-
-def _png(image: UInt8[np.ndarray, "h w c"]) -> bytes:
-    """Encodes grey or RGB pixels (PNG specification, sections 5 and 9; filter type 0)."""
-    height, width, channels = image.shape
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = zlib.crc32(kind + data)
-        return len(data).to_bytes(4, "big") + kind + data + check.to_bytes(4, "big")
-
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big")
-    header += bytes([8, 0 if channels == 1 else 2, 0, 0, 0])
-    lines = image.reshape(height, width * channels)
-    filtered = np.concatenate([np.zeros((height, 1), np.uint8), lines], axis=1)
-    data = zlib.compress(filtered.tobytes(), 9)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    )
+    data = io.BytesIO()
+    Image.fromarray(row[:, :, 0] if c == 1 else row).save(data, "png", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 def _hues(n: int) -> Float[np.ndarray, "n 3"]:
-    """n colours around the circle, as classes can be many."""
+    """n colours around the colour circle."""
     from matplotlib.colors import hsv_to_rgb
 
     return hsv_to_rgb(np.array([(i / max(n, 1), 0.65, 0.85) for i in range(n)]).reshape(-1, 3))
 
 
 def _figure(width: float = 4.6, height: float = 3.1):
-    """A figure of its own, transparent, about as wide as a phone so that its text stays legible."""
+    """A transparent figure, about as wide as a phone so that its text stays legible."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -347,16 +331,16 @@ def _legend_below(figure, axes) -> None:
 
 
 def _plain(name: str) -> str:
-    """A name as it is: matplotlib would set what lies between two dollar signs as a formula."""
+    """`name` with dollar signs escaped, which start a formula in matplotlib."""
     return name.replace("$", r"\$")
 
 
 def _svg(figure, description: str) -> str:
-    """The figure as an `<svg>` element for HTML: no prologue, metadata or namespace URLs."""
+    """The figure as an `<svg>` element for HTML, without prologue, metadata and namespace URLs."""
     import matplotlib
 
     text = io.StringIO()
-    # Text stays text (small, searchable); a fixed salt makes the same data the same bytes.
+    # Text as text is small and searchable. A fixed salt makes the bytes reproducible.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "oal_jax"}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()

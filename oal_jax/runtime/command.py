@@ -1,4 +1,4 @@
-"""What all commands share: exit codes, one line for a user's mistake, the argument parser."""
+"""Shared by all commands: exit codes, one line for a user's mistake, the argument parser."""
 
 import argparse
 import errno
@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,34 +15,33 @@ from oal_jax.errors import Preempted, TrainingFailed, UserError
 from oal_jax.runtime import processes, startup
 
 
-def guard(command, argv: Sequence[str]) -> int:
-    """Run a command; turn what a person can mend, or asked for, into one line and an exit code.
+def guard(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    """Run a command; its exit code. An error that the user can mend becomes one line on stderr.
 
-    Of several processes, each ends with the code of the first that failed.
+    Where one process of several fails, the others end with its code.
     """
     startup.keep_freed_memory()
     try:
         command(argv)
     except BaseException as error:
-        told = _told(error)
+        outcome = _outcome(error)
         if processes.several():
-            if told is None:
-                told = processes.failure_of_another()  # this one only lost its connection
-            if told is None:
+            if outcome is None:
+                processes.give_way()  # the error may be a connection that another process broke
                 traceback.print_exc()
-                told = 1, f"{type(error).__name__}: {error}"
-            processes.leave(told[0], _say(told[1]))
-        if told is None:
+                outcome = 1, f"{type(error).__name__}: {error}"
+            processes.leave(outcome[0], _one_line(outcome[1]))
+        if outcome is None:
             raise
-        # Of coroutines that were cut off, such as a save's, Python would tell on top of the line.
+        # Python would warn of coroutines that were cut off, such as those of a save.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        _say(told[1])
-        return told[0]
+        print("oal_jax:", _one_line(outcome[1]), file=sys.stderr, flush=True)
+        return outcome[0]
     return 0
 
 
-def _told(error: BaseException) -> tuple[int, str] | None:
-    """(exit code, message) of what a person can mend or asked for; None of anything else."""
+def _outcome(error: BaseException) -> tuple[int, str] | None:
+    """(exit code, message) of an error that needs no traceback; None for a bug."""
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -52,40 +51,38 @@ def _told(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, TrainingFailed):
         return 1, str(error)
     if isinstance(error, Exception) and _disk_is_full(error):
-        return 2, "the disk is full: the stage under way is not done; make room and start again"
+        return 2, "the disk is full, and the stage did not finish; make room and start again"
     return None
 
 
-def _say(message: str) -> str:
-    line = " ".join(message.split())
-    print("oal_jax:", line, file=sys.stderr, flush=True)
-    return line
+def _one_line(message: str) -> str:
+    return " ".join(message.split())
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if os.strerror(errno.ENOSPC) in str(error):  # storage libraries wrap the number away
+        if os.strerror(errno.ENOSPC) in str(error):  # storage libraries hide the number
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 class BareParser(argparse.ArgumentParser):
-    """An argument parser that raises `UserError` where argparse would leave the process."""
+    """An argument parser that raises `UserError` where argparse would exit."""
 
     def __init__(self, prog: str, doc: str):
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=doc, formatter_class=raw, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raises instead of printing the usage."""
+        """Raise instead of printing the usage."""
         raise UserError(f"{message}; see --help")
 
 
 class Parser(BareParser):
-    """Arguments of the commands on a finished run. Names take dashes or underscores."""
+    """Arguments of the commands on a finished run. Their names take dashes or underscores."""
 
     def __init__(self, prog: str, doc: str):
         super().__init__(prog, doc)
@@ -94,15 +91,11 @@ class Parser(BareParser):
         self.add_argument(
             "--keep-id",
             type=float,
-            help="share of ID validation images that the threshold keeps; default: the config's",
+            help="fraction of ID validation images below the threshold; default: the config's",
         )
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        """The arguments, checked.
-
-        Raises:
-          UserError: anything about them that is wrong, in one line.
-        """
+        """Parse and check the arguments; `UserError` for what is wrong with them."""
         spelled = [re.sub(r"^--[^=]+", lambda m: m[0].replace("_", "-"), a) for a in args]
         values = super().parse_args(spelled, namespace)
         if values.keep_id is not None and not 0 < values.keep_id < 1:

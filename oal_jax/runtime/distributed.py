@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Key
+from jaxtyping import Array, Key
 
 from oal_jax.errors import UserError
 from oal_jax.runtime import processes
@@ -18,7 +18,7 @@ from oal_jax.runtime import processes
 JOIN_TIMEOUT = 120  # seconds for all processes of a run to find one another
 HEARTBEAT_TIMEOUT = 60  # seconds of silence after which a process counts as dead
 
-# Parameters of fewer elements stay whole on every device: splitting them saves nothing.
+# Parameters of fewer elements are replicated: splitting them saves nothing.
 _SPLIT_FROM = 2**16
 
 
@@ -31,60 +31,57 @@ def initialize(
     join_timeout: int = JOIN_TIMEOUT,
     heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
 ) -> None:
-    """Join the other processes of a run; does nothing when nothing is given.
+    """Join the other processes of a run. Without arguments, does nothing.
 
-    Where they can't be joined in time, the process ends with one line and exit code 2: the thread
-    that waits for them can't be called back.
+    When they can't be joined in time, the process ends with one line and exit code 2: the thread
+    that waits for them can't be interrupted.
 
     Args:
-      coordinator: HOST:PORT, where process 0 listens; the next two go with it.
-      num_processes: of the run.
-      process_id: number of this one, from 0.
-      detect: take all three from the surroundings: a TPU pod, SLURM, Open MPI, Kubernetes.
-      join_timeout: seconds that this may take.
-      heartbeat_timeout: seconds of silence after which another process counts as dead; this one
-        then ends with exit code 1.
+      coordinator: HOST:PORT where process 0 listens; needs the next two.
+      num_processes: number of processes of the run.
+      process_id: number of this process, from 0.
+      detect: read all three from the cluster: a TPU pod, SLURM, Open MPI, Kubernetes.
+      join_timeout: seconds in which all processes must join.
+      heartbeat_timeout: seconds of silence after which another process counts as dead and this one
+        ends with exit code 1.
 
     Raises:
-      UserError: some of the three are missing or impossible, or there is nothing to detect.
+      UserError: some of the three are missing or impossible, or no cluster is detected.
     """
-    given = [v is not None for v in (coordinator, num_processes, process_id)]
     for name, seconds in (("join", join_timeout), ("heartbeat", heartbeat_timeout)):
         if seconds < 1:
             raise UserError(f"--{name}-timeout {seconds} must be at least 1 second")
-    if not any(given) and not detect:
-        return
-    if any(given):
-        if not all(given):
+    address = (coordinator, num_processes, process_id)
+    if address != (None, None, None):
+        if None in address:
             raise UserError("--coordinator, --num-processes and --process-id go together: give all")
-        _check(coordinator, num_processes, process_id)
-    # SIGTERM is the loop's: it asks all processes to save, where this service only tells them.
+        _check_address(coordinator, num_processes, process_id)
+    elif not detect:
+        return
+    # It would take SIGTERM for the whole process: see `runtime.preemption`.
     jax.config.update("jax_enable_preemption_service", False)
-    who = (coordinator, num_processes, process_id, join_timeout)
-    late = threading.Timer(join_timeout, _give_up, who)
-    late.daemon = True
-    late.start()
-    processes.tell_aborts()
+    too_late = threading.Timer(join_timeout, _give_up, (*address, join_timeout))
+    too_late.daemon = True
+    too_late.start()
+    processes.explain_aborts()
     try:
         jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            # Its own end of waiting is an abort with a page of addresses: ours comes first.
+            *address,
+            # JAX ends its own wait with an abort and a page of addresses; `_give_up` comes first.
             initialization_timeout=10 * join_timeout,
             heartbeat_timeout_seconds=heartbeat_timeout,
         )
     except (ValueError, RuntimeError) as error:
-        raise UserError(_why_not(error, coordinator)) from None
+        raise UserError(_join_error(error, coordinator)) from None
     finally:
-        late.cancel()
+        too_late.cancel()
     processes.watch()
     counts = [sum(d.process_index == i for d in jax.devices()) for i in range(jax.process_count())]
     if len(set(counts)) > 1:
         raise UserError(f"the processes have different numbers of devices: {counts}; give each one")
 
 
-def _check(coordinator: str, num_processes: int, process_id: int) -> None:
+def _check_address(coordinator: str, num_processes: int, process_id: int) -> None:
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator '{coordinator}' must be HOST:PORT, such as 10.0.0.1:1234")
@@ -97,17 +94,17 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
 def _give_up(
     coordinator: str | None, num_processes: int | None, process_id: int | None, seconds: int
 ) -> None:
-    """From a thread beside the one that waits: say what did not come, and end the process."""
+    """End the process, from a thread beside the one that waits, with the reason."""
     if coordinator is None:
-        said = "the processes of this run did not find one another"
-    elif process_id and (reason := _unreachable(coordinator)):
-        said = f"no coordinator at {coordinator} ({reason}); process 0 has to run there"
+        reason = "the processes of this run did not find one another"
+    elif process_id and (error := _connection_error(coordinator)):
+        reason = f"no coordinator at {coordinator} ({error}); process 0 has to run there"
     else:
-        said = f"the {num_processes} processes of this run did not all join at {coordinator}"
-    processes.exit_now(2, f"{said}; gave up after {seconds} s (--join-timeout)")
+        reason = f"the {num_processes} processes of this run did not all join at {coordinator}"
+    processes.exit_now(2, f"{reason}; gave up after {seconds} s (--join-timeout)")
 
 
-def _unreachable(coordinator: str) -> str:
+def _connection_error(coordinator: str) -> str:
     """Why nothing can connect to HOST:PORT; empty where something listens."""
     host, _, port = coordinator.rpartition(":")
     try:
@@ -117,23 +114,26 @@ def _unreachable(coordinator: str) -> str:
     return ""
 
 
-def _why_not(error: Exception, coordinator: str | None) -> str:
+def _join_error(error: Exception, coordinator: str | None) -> str:
+    reason = str(error).splitlines()[0]
     if coordinator is None:
         return (
-            f"--distributed finds no cluster here ({str(error).splitlines()[0]}); give"
-            " --coordinator, --num-processes and --process-id"
+            f"--distributed finds no cluster here ({reason}); give --coordinator, --num-processes"
+            " and --process-id"
         )
-    return f"can't join the processes at {coordinator}: {str(error).splitlines()[0]}"
+    return f"can't join the processes at {coordinator}: {reason}"
 
 
 def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices of all processes: axis "data" for batches, axis "model" for large parameters.
+    """Mesh of all devices: axis "data" for batches, axis "model" for large parameters.
 
-    The devices along "model" belong to one process, so that every process has batches of its own.
-    `devices`: others than these, such as those of a topology that is not there.
+    Args:
+      model: size of the axis "model". Its devices belong to one process, so that every process has
+        batches of its own.
+      devices: default: all devices of all processes.
 
     Raises:
-      UserError: the devices of a process can't be split so.
+      UserError: `model` does not divide the devices of a process.
     """
     devices = jax.devices() if devices is None else devices
     local = sum(d.process_index == devices[0].process_index for d in devices)
@@ -144,7 +144,7 @@ def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Me
         )
     shape, axes = (len(devices) // model, model), ("data", "model")
     types = (AxisType.Auto, AxisType.Auto)
-    # Neighbours as the network has them.
+    # In the order of the network.
     mesh = jax.make_mesh(shape, axes, axis_types=types, devices=devices)
     if any(len({d.process_index for d in row}) > 1 for row in mesh.devices):
         ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
@@ -153,7 +153,7 @@ def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the reports and the files that exist once."""
+    """Whether this is process 0, which writes the files that exist once."""
     return processes.is_main()
 
 
@@ -169,20 +169,20 @@ def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
+    """Sharding with a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def over_data(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over the devices of "data"."""
+    """Sharding that splits the leading axis over the devices of "data"."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def shardings(shapes: Any, mesh: Mesh) -> Any:
-    """Where the tensors of parameters or of a state lie, from their shapes alone.
+    """Shardings of parameters or of a state, from their shapes alone.
 
-    Large ones are split over the axis "model" of the mesh, along their longest axis that it
-    divides (the last of equals); all others have a copy on every device.
+    Large tensors are split over the mesh axis "model", along their longest axis that it divides
+    (the last of equals). All others have a copy on every device.
     """
     parts = mesh.shape.get("model", 1)
 
@@ -196,20 +196,20 @@ def shardings(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, shapes)
 
 
-def place(tree: Any, wanted: Any) -> Any:
-    """Put the arrays of a pytree on the devices, as a sharding, or a tree of them, says.
+def place(tree: Any, sharding: Any) -> Any:
+    """Put the arrays of a pytree on the devices, by one sharding or a tree of them.
 
-    What lies on the host, or on this process's devices alone, must be equal on all processes.
+    Arrays on the host, or on this process's devices alone, must be equal on all processes.
     """
     if not processes.several():
-        return jax.device_put(tree, wanted)
-    return jax.tree.map(_place, tree, jax.tree.broadcast(wanted, tree))
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(_place, tree, jax.tree.broadcast(sharding, tree))
 
 
 def _place(array: Any, sharding: NamedSharding) -> Array:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return jax.device_put(array, sharding)
-    # Not `device_put`: it compares the whole array with that of every other process.
+    # `device_put` would compare the whole array with that of every other process.
     host = np.asarray(array)
     host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
@@ -226,13 +226,13 @@ def place_parameters(tree: Any, mesh: Mesh) -> Any:
 
 
 def init_parameters(init: Callable, key: Key[Array, ""], mesh: Mesh, **options: Any) -> Any:
-    """`init(key)`, jitted with `options`; every device makes only what `shardings` gives it."""
-    where = shardings(jax.eval_shape(init, key), mesh)
-    return jax.jit(init, out_shardings=where, **options)(key)
+    """`init(key)`, jitted with `options`. Every device makes only its part by `shardings`."""
+    out_shardings = shardings(jax.eval_shape(init, key), mesh)
+    return jax.jit(init, out_shardings=out_shardings, **options)(key)
 
 
 def from_processes(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """Global arrays of a batch of which every process has its rows, in the order of processes."""
+    """Global arrays of a batch whose rows the processes hold, in the order of processes."""
     sharding = over_data(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
@@ -242,27 +242,15 @@ def shard_batch(tree: Any, mesh: Mesh) -> Any:
     return jax.lax.with_sharding_constraint(tree, over_data(mesh))
 
 
-def any_process(flag: bool, mesh: Mesh) -> Bool[Array, ""]:
-    """Whether the flag is up on some process; not yet computed, so nobody waits for anybody."""
-    flags = np.full(jax.local_device_count(), flag)
-    everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    return _any(jax.make_array_from_process_local_data(everywhere, flags))
-
-
-@jax.jit
-def _any(flags):
-    return jnp.any(flags)
-
-
 def all_processes(flag: bool) -> bool:
-    """Whether the flag is up on all processes; they wait for one another."""
+    """Whether the flag is set on all processes. They wait for one another."""
     if not processes.several():
         return flag
     return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def is_finite(tree: Any) -> bool:
-    """Whether what this process has of every array of floats is finite; on the host."""
+    """Whether this process's part of every float array is finite. Waits for the arrays."""
     for leaf in jax.tree.leaves(tree):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
             parts = {str(shard.index): shard.data for shard in leaf.addressable_shards}
@@ -272,7 +260,7 @@ def is_finite(tree: Any) -> bool:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """A whole array as numpy, also when its shards lie on several processes."""
+    """The whole array as numpy, also when its shards lie on several processes."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,8 +1,8 @@
 """The processes of one run: what process 0 does for all, and how all of them stop together.
 
-They talk through the key-value store of JAX's coordination service, which process 0 hosts: no
-device takes part, so a process may wait there as long as another one works or writes. A run of one
-process passes through all of this without a trace.
+They talk through the key-value store of JAX's coordination service, which process 0 hosts. No
+device takes part, so a process may wait there as long as another one works. In a run of one process
+all of this does nothing.
 """
 
 import atexit
@@ -16,26 +16,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, NoReturn
 
 from oal_jax.errors import Preempted
 
 _FAILURE = "oal_jax/failure"
-_LEFT = "oal_jax/left"
-_POLL = 1.0  # seconds between two looks for a failure
-_GRACE = 5.0  # seconds in which a process may end by itself after another one has failed
-_LONG = 7 * 24 * 3600 * 1000  # milliseconds; who dies meanwhile is found by the heartbeats
-_GONE = (
-    "this process was stopped because another one of the run is gone; start the same command again"
-    " on all of them to go on from the last checkpoint"
+_POLL = 1.0  # seconds between two reads of that key
+_GRACE = 2.0  # seconds in which a process may end by itself after another one has failed
+_WEEK = 7 * 24 * 3600 * 1000  # milliseconds; heartbeats detect a process that dies meanwhile
+_LOST = (
+    "another process of the run died, so this one stops; start the same command again on all of"
+    " them to go on from the last checkpoint"
 )
 
-
-class _Told:
-    """How often the processes have spoken, the same on all; and whether process 0 does just now."""
-
-    numbers = itertools.count()
-    on_main = False
+_numbers = itertools.count()  # of the messages: all processes count alike
+_inside_on_main = ContextVar("inside_on_main", default=False)
+_ending = threading.Lock()  # held by the thread that ends this process
 
 
 def several() -> bool:
@@ -49,39 +46,39 @@ def index() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes the reports and the files that exist once."""
+    """Whether this is process 0, which writes the files that exist once."""
     return index() == 0
 
 
 def on_main(function: Callable[[], Any]) -> Any:
-    """What `function()` returns on process 0, a JSON value, on all; the others wait for it.
+    """Call `function` on process 0; all processes wait for its value, which JSON can hold.
 
-    All processes call this at the same places; calls inside of `function` are process 0's own.
-    Where it raises, the run ends, on all.
+    All processes call this at the same places. A call inside of `function` is process 0's own. If
+    `function` raises, the run ends on all processes.
     """
-    if not several() or _Told.on_main:
+    if not several() or _inside_on_main.get():
         return function()
-    key = f"oal_jax/main/{next(_Told.numbers)}"
+    key = f"oal_jax/main/{next(_numbers)}"
     if not is_main():
-        return json.loads(_client().blocking_key_value_get(key, _LONG))
-    _Told.on_main = True
+        return json.loads(_client().blocking_key_value_get(key, _WEEK))
+    token = _inside_on_main.set(True)
     try:
         value = function()
     finally:
-        _Told.on_main = False
+        _inside_on_main.reset(token)
     _client().key_value_set(key, json.dumps(value))
     return value
 
 
 def wait_for_all() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes call this."""
     if several():
-        _client().wait_at_barrier(f"oal_jax/all/{next(_Told.numbers)}", _LONG)
+        _client().wait_at_barrier(f"oal_jax/all/{next(_numbers)}", _WEEK)
 
 
 @contextlib.contextmanager
 def only_main_prints() -> Iterator[None]:
-    """While inside, the others print nothing and show no bars; errors they still tell."""
+    """Silence stdout and progress bars of the processes other than 0. Errors are still printed."""
     if is_main():
         yield
         return
@@ -90,60 +87,48 @@ def only_main_prints() -> Iterator[None]:
         yield
 
 
-def tell_aborts() -> None:
-    """From now on, when the runtime aborts this process, it says why and exits with code 1.
+def explain_aborts() -> None:
+    """Turn an abort by JAX's runtime into one line on stderr and exit code 1.
 
-    Its heartbeats find processes that died. It then aborts the others, from a thread of its own,
-    where nothing of Python's runs any more but a handler of the C library does.
+    Heartbeats find a process that died. The runtime then aborts the others from a thread of its
+    own, where no Python handler runs, but one of the C library does.
     """
-    if sys.platform == "win32":
-        return
     c_signal = ctypes.CDLL(None).signal
     c_signal.argtypes, c_signal.restype = [ctypes.c_int, type(_aborted)], ctypes.c_void_p
     c_signal(signal.SIGABRT, _aborted)
 
 
 def watch() -> None:
-    """From now on this process ends when another one fails, whatever it is waiting for.
-
-    SIGTERM raises `Preempted`, so that the others are told of it too.
-    """
-    if not several():
-        return
-    stop = threading.Event()
-    atexit.register(stop.set)
-    threading.Thread(target=_watch, args=(stop,), daemon=True).start()
-    signal.signal(signal.SIGTERM, _preempted)
+    """End this process when another one fails, whatever it waits for. SIGTERM is such a failure."""
+    if several():
+        finished = threading.Event()
+        atexit.register(finished.set)
+        threading.Thread(target=_watch, args=(finished,), daemon=True).start()
+        signal.signal(signal.SIGTERM, _preempted)
 
 
 def leave(code: int, message: str) -> NoReturn:
-    """End this process of several with an exit code, after telling the others to end likewise."""
-    told = json.dumps({"process": index(), "code": code, "message": message})
-    with contextlib.suppress(Exception):  # another one failed before, or process 0 is gone
-        _client().key_value_set(_FAILURE, told)
-    _end(code)
+    """End this process with a line on stderr; the others end with the same exit code."""
+    _ending.acquire()
+    with contextlib.suppress(Exception):  # another process failed first, or process 0 is gone
+        _client().key_value_set(_FAILURE, json.dumps([index(), code, message]))
+    _exit(code, message)
 
 
-def failure_of_another() -> tuple[int, str] | None:
-    """(exit code, message) of the process that failed first; None if it was none or this one."""
-    # It may be told a moment after the broken connection that this process trips over.
-    deadline = time.monotonic() + 2 * _POLL
-    while time.monotonic() < deadline:
-        if failure := _failure():
-            return None if failure[0] == index() else failure[1:]
-        time.sleep(_POLL / 4)
-    return None
+def give_way() -> None:
+    """Wait until `watch` would have ended this process, if another one failed before it."""
+    time.sleep(2 * _POLL + _GRACE)
 
 
 def exit_now(code: int, message: str) -> NoReturn:
-    """End this process with one line, from any thread."""
-    _write(message)
+    """End this process with a line on stderr, from any thread."""
+    os.write(2, f"oal_jax: {message}\n".encode())
     os._exit(code)
 
 
 def _runtime() -> Any:
-    # JAX has no public name for its store; Orbax takes the same way to it. Where JAX has not been
-    # imported there are no other processes.
+    # JAX has no public name for the store; Orbax, too, takes it from here. Where JAX is not
+    # imported yet, no processes have joined.
     module = sys.modules.get("jax._src.distributed")
     state = module and module.global_state
     return state if state and state.client is not None else None
@@ -153,42 +138,24 @@ def _client() -> Any:
     return _runtime().client
 
 
-def _failure() -> tuple[int, int, str] | None:
-    """(process, exit code, message) of the first failure, if there is one."""
-    try:
-        told = json.loads(_client().key_value_try_get(_FAILURE))
-    except Exception:  # there is none; or no service any more, of which the runtime takes care
-        return None
-    return told["process"], told["code"], f"process {told['process']}: {told['message']}"
+def _watch(finished: threading.Event) -> None:
+    while not finished.wait(_POLL):
+        try:
+            process, code, message = json.loads(_client().key_value_try_get(_FAILURE))
+        except Exception:  # no failure; or no store any more, which the runtime notices
+            continue
+        if not finished.wait(_GRACE) and _ending.acquire(blocking=False):
+            _exit(code, f"process {process}: {message}")
+        return
 
 
-def _watch(stop: threading.Event) -> None:
-    while not stop.wait(_POLL):
-        failure = _failure()
-        if failure and failure[0] == index():
-            return
-        if failure and not stop.wait(_GRACE):
-            _write(failure[2])
-            _end(failure[1])
-
-
-def _end(code: int) -> NoReturn:
+def _exit(code: int, message: str) -> NoReturn:
     """Exit without the runtime's own shutdown, which waits for processes that will not come."""
-    client, count = _client(), _runtime().num_processes
+    os.write(2, f"oal_jax: {message}\n".encode())
     with contextlib.suppress(Exception):
-        client.key_value_set(f"{_LEFT}/{index()}", "")
-    # Who goes at once looks dead to the others, whom the runtime would abort before they have said
-    # why they end; process 0, which they hear it from, goes last.
-    deadline = time.monotonic() + 2 * _GRACE
-    while time.monotonic() < deadline:
-        with contextlib.suppress(Exception):
-            if len(client.key_value_dir_get(_LEFT)) == count:
-                time.sleep(_POLL * is_main())
-                break
-        time.sleep(_POLL / 4)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
+        sys.stdout.flush()
+    if is_main():  # it hosts the store; the runtime aborts the others when it is gone
+        time.sleep(2 * _POLL + _GRACE)
     os._exit(code)
 
 
@@ -196,10 +163,6 @@ def _preempted(*_: Any) -> NoReturn:
     raise Preempted("stopped by SIGTERM")
 
 
-def _write(message: str) -> None:
-    os.write(2, f"oal_jax: {message}\n".encode())
-
-
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(_: int) -> None:
-    exit_now(1, _GONE)
+    exit_now(1, _LOST)

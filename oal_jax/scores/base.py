@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from oal_jax.errors import UserError
-from oal_jax.runtime import distributed
+from oal_jax.runtime import batched, distributed
 from oal_jax.runtime.ops import to_unit
-from oal_jax.scores.outputs import Forward, Outputs, as_pytree, check, rows
+from oal_jax.scores.outputs import Forward, Outputs, as_pytree, check
 
 State = Mapping[str, Array]
 
@@ -34,13 +34,14 @@ class Head(NamedTuple):
 class Score(NamedTuple):
     """A post-hoc OOD score; see the docstring of the module.
 
-    `fit(outputs, labels, head) -> state` runs once, on the host's arrays of the ID set `fit_on`.
+    `fit(outputs, labels, head, mesh) -> state` runs once, on the host's arrays of the ID set
+    `fit_on`; statistics of large sets are computed on the devices of `mesh`.
     `score(state, outputs) -> (n,)` is traceable, works row by row, and gives ood_scores.
     `perturb(state, forward, images) -> outputs`, where there is one, moves the images along a
     gradient first: `score` then reads the outputs of the moved images. Traceable, row by row.
     """
 
-    fit: Callable[[Outputs, Int[np.ndarray, " n"], Head | None], State]
+    fit: Callable[[Outputs, Int[np.ndarray, " n"], Head | None, Mesh], State]
     score: Callable[[State, Outputs], Float[Array, " n"]]
     needs: tuple[str, ...] = ()  # fields of `Outputs` that it reads besides the logits
     needs_head: bool = False
@@ -50,7 +51,12 @@ class Score(NamedTuple):
 
 
 def fit(
-    score: Score, outputs: Outputs, labels, head: Head | None = None, set_name: str = "ID train"
+    score: Score,
+    outputs: Outputs,
+    labels,
+    head: Head | None = None,
+    set_name: str = "ID train",
+    mesh: Mesh | None = None,
 ) -> State:
     """Checks the outputs of an ID set, then fits `score` on them.
 
@@ -60,6 +66,7 @@ def fit(
       labels: (n,) class indices.
       head: the last linear layer of the classifier; None where no score asks for it.
       set_name: how messages call the set.
+      mesh: the devices; None for all.
 
     Returns:
       The state, a dict of arrays on the default device.
@@ -79,7 +86,7 @@ def fit(
         raise UserError(f"{score.name}: {set_name} has no inputs to fit on")
     if score.needs_head:
         head = _checked_head(score, outputs, head)
-    return jax.device_put(score.fit(outputs, labels, head))
+    return jax.device_put(score.fit(outputs, labels, head, mesh or distributed.make_mesh()))
 
 
 def apply(
@@ -88,11 +95,11 @@ def apply(
     outputs: Outputs,
     batch_size: int | None = None,
     set_name: str = "inputs",
+    mesh: Mesh | None = None,
 ) -> Float[np.ndarray, " n"]:
     """The ood_score of every input, `batch_size` at a time, split over the devices.
 
-    The last chunk is filled up with copies of its last row and the results of those are cut off, so
-    a score compiles once for a batch size, whatever the sizes of the sets.
+    A score compiles once for a batch size, whatever the sizes of the sets.
 
     Args:
       score: from `oal_jax.scores.make`.
@@ -101,6 +108,7 @@ def apply(
       batch_size: rows a call; rounded up to a multiple of the devices. None: 1024, or 8192 for a
         score that reads the logits alone.
       set_name: how messages call the set.
+      mesh: the devices; None for all.
 
     Returns:
       (n,) float32, higher = more OOD.
@@ -109,9 +117,10 @@ def apply(
       UserError: wrong shapes, a NaN or an infinity, or a missing field.
     """
     outputs = check(outputs, score.needs, f"{score.name}: the {{}} of {set_name}")
-    chunks = partial(rows, outputs, sharding=_sharding())
+    mesh = mesh or distributed.make_mesh()
+    run = partial(_score_rows, score.score, distributed.replicate(state, mesh))
     batch_size = batch_size or (1024 if score.needs else 8192)
-    return _collect(partial(_score_rows, score.score), state, chunks, batch_size)
+    return batched.apply(run, [outputs], batch_size, mesh)
 
 
 def apply_to_images(
@@ -120,6 +129,7 @@ def apply_to_images(
     forward: Forward,
     images: np.ndarray,
     batch_size: int = 512,
+    mesh: Mesh | None = None,
 ) -> Float[np.ndarray, " n"]:
     """The ood_score of every image for a score with `perturb`; else as `apply`.
 
@@ -127,21 +137,10 @@ def apply_to_images(
       forward: pure; float32 images in [0, 1] to `Outputs`.
       images: (n, h, w, c), uint8 or floats in [0, 1].
     """
-    chunks = partial(rows, images, sharding=_sharding())
-    forward = distributed.replicate(as_pytree(forward), distributed.make_mesh())
-    return _collect(partial(_score_images, score, forward), state, chunks, batch_size)
-
-
-def _collect(function, state, chunks, batch_size) -> Float[np.ndarray, " n"]:
-    state = distributed.replicate(state, distributed.make_mesh())
-    # Read only after every chunk was dispatched, so that the device never waits for the host.
-    parts = [(function(state, chunk), kept) for chunk, kept in chunks(batch_size)]
-    host = [distributed.to_host(part)[:kept] for part, kept in parts]
-    return np.concatenate(host) if host else np.zeros(0, np.float32)
-
-
-def _sharding() -> NamedSharding:
-    return NamedSharding(distributed.make_mesh(), PartitionSpec("data"))
+    mesh = mesh or distributed.make_mesh()
+    forward = distributed.place_parameters(as_pytree(forward), mesh)
+    run = partial(_score_images, score, forward, distributed.replicate(state, mesh))
+    return batched.apply(run, [images], batch_size, mesh)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -23,7 +23,7 @@ def gradnorm(temperature: float = 1.0) -> Score:
     if not temperature > 0:
         raise UserError(f"gradnorm: temperature must be above 0, got {temperature}")
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         return {"temperature": jnp.float32(temperature)}
 
     def score(state, outputs):

@@ -32,17 +32,17 @@ def gram() -> Score:
       Matrices, 2020, arXiv 1912.12510, eq. 4 and 5.
     """
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         predicted = np.argmax(outputs.logits, axis=1).astype(np.int32)
         classes = outputs.logits.shape[1]
         held_out = _held_out(predicted)
         state = {}
         for i, layer in enumerate(outputs.grams):
-            bounds = _ranges(layer, predicted, held_out, classes)
+            bounds = _ranges(layer, predicted, held_out, classes, mesh)
             total = 0.0
             if held_out.any():
                 total = accumulate(
-                    partial(_sum_of_deviations, bounds), (layer, predicted, held_out)
+                    partial(_sum_of_deviations, bounds), (layer, predicted, held_out), mesh
                 )
             mean = total / max(held_out.sum(), 1)
             bounds["expected"] = np.float32(mean if mean > 0 else 1.0)
@@ -71,9 +71,9 @@ def _held_out(predicted: Int[np.ndarray, " n"]) -> np.ndarray:
     return held_out
 
 
-def _ranges(layer, predicted, held_out, classes) -> dict[str, np.ndarray]:
+def _ranges(layer, predicted, held_out, classes, mesh) -> dict[str, np.ndarray]:
     find = partial(_extremes, classes)
-    both = accumulate(find, (layer, predicted, held_out), combine=np.maximum)
+    both = accumulate(find, (layer, predicted, held_out), mesh, np.maximum)
     high, low = both[0], -both[1]
     absent = ~np.isfinite(high[:, 0, 0])
     high[absent], low[absent] = high[~absent].max(axis=0), low[~absent].min(axis=0)

@@ -20,7 +20,7 @@ def kl_matching() -> Score:
       arXiv 1911.11132, section 3 (KL matching).
     """
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         logits = np.asarray(outputs.logits, np.float64)
         log_p = special.log_softmax(logits, axis=1)
         predicted = logits.argmax(axis=1)

@@ -31,7 +31,7 @@ def knn(k: int = 50, bank_chunk: int = 4096) -> Score:
     """
     _check_positive("knn", k=k, bank_chunk=bank_chunk)
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         _check_enough("knn", k, outputs.features)
         return _bank(outputs.features)
 
@@ -60,7 +60,7 @@ def mode(k: int = 10, bank_chunk: int = 4096) -> Score:
     """
     _check_positive("mode", k=k, bank_chunk=bank_chunk)
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         regions = np.asarray(outputs.regions)
         regions = regions.reshape(-1, regions.shape[-1])
         _check_enough("mode", k, regions, "regions")
@@ -95,7 +95,7 @@ def nnguide(k: int = 10, bank_chunk: int = 4096) -> Score:
     """
     _check_positive("nnguide", k=k, bank_chunk=bank_chunk)
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         _check_enough("nnguide", k, outputs.features)
         state = _bank(outputs.features)
         energy = logsumexp(np.asarray(outputs.logits), axis=1)

@@ -21,7 +21,7 @@ def energy(temperature: float = 1.0) -> Score:
     if not temperature > 0:
         raise UserError(f"energy: temperature must be above 0, got {temperature}")
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         return {"temperature": jnp.float32(temperature)}
 
     def score(state, outputs):
@@ -42,7 +42,7 @@ def msp() -> Score:
       in Neural Networks, 2017, arXiv 1610.02136, section 2.
     """
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         return {}
 
     def score(state, outputs):
@@ -60,7 +60,7 @@ def max_logit() -> Score:
       arXiv 1911.11132, section 3.
     """
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         return {}
 
     def score(state, outputs):
@@ -90,7 +90,7 @@ def gen(gamma: float = 0.1, m: int = 100) -> Score:
     if m < 1:
         raise UserError(f"gen: m must be 1 or more, got {m}")
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         return {"gamma": jnp.float32(gamma)}
 
     def score(state, outputs):

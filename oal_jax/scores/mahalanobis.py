@@ -35,8 +35,8 @@ def mahalanobis(floor: float = 1e-6, noise: float = 0.0) -> Score:
     """
     _check("mahalanobis", floor, noise)
 
-    def fit(outputs, labels, head):
-        found = moments(outputs.features, labels)
+    def fit(outputs, labels, head, mesh):
+        found = moments(outputs.features, labels, mesh)
         return _gaussians(found.means, found.within, floor, "mahalanobis: the training features")
 
     def score(state, outputs):
@@ -67,8 +67,8 @@ def relative_mahalanobis(floor: float = 1e-6) -> Score:
     """
     _check("relative_mahalanobis", floor)
 
-    def fit(outputs, labels, head):
-        found = moments(outputs.features, labels)
+    def fit(outputs, labels, head, mesh):
+        found = moments(outputs.features, labels, mesh)
         what = "relative_mahalanobis: the training features"
         background = _gaussians(found.mean[None, :], found.total, floor, what)
         return _gaussians(found.means, found.within, floor, what) | {
@@ -105,7 +105,7 @@ def mahalanobis_ensemble(
     """
     _check("mahalanobis_ensemble", floor, noise)
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         layers = outputs.layers
         if weights is not None and len(weights) != len(layers):
             raise UserError(
@@ -114,7 +114,7 @@ def mahalanobis_ensemble(
             )
         state = {"weights": np.float32(weights or np.ones(len(layers)))}
         for i, layer in enumerate(layers):
-            found = moments(layer, labels)
+            found = moments(layer, labels, mesh)
             what = f"mahalanobis_ensemble: the training outputs of layer {i}"
             one = _gaussians(found.means, found.within, floor, what)
             state |= {f"layer{i}_{key}": value for key, value in one.items()}
@@ -158,8 +158,8 @@ def mood(by_class: bool = False, floor: float = 1e-6) -> Score:
     """
     _check("mood", floor)
 
-    def fit(outputs, labels, head):
-        found = moments(outputs.features, labels if by_class else None, prepare=unit)
+    def fit(outputs, labels, head, mesh):
+        found = moments(outputs.features, labels if by_class else None, mesh, unit)
         return _gaussians(found.means, found.within, floor, "mood: directions of training features")
 
     def score(state, outputs):

@@ -32,7 +32,7 @@ def odin(temperature: float = 1000.0, epsilon: float = 0.0014) -> Score:
     if not epsilon >= 0:
         raise UserError(f"odin: epsilon must be 0 or more, got {epsilon}")
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         return {"temperature": jnp.float32(temperature), "epsilon": jnp.float32(epsilon)}
 
     def score(state, outputs):

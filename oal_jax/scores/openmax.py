@@ -45,7 +45,7 @@ def openmax(tail: int = 20, alpha: int = 3) -> Score:
     if alpha < 1:
         raise UserError(f"openmax: alpha must be 1 or more, got {alpha}")
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         logits = np.asarray(outputs.logits, np.float64)
         classes = logits.shape[1]
         correct = logits.argmax(axis=1) == labels

@@ -1,18 +1,18 @@
 """What a classifier says about inputs: all that a post-hoc score may read, computed once."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from oal_jax.errors import UserError
-from oal_jax.runtime import distributed
+from oal_jax.runtime import batched, distributed
 from oal_jax.runtime.ops import to_unit
 
 GRAM_POWERS = (1, 2, 3, 4, 5)  # as OpenOOD; the paper goes on to 10, at twice the memory
@@ -101,33 +101,34 @@ def six_regions(x: Float[Array, "n h w d"]) -> Float[Array, "n 6 d"]:
 
 def compute(
     forward: Forward,
-    images: np.ndarray,
+    images: np.ndarray | Iterator[np.ndarray],
     batch_size: int = 512,
     fields: Collection[str] = FIELDS,
+    mesh: Mesh | None = None,
 ) -> Outputs:
     """`forward` over a whole set, in batches of one size, split over the devices.
 
-    The last batch is padded with copies of its last image, and what comes of them is cut away.
-
     Args:
       forward: pure; float32 images in [0, 1] to `Outputs`. Jitted here.
-      images: (n, h, w, c), uint8 or floats in [0, 1].
+      images: (n, h, w, c), uint8 or floats in [0, 1]; or an iterator of such arrays, for a set that
+        is not in memory.
       batch_size: rounded up to a multiple of the devices.
-      fields: which fields besides the logits are kept.
+      fields: which fields besides the logits are returned.
+      mesh: the devices; None for all.
 
     Returns:
-      `Outputs` of numpy arrays of n rows.
+      `Outputs` of NumPy arrays of n rows.
+
+    Raises:
+      UserError: no images.
     """
-    mesh = distributed.make_mesh()
-    sharding = distributed.over_data(mesh)
-    forward = distributed.replicate(as_pytree(forward), mesh)
-    parts: list[Outputs] = []
-    for chunk, kept in rows(images, batch_size, sharding=sharding):
-        outputs = _forward(forward, tuple(sorted(fields)), chunk)
-        parts.append(jax.tree.map(lambda x, kept=kept: distributed.to_host(x)[:kept], outputs))
-    if not parts:
-        raise UserError("no images to compute outputs of")
-    return jax.tree.map(lambda *columns: np.concatenate(columns), *parts)
+    mesh = mesh or distributed.make_mesh()
+    chunks = images if isinstance(images, Iterator) else iter([images] if len(images) else [])
+    run = partial(jitted(frozenset(fields)), distributed.place_parameters(as_pytree(forward), mesh))
+    try:
+        return batched.apply(run, chunks, batch_size, mesh)
+    except batched.NoRows:
+        raise UserError("no images to compute outputs of") from None
 
 
 def as_pytree(forward: Forward) -> Partial:
@@ -135,30 +136,16 @@ def as_pytree(forward: Forward) -> Partial:
     return forward if isinstance(forward, Partial) else Partial(forward)
 
 
-@partial(jax.jit, static_argnums=1)
-def _forward(forward: Partial, fields: tuple[str, ...], images) -> Outputs:
-    outputs = forward(to_unit(images))
-    return outputs._replace(**{name: None for name in FIELDS if name not in fields})
+@cache
+def jitted(fields: frozenset[str]) -> Callable[[Partial, Array], Outputs]:
+    """The compiled program of `compute`: (forward, images) to `Outputs` with these fields alone."""
 
+    @jax.jit
+    def outputs_of(forward: Partial, images) -> Outputs:
+        outputs = forward(to_unit(images))
+        return outputs._replace(**{name: None for name in FIELDS if name not in fields})
 
-def rows(tree: Any, batch_size: int, sharding: NamedSharding) -> Iterator[tuple[Any, int]]:
-    """Chunks of `batch_size` rows of every array of a pytree, on the devices; and how many count.
-
-    All chunks have one shape, a multiple of the devices: the last is filled up with its last row.
-    """
-    devices = sharding.mesh.shape["data"]
-    size = -(-batch_size // devices) * devices
-    n = len(jax.tree.leaves(tree)[0])
-    for start in range(0, n, size):
-        kept = min(size, n - start)
-
-        def take(x, start=start, kept=kept):
-            x = np.asarray(x[start : start + kept])
-            if kept < size:
-                x = np.concatenate([x, np.repeat(x[-1:], size - kept, axis=0)])
-            return x
-
-        yield distributed.place(jax.tree.map(take, tree), sharding), kept
+    return outputs_of
 
 
 def check(outputs: Outputs, needs: Sequence[str], message: str) -> Outputs:

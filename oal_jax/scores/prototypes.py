@@ -19,11 +19,11 @@ def she() -> Score:
       Memorization with Modern Hopfield Energy, ICLR 2023, section 3 (the simplified energy).
     """
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         predicted = np.argmax(outputs.logits, axis=1)
         classes = outputs.logits.shape[1]
         index = np.where(predicted == labels, predicted, classes)  # a last class for the mistakes
-        means, counts = class_means(outputs.features, index, classes + 1)
+        means, counts = class_means(outputs.features, index, classes + 1, mesh)
         mean = counts @ means / counts.sum()
         patterns = np.where(counts[:-1, None] > 0, means[:-1], mean[None, :])
         return {"patterns": patterns.astype(np.float32)}
@@ -50,7 +50,7 @@ def fdbd() -> Score:
       arXiv 2312.11536, section 3.
     """
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         classes = outputs.logits.shape[1]
         if classes < 2:
             raise UserError("fdbd needs two classes or more; one class has no decision boundary")
@@ -58,7 +58,7 @@ def fdbd() -> Score:
         # A row at a time: neither a (c, c, d) array nor the cancellation of a^2 - 2ab + b^2.
         apart = np.stack([np.linalg.norm(weights - w[None, :], axis=1) for w in weights])
         inverse = np.where(apart > 0, 1 / np.where(apart > 0, apart, 1), 0)
-        mean, _ = class_means(outputs.features, np.zeros(len(labels), np.int32), 1)
+        mean, _ = class_means(outputs.features, np.zeros(len(labels), np.int32), 1, mesh)
         return {"mean": mean[0].astype(np.float32), "inverse": inverse.astype(np.float32)}
 
     def score(state, outputs):

@@ -33,7 +33,7 @@ def react(percentile: float = 90.0) -> Score:
     """
     _check("react", percentile)
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         return _head_state(head) | {
             "threshold": np.float32(np.percentile(outputs.features, percentile))
         }
@@ -114,7 +114,7 @@ def scale(percentile: float = 85.0) -> Score:
     """
     _check("scale", percentile)
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         return _head_state(head)
 
     def score(state, outputs):
@@ -142,7 +142,7 @@ def dice(percentile: float = 90.0) -> Score:
     """
     _check("dice", percentile)
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         mean = np.mean(outputs.features, axis=0, dtype=np.float64)
         contribution = mean[:, None] * head.kernel
         keep = contribution > np.percentile(contribution, percentile)
@@ -162,7 +162,7 @@ def _ash(
     """`shape` gets the features and the pruned features, and gives what the head is to see."""
     _check(name, percentile)
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         return _head_state(head)
 
     def score(state, outputs):

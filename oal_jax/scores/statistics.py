@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from oal_jax.errors import UserError
-from oal_jax.runtime import distributed
-from oal_jax.scores.outputs import rows
+from oal_jax.runtime import batched, distributed
 
 _ROWS = 4096  # inputs a chunk
 
@@ -45,7 +45,8 @@ class Moments(NamedTuple):
 
 def moments(
     features: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, " n"] | None = None,
+    labels: Int[np.ndarray, " n"] | None,
+    mesh: Mesh,
     prepare: Prepare = lambda x: x,
 ) -> Moments:
     """Class means and the covariance within classes.
@@ -53,17 +54,20 @@ def moments(
     Args:
       features: of n inputs.
       labels: class indices; None for one class.
+      mesh: the devices.
       prepare: traceable, row by row; applied to the features first.
     """
     if labels is None:
         start = _amid(features, prepare)
-        both = accumulate(partial(_sum_and_scatter, prepare, start), (features,)) / len(features)
+        both = accumulate(partial(_sum_and_scatter, prepare, start), (features,), mesh)
+        both = both / len(features)
         apart = both[0]
         within = both[1:] - apart[:, None] * apart[None, :]
         return Moments(np.array([float(len(features))]), (start + apart)[None, :], within)
     present, index = np.unique(labels, return_inverse=True)
-    means, counts = class_means(features, index, len(present), prepare)
-    scatter = accumulate(partial(_scatter, prepare, np.float32(means)), (features, np.int32(index)))
+    means, counts = class_means(features, index, len(present), mesh, prepare)
+    about_means = partial(_scatter, prepare, np.float32(means))
+    scatter = accumulate(about_means, (features, np.int32(index)), mesh)
     return Moments(counts, means, scatter / len(features))
 
 
@@ -71,11 +75,12 @@ def class_means(
     features: Float[np.ndarray, "n d"],
     index: Int[np.ndarray, " n"],
     classes: int,
+    mesh: Mesh,
     prepare: Prepare = lambda x: x,
 ) -> tuple[Float[np.ndarray, "c d"], Float[np.ndarray, " c"]]:
     """Mean of the features of each class, zeros where there is none, and the counts; float64."""
     start = _amid(features, prepare)
-    sums = accumulate(partial(_sums, prepare, classes, start), (features, np.int32(index)))
+    sums = accumulate(partial(_sums, prepare, classes, start), (features, np.int32(index)), mesh)
     counts = np.bincount(index, minlength=classes).astype(np.float64)
     means = start[None, :] + sums / np.maximum(counts, 1)[:, None]
     return np.where(counts[:, None] > 0, means, 0.0), counts
@@ -105,17 +110,17 @@ def whitening(
     return vectors / np.sqrt(np.maximum(values, floor * values[-1]))[None, :]
 
 
-def accumulate(function: Callable, tree: Any, combine: Callable = np.add) -> np.ndarray:
+def accumulate(function: Callable, tree: Any, mesh: Mesh, combine: Callable = np.add) -> np.ndarray:
     """`function(*chunk, kept)` of every chunk of the arrays in `tree`, put together in float64.
 
     Args:
       function: a chunk's arrays, whose first `kept` rows count, to one array.
       tree: a tuple of arrays with a row for each input.
+      mesh: the devices.
       combine: takes two float64 arrays; associative.
     """
-    sharding = distributed.over_data(distributed.make_mesh())
     total, last = None, None
-    for chunk, kept in rows(tree, min(_ROWS, len(tree[0])), sharding):
+    for chunk, kept in batched.batches([tree], min(_ROWS, len(tree[0])), mesh):
         part = function(*chunk, np.int32(kept))
         # One behind, so that the device has work while the host adds.
         total, last = _combined(combine, total, last), part

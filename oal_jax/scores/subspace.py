@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from oal_jax.errors import UserError
@@ -40,9 +41,9 @@ def vim(dim: int | None = None) -> Score:
     """
     _check_dim("vim", dim)
 
-    def fit(outputs, labels, head):
-        state, length = _outside("vim", outputs.features, head, dim)
-        total = accumulate(partial(_sum_of_residuals, state), (outputs.features,))
+    def fit(outputs, labels, head, mesh):
+        state, length = _outside("vim", outputs.features, head, dim, mesh)
+        total = accumulate(partial(_sum_of_residuals, state), (outputs.features,), mesh)
         residual = max(total / len(outputs.features), 1e-6 * length)
         logit = np.mean(np.max(outputs.logits, axis=1), dtype=np.float64)
         return state | {"alpha": np.float32(abs(logit) / max(residual, 1e-30))}
@@ -71,8 +72,8 @@ def residual(dim: int | None = None) -> Score:
     """
     _check_dim("residual", dim)
 
-    def fit(outputs, labels, head):
-        return _outside("residual", outputs.features, head, dim)[0]
+    def fit(outputs, labels, head, mesh):
+        return _outside("residual", outputs.features, head, dim, mesh)[0]
 
     def score(state, outputs):
         return _residual(state, outputs.features)
@@ -106,8 +107,8 @@ def neco(dim: int | None = None, variance: float = 0.9, max_logit: bool = True) 
     if not 0 < variance <= 1:
         raise UserError(f"neco: variance must be above 0 and at most 1, got {variance}")
 
-    def fit(outputs, labels, head):
-        found = moments(outputs.features)
+    def fit(outputs, labels, head, mesh):
+        found = moments(outputs.features, None, mesh)
         mean, deviation = found.mean, np.sqrt(np.diag(found.within))
         moving = deviation > 2e-7 * np.abs(mean)
         if not moving.any():
@@ -136,7 +137,7 @@ def neco(dim: int | None = None, variance: float = 0.9, max_logit: bool = True) 
     return Score(fit, score, needs=("features",))
 
 
-def _outside(name: str, features, head: Head, dim: int | None) -> tuple[dict, float]:
+def _outside(name: str, features, head: Head, dim: int | None, mesh: Mesh) -> tuple[dict, float]:
     """The state of `_residual`, and the root mean square length of `features - origin`."""
     width = features.shape[1]
     if dim is not None and dim >= width:
@@ -149,7 +150,7 @@ def _outside(name: str, features, head: Head, dim: int | None) -> tuple[dict, fl
     # is a direction without meaning, whose inverse would throw the origin far away.
     rounding = max(kernel.shape) * np.finfo(np.float32).eps
     origin = -np.linalg.pinv(kernel.T, rcond=rounding) @ bias
-    found = moments(features)
+    found = moments(features, None, mesh)
     apart = found.mean - origin
     second = found.within + apart[:, None] * apart[None, :]
     _, vectors = np.linalg.eigh(second)

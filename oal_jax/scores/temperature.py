@@ -23,7 +23,7 @@ def temperature_scaling() -> Score:
       eq. 9. OpenOOD stops after 50 small L-BFGS steps from T = 1.5, often short of the minimum.
     """
 
-    def fit(outputs, labels, head):
+    def fit(outputs, labels, head, mesh):
         return {"temperature": np.float32(fit_temperature(outputs.logits, labels))}
 
     def score(state, outputs):

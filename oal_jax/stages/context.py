@@ -1,24 +1,22 @@
 """What every stage is given, and the inputs that several of them share."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Int32, Key
+from jaxtyping import Array, Int, Int32, Key
 
 from oal_jax.config import Config
 from oal_jax.config.benchmarks import LEFT_OUT, Benchmark, resolve, split_names
 from oal_jax.data.info import DatasetInfo, read_info
 from oal_jax.data.sources import ImageSet, load, open_stored
 from oal_jax.data.stream import Streamed, open_stream
-from oal_jax.runtime import distributed
-from oal_jax.runtime.ops import to_unit
+from oal_jax.runtime.batched import rows_per_batch
+from oal_jax.scores import Forward, Outputs, compute
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,72 +104,21 @@ class Context:
         )
 
 
-def whole_batch(batch_size: int, mesh: Mesh) -> int:
-    """The batch size, made a multiple of the devices that share it."""
-    return max(1, batch_size // mesh.shape["data"]) * mesh.shape["data"]
-
-
-def apply_in_batches(
-    function, images: np.ndarray | Iterable[np.ndarray], batch_size: int, mesh: Mesh
-) -> list[np.ndarray]:
-    """`function(float images in [0, 1])`, a tuple of arrays a batch, over a whole set.
-
-    The last batch is padded with zeros, and what comes of the padding is cut away, so one
-    program serves a set of any size; the batch is split over the devices. Images that are not in
-    memory come in chunks, best of `whole_batch` each: every chunk's last batch is padded. Of no
-    images at all nothing is computed, and there are no arrays.
-    """
-    size = whole_batch(batch_size, mesh)
-    arrays = (images,) if isinstance(images, np.ndarray) else images
-    parts: list[tuple[np.ndarray, ...]] = []
-    for chunk in (chunk for array in arrays for chunk in _sliced(array, size)):
-        padded = np.pad(chunk, [(0, size - len(chunk))] + [(0, 0)] * (chunk.ndim - 1))
-        outputs = function(distributed.place(padded, distributed.over_data(mesh)))
-        parts.append(tuple(distributed.to_host(o)[: len(chunk)] for o in outputs))
-    return [np.concatenate(column) for column in zip(*parts, strict=True)]
-
-
-def _sliced(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(array), size):
-        yield array[start : start + size]
-
-
-def apply_to_set(
-    function,
+def outputs_of_set(
+    forward: Forward,
     data: ImageSet | Streamed,
     batch_size: int,
     mesh: Mesh,
+    fields: Collection[str] = (),
     rows: Int[np.ndarray, " m"] | None = None,
-) -> tuple[list[np.ndarray], Int32[np.ndarray, " n"]]:
-    """`apply_in_batches` over a set, or its `rows`; and the labels of the images that were read."""
+) -> tuple[Outputs, Int32[np.ndarray, " n"]]:
+    """`scores.compute` over a set, or its `rows`; and the labels of the images that were read."""
     labels = []
 
-    def images():
-        for chunk in data.chunks(whole_batch(batch_size, mesh), rows):
+    def images() -> Iterator[np.ndarray]:
+        for chunk in data.chunks(rows_per_batch(batch_size, mesh), rows):
             labels.append(chunk.labels)
             yield chunk.images
 
-    return apply_in_batches(function, images(), batch_size, mesh), np.concatenate(labels)
-
-
-def forward_pass(model, mesh: Mesh):
-    """`(variables, uint8 images) -> (logits, features) in float32`, jitted."""
-
-    @jax.jit
-    def forward(variables, images) -> tuple[Float[Array, "b k"], Float[Array, "b d"]]:
-        images = distributed.shard_batch(to_unit(images), mesh)
-        logits, features = model.apply(variables, images, train=False)
-        return logits.astype(jnp.float32), features.astype(jnp.float32)
-
-    return forward
-
-
-def classifier(model, mesh: Mesh):
-    """`(variables) -> (uint8 images -> (logits, features) in float32)`, jitted once."""
-    forward = forward_pass(model, mesh)
-
-    def bind(variables):
-        on_devices = distributed.place_parameters(variables, mesh)
-        return lambda images: forward(on_devices, images)
-
-    return bind
+    outputs = compute(forward, images(), batch_size, fields, mesh)
+    return outputs, np.concatenate(labels)

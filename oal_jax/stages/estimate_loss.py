@@ -5,7 +5,7 @@ random few per cent of the weights of every tensor removed; the mean over severa
 since it varies with the draw (arXiv 2306.03715 and its code take one).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from oal_jax.data.augment import augment
 from oal_jax.data.sources import ImageSet
 from oal_jax.data.stream import Streamed
 from oal_jax.methods import losses, masking
-from oal_jax.runtime import artifacts, distributed
+from oal_jax.runtime import artifacts, batched, distributed
+from oal_jax.runtime.batched import rows_per_batch
 from oal_jax.runtime.keys import at_step, named
 from oal_jax.stages import train
-from oal_jax.stages.context import Context, whole_batch
+from oal_jax.stages.context import Context
 
 
 def run(context: Context) -> list[Path]:
@@ -88,21 +89,19 @@ def make_mean_loss(context: Context, net: Any, data: ImageSet | Streamed):
     def mean_loss(variables) -> float:
         variables = distributed.replicate(variables, mesh)
         total, examples = 0.0, 0
-        for count, batch in _batches(data, whole_batch(config.evaluation.batch_size, mesh)):
-            values = distributed.to_host(batch_losses(variables, *batch))
-            total += float(np.sum(values[:count], dtype=np.float64))
-            examples += count
+        size = rows_per_batch(config.evaluation.batch_size, mesh)
+        loss = lambda batch: batch_losses(variables, *batch)
+        for values in batched.results(loss, _numbered(data.chunks(size)), size, mesh):
+            total += float(np.sum(values, dtype=np.float64))
+            examples += len(values)
         return total / examples
 
     return mean_loss
 
 
-def _batches(data: ImageSet | Streamed, size: int) -> Iterator[tuple[int, tuple]]:
-    """(number of examples, (images, labels, indices)); the last batch is filled with its first."""
+def _numbered(chunks: Iterable[tuple]) -> Iterator[tuple]:
+    """(images, labels, indices) of chunks (images, labels) of a set."""
     start = 0
-    for images, labels in data.chunks(size):
-        count = len(labels)
-        rows = np.arange(size)
-        rows[count:] = 0
-        yield count, (images[rows], labels[rows], (start + rows).astype(np.int32))
-        start += count
+    for images, labels in chunks:
+        yield images, labels, np.arange(start, start + len(labels), dtype=np.int32)
+        start += len(labels)

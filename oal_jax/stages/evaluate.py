@@ -1,23 +1,18 @@
 """Stage `evaluate`: the student's outputs on every set, once, for all scores."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jax.tree_util import Partial
-from jaxtyping import Int32
 
 from oal_jax import scores as post_hoc
-from oal_jax.data.sources import ImageSet
-from oal_jax.data.stream import Streamed
 from oal_jax.evaluation.protocol import Inputs
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.scores import Head, Outputs
 from oal_jax.scores.forward import make_forward
 from oal_jax.stages import train
-from oal_jax.stages.context import Context
+from oal_jax.stages.context import Context, outputs_of_set
 
 _FILE = "outputs.safetensors"
 _ID_SPLITS = {"id_train": "train", "id_val": "validation", "id_test": "test"}
@@ -49,31 +44,20 @@ def groups(context: Context) -> dict[str, str]:
 def run(context: Context) -> list[Path]:
     """Write `outputs.safetensors`: `SET.FIELD` of every set, and `SET.labels` of labelled ones."""
     # The report shows the features, whatever the scores read.
-    wanted = post_hoc.needed(context.config.evaluation.scores) | {"features"}
-    forward = make_forward(*_student(context), wanted)
-    forward = distributed.replicate(forward, distributed.make_mesh())
+    fields = post_hoc.needed(context.config.evaluation.scores) | {"features"}
+    forward = make_forward(*_student(context), fields)
+    forward = distributed.place_parameters(forward, context.mesh)
+    size = context.config.evaluation.batch_size
     tensors: dict[str, np.ndarray] = {}
     for name in (*_ID_SPLITS, *groups(context)):
-        outputs, labels = _outputs(context, forward, _opened(context, name), wanted)
+        data = context.opened(*_place(context, name))
+        outputs, labels = outputs_of_set(forward, data, size, context.mesh, fields)
         tensors |= _flat(name, outputs)
         if _labelled(context, name):
             tensors[f"{name}.labels"] = labels
     path = context.directory("evaluate") / _FILE
     artifacts.write_tensors(path, tensors)
     return [path]
-
-
-def _outputs(
-    context: Context, forward: Partial, data: ImageSet | Streamed, wanted: Collection[str]
-) -> tuple[Outputs, Int32[np.ndarray, " n"]]:
-    """Outputs for a whole set, and its labels; what is streamed goes a batch at a time."""
-    size, devices = context.config.evaluation.batch_size, jax.device_count()
-    whole = isinstance(data, ImageSet)
-    parts, labels = [], []
-    for chunk in data.chunks(data.examples if whole else -(-size // devices) * devices):
-        parts.append(post_hoc.compute(forward, chunk.images, size, wanted))
-        labels.append(chunk.labels)
-    return jax.tree.map(lambda *columns: np.concatenate(columns), *parts), np.concatenate(labels)
 
 
 def inputs(context: Context) -> Sets:
@@ -83,7 +67,7 @@ def inputs(context: Context) -> Sets:
     def of(name: str) -> Inputs:
         return Inputs(
             _unflat(name, tensors),
-            images=lambda: _images(context, name).images,
+            images=lambda: context.images(*_place(context, name)).images,
             labels=tensors.get(f"{name}.labels"),
         )
 
@@ -101,14 +85,6 @@ def _student(context: Context) -> tuple[Any, dict[str, Any]]:
     params, model_state = train.load(context)
     classes = params["student"]["fc"]["bias"].shape[0]
     return train.student(context.config, classes), train.student_variables(params, model_state)
-
-
-def _opened(context: Context, name: str) -> ImageSet | Streamed:
-    return context.opened(*_place(context, name))
-
-
-def _images(context: Context, name: str) -> ImageSet:
-    return context.images(*_place(context, name))
 
 
 def _place(context: Context, name: str) -> tuple[str, str, int]:

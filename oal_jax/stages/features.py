@@ -10,8 +10,9 @@ from tqdm import tqdm
 from oal_jax.data.augment import augment
 from oal_jax.runtime import artifacts
 from oal_jax.runtime.keys import named
+from oal_jax.scores import compute
 from oal_jax.stages import outliers, teacher
-from oal_jax.stages.context import Context, apply_in_batches, apply_to_set
+from oal_jax.stages.context import Context, outputs_of_set
 
 
 def view_key(context: Context) -> jax.Array:
@@ -34,21 +35,22 @@ def run(context: Context) -> list[Path]:
     rows = None
     if not config.teacher.views:
         rows = outliers.first_of_classes(data.labels, config.outliers.knn.features_per_class)
-    (logits, features), labels = apply_to_set(forward, data, batch, context.mesh, rows)
+    outputs, labels = outputs_of_set(forward, data, batch, context.mesh, ("features",), rows)
     plain = directory / "features.safetensors"
-    artifacts.write_tensors(plain, {"features": features, "logits": logits, "labels": labels})
+    tensors = {"features": outputs.features, "logits": outputs.logits, "labels": labels}
+    artifacts.write_tensors(plain, tensors)
     if not config.teacher.views:
         return [plain]
     views = [
-        apply_in_batches(forward, _augmented(context, data.images, v), batch, context.mesh)
+        compute(forward, _augmented(context, data.images, v), batch, ("features",), context.mesh)
         for v in tqdm(range(config.teacher.views), desc="teacher views", unit="view")
     ]
     cached = directory / "views.safetensors"
     artifacts.write_tensors(
         cached,
         {
-            "logits": np.stack([v[0] for v in views]).astype(np.float16),
-            "features": np.stack([v[1] for v in views]).astype(np.float16),
+            "logits": np.stack([v.logits for v in views]).astype(np.float16),
+            "features": np.stack([v.features for v in views]).astype(np.float16),
         },
     )
     return [plain, cached]

@@ -15,10 +15,10 @@ from oal_jax.errors import UserError
 from oal_jax.generator import conditioning, create, stable_diffusion
 from oal_jax.generator.training import latent_scale, make_diffusion_trainer, make_vae_trainer
 from oal_jax.pretrained import diffusers_directory, hub
-from oal_jax.runtime import artifacts, distributed, processes
+from oal_jax.runtime import artifacts, batched, distributed, processes
 from oal_jax.runtime.keys import named
 from oal_jax.runtime.ops import to_unit
-from oal_jax.stages.context import Context, apply_in_batches
+from oal_jax.stages.context import Context
 from oal_jax.training import loop, session
 
 SHIPPED = files("oal_jax") / "pretrained" / "weights" / "fashion_sd"
@@ -99,20 +99,23 @@ def run(context: Context) -> list[Path]:
 
 def encode(context: Context, sd, params, images: np.ndarray, dtype=jnp.float32) -> np.ndarray:
     """Scaled VAE latents (N, h, w, C) of uint8 images."""
+    if not len(images):
+        return np.empty((0, *sd.latent_shape), dtype)
 
     @jax.jit
     def forward(params, images):
         images = distributed.shard_batch(to_unit(images), context.mesh)
-        return (stable_diffusion.encode_images(sd, params, images).astype(dtype),)
+        return stable_diffusion.encode_images(sd, params, images).astype(dtype)
 
     placed = distributed.place_parameters({"vae": params["vae"]}, context.mesh)
     batch = max(1, _PIXELS // sd.image_size**2)
-    found = apply_in_batches(partial(forward, placed), images, batch, context.mesh)
-    return found[0] if found else np.empty((0, *sd.latent_shape), dtype)
+    return batched.apply(partial(forward, placed), [images], batch, context.mesh)
 
 
 def decode(context: Context, sd, params, latents: np.ndarray, shape) -> np.ndarray:
     """uint8 images (N, H, W, c) of scaled latents; `shape` is (H, W, c) of the data."""
+    if not len(latents):
+        return np.empty((0, *shape), np.uint8)
 
     @jax.jit
     def forward(params, latents):
@@ -120,12 +123,11 @@ def decode(context: Context, sd, params, latents: np.ndarray, shape) -> np.ndarr
         images = stable_diffusion.decode_latents(sd, params, latents, size=shape[:2])
         if images.shape[-1] != shape[-1]:
             images = jnp.mean(images, axis=-1, keepdims=True)
-        return (jnp.round(images * 255).astype(jnp.uint8),)
+        return jnp.round(images * 255).astype(jnp.uint8)
 
     placed = distributed.place_parameters({"vae": params["vae"]}, context.mesh)
     batch = max(1, _PIXELS // sd.image_size**2)
-    found = apply_in_batches(partial(forward, placed), latents, batch, context.mesh)
-    return found[0] if found else np.empty((0, *shape), np.uint8)
+    return batched.apply(partial(forward, placed), [latents], batch, context.mesh)
 
 
 def _train(context: Context) -> None:

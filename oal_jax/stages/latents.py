@@ -18,7 +18,7 @@ from oal_jax.data.sources import ImageSet
 from oal_jax.generator import conditioning, samplers, stable_diffusion
 from oal_jax.methods import registry
 from oal_jax.outliers.pools import DECODED_LATENTS, ID_LATENTS, LATENTS, OUTLIERS
-from oal_jax.runtime import artifacts, distributed
+from oal_jax.runtime import artifacts, batched, distributed
 from oal_jax.runtime.keys import named
 from oal_jax.stages import generator
 from oal_jax.stages.context import Context
@@ -167,17 +167,13 @@ def _sample(
     chunk = chunk_size(context, sd.latent_shape, len(class_words))
     ids, mask, empty = distributed.replicate((ids, mask, empty), context.mesh)
     placed = distributed.place_parameters(params, context.mesh)
-    count, parts = len(inputs.labels), []
-    columns = (inputs.outliers, inputs.labels, inputs.indices)
-    with tqdm(total=count, desc="outlier latents", unit="latent") as bar:
-        for start in range(0, count, chunk):
-            rows = [column[start : start + chunk] for column in columns]
-            kept = len(rows[1])
-            padding = [[(0, chunk - kept)] + [(0, 0)] * (row.ndim - 1) for row in rows]
-            padded = [np.pad(row, pad) for row, pad in zip(rows, padding, strict=True)]
-            latents = sample(placed, ids, mask, empty, *padded)
-            parts.append(distributed.to_host(latents)[:kept])
-            bar.update(kept)
+    columns = inputs.outliers, inputs.labels, inputs.indices
+    call = lambda batch: sample(placed, ids, mask, empty, *batch)
+    parts = []
+    with tqdm(total=len(inputs.labels), desc="outlier latents", unit="latent") as bar:
+        for latents in batched.results(call, [columns], chunk, context.mesh):
+            parts.append(latents)
+            bar.update(len(latents))
     return np.concatenate(parts)
 
 

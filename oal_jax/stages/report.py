@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from oal_jax.config import Evaluation, flatten
 from oal_jax.evaluation import bootstrap, protocol
 from oal_jax.evaluation.search import Trial, describe, search, write_search
+from oal_jax.evaluation.tables import write_csv
 from oal_jax.methods import registry
-from oal_jax.report.run_page import ReportInputs, extremes, write_report
+from oal_jax.report.run_page import ReportInputs, write_report
 from oal_jax.runtime import artifacts, processes
 from oal_jax.scores import GRIDS
 from oal_jax.stages import batches, evaluate, latents, train
@@ -21,16 +21,17 @@ _SHOWN_OUTLIERS = 400
 
 
 def run(context: Context) -> list[Path]:
-    """Write the tables, the thresholds, parameters and states of all scores, and `index.html`."""
+    """Writes the tables, the thresholds, parameters and states of all scores, and `index.html`."""
     settings = context.config.evaluation
     sets = evaluate.inputs(context)
-    params, trials = _search(settings, sets)
+    params, trials = _search(context, sets)
     result = protocol.evaluate(
         settings.scores,
         **sets._asdict(),
         params=params,
         keep=settings.keep_id,
         batch_size=settings.batch_size,
+        mesh=context.mesh,
     )
     written: list[Path] = []
     processes.on_main(lambda: written.extend(_write(context, sets, trials, result)))
@@ -40,68 +41,50 @@ def run(context: Context) -> list[Path]:
 def _write(
     context: Context, sets: evaluate.Sets, trials: list[Trial], result: protocol.Evaluation
 ) -> list[Path]:
-    """All files of the stage, from what was computed on the devices."""
+    """Writes the files of the stage from what the devices computed."""
     config, stage = context.config, context.directory("report")
-    settings = config.evaluation
     written = protocol.write_tables(stage, result) + protocol.write_detectors(stage, result)
     intervals = [
         interval
-        for score in settings.scores
+        for score, known in result.id_scores.items()
         for interval in bootstrap.intervals(
-            score, result.id_scores[score], result.ood_scores[score], sets.groups, seed=config.seed
+            score, known, result.ood_scores[score], sets.groups, seed=config.seed
         )
     ]
     written.append(stage / "intervals.csv")
-    bootstrap.write_intervals(written[-1], intervals)
+    write_csv(written[-1], intervals, bootstrap.Interval._fields)
     if trials:
         written.append(stage / "search.csv")
         write_search(written[-1], trials)
-    logged = read(context.workdir / "metrics.jsonl", "train")
+    facts = {"Method": _method_name(context), "Seed": config.seed}
+    facts |= {"Date": datetime.date.today().isoformat(), **artifacts.versions()}
     pictures = latents.pictures(context)
+    samples = {"Decoded outliers": pictures["outliers"]} if pictures else {}
     written.append(stage / "index.html")
     write_report(
         written[-1],
         ReportInputs(
-            run_name=context.workdir.name,
-            method=_method_name(context),
-            seed=config.seed,
-            id_accuracy=protocol.accuracy(sets.id_test),
-            date=datetime.date.today().isoformat(),
-            rows=result.rows,
-            config=flatten(config),
-            versions=artifacts.versions(),
-            validation_rows=result.validation_rows,
-            id_scores=result.id_scores,
-            ood_scores=result.ood_scores,
-            groups=sets.groups,
-            thresholds=result.thresholds,
-            id_features=sets.id_test.outputs.features,
-            id_labels=sets.id_test.labels,
+            title=f"{context.workdir.name}: OOD report",
+            facts=facts,
+            config=config,
             class_names=context.info.class_names,
-            ood_features={
-                name: data.outputs.features
-                for name, data in sets.ood.items()
-                if sets.groups[name] in ("near", "far") and data.outputs.features is not None
-            },
-            outlier_features=_mapped_outliers(context),
-            losses=_curves(logged),
-            val_accuracy=_val_accuracy(logged),
-            id_samples=pictures.get("samples"),
-            outlier_samples=pictures.get("outliers"),
+            evaluation=result,
+            id_test=sets.id_test,
+            ood=sets.ood,
+            groups=sets.groups,
             intervals=intervals,
-            rejected=protocol.rejected(result),
-            keep=settings.keep_id,
-            csid_rows=result.csid_rows,
-            full_spectrum_rows=result.full_spectrum_rows,
-            extremes=_extremes(settings.scores[0], sets, result),
             trials=trials,
+            log=read(context.workdir / "metrics.jsonl", "train"),
+            outlier_features=_mapped_outliers(context),
+            samples=samples,
         ),
     )
     return written
 
 
-def _search(settings: Evaluation, sets: evaluate.Sets) -> tuple[dict[str, Any], list[Trial]]:
-    """Parameters of the scores that have a grid, and all that was tried; empty where not asked."""
+def _search(context: Context, sets: evaluate.Sets) -> tuple[dict[str, Any], list[Trial]]:
+    """Parameters of the scores that have a grid, and all trials. Empty without a search."""
+    settings = context.config.evaluation
     params: dict[str, Any] = {}
     trials: list[Trial] = []
     validation = {n: data for n, data in sets.ood.items() if sets.groups[n] == "validation"}
@@ -117,6 +100,7 @@ def _search(settings: Evaluation, sets: evaluate.Sets) -> tuple[dict[str, Any], 
             sets.head,
             sets.forward,
             settings.batch_size,
+            context.mesh,
         )
         trials += tried
         for trial in tried:
@@ -125,36 +109,10 @@ def _search(settings: Evaluation, sets: evaluate.Sets) -> tuple[dict[str, Any], 
     return params, trials
 
 
-def _extremes(score: str, sets: evaluate.Sets, result: protocol.Evaluation):
-    """The most and least OOD images of each set that has images, ID test first."""
-    named = {"ID test": (sets.id_test, result.id_scores[score])}
-    scored = {**result.csid_scores[score], **result.ood_scores[score]}
-    named |= {name: (sets.ood[name], values) for name, values in scored.items()}
-    return {
-        name: extremes(values, data.images())
-        for name, (data, values) in named.items()
-        if data.images is not None
-    }
-
-
 def _method_name(context: Context) -> str:
     objective = registry.recipe_of(context.config).objective(context.config)
     name = context.config.method.name
     return f"{name} ({objective})" if objective else name
-
-
-def _curves(rows: list[dict]) -> dict[str, np.ndarray]:
-    names = [k for k in rows[0] if k not in ("stage", "step") and "norm" not in k] if rows else []
-    return {
-        name: np.array([(row["step"], row[name]) for row in rows if name in row])
-        for name in names
-        if "accuracy" not in name
-    }
-
-
-def _val_accuracy(rows: list[dict]) -> np.ndarray | None:
-    points = [(r["step"], 100 * r["val_accuracy"]) for r in rows if "val_accuracy" in r]
-    return np.array(points) if points else None
 
 
 def _mapped_outliers(context: Context) -> np.ndarray | None:

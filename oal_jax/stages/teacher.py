@@ -30,7 +30,8 @@ from oal_jax.models.vit import VisionTransformer
 from oal_jax.pretrained import classifiers
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.runtime.keys import named
-from oal_jax.stages.context import Context, apply_to_set, classifier
+from oal_jax.scores.forward import make_forward
+from oal_jax.stages.context import Context, outputs_of_set
 from oal_jax.training import arrays as streams
 from oal_jax.training import loop, session
 from oal_jax.training.optimizer import adam_by_part, adamw
@@ -161,9 +162,9 @@ def variables(context: Context) -> dict[str, Any]:
 
 
 def load(context: Context):
-    """The teacher as `uint8 images -> (logits, features)`."""
+    """The teacher as a function of float images in [0, 1] to `Outputs` with features."""
     net = network(context, context.info.num_classes)
-    return classifier(net, context.mesh)(variables(context))
+    return make_forward(net, variables(context), ("features",))
 
 
 def _flat(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,7 +244,6 @@ def _train(
     method = cross_entropy(net, data.image_shape)
     key = named(context.key, "teacher")
     shift, flip = context.config.data.shift, context.config.data.flip
-    forward = classifier(net, mesh)
     state = init_state(method, optimizer, key, mesh)
     if start:
         params, rest = base.split_variables(_unflat(start))
@@ -260,8 +260,9 @@ def _train(
         return {"params": state.params["student"], **state.model_state["student"]}
 
     def evaluate(state):
-        (logits, _), labels = apply_to_set(forward(of(state)), validation, 500, mesh)
-        return {"val_accuracy": float(np.mean(logits.argmax(-1) == labels))}
+        forward = make_forward(net, of(state), ())
+        outputs, labels = outputs_of_set(forward, validation, 500, mesh)
+        return {"val_accuracy": float(np.mean(outputs.logits.argmax(-1) == labels))}
 
     state = session.train(
         make_train_step(method, optimizer, key),

@@ -22,8 +22,9 @@ from oal_jax.models.resnet import ResNet
 from oal_jax.models.wide_resnet import WideResNet
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.runtime.keys import named
+from oal_jax.scores.forward import make_forward
 from oal_jax.stages import batches, teacher
-from oal_jax.stages.context import Context, apply_to_set, classifier
+from oal_jax.stages.context import Context, outputs_of_set
 from oal_jax.training import arrays as streams
 from oal_jax.training import loop, session
 from oal_jax.training.optimizer import grouped_sgd
@@ -139,7 +140,7 @@ def run(context: Context) -> list[Path]:
     key = named(context.key, "student")
     groups = list(jax.eval_shape(method.init, key)[0])
     optimizer = make_optimizer(config, groups, plan.steps)
-    forward, finish = classifier(net, mesh), jax.jit(method.finish)
+    finish = jax.jit(method.finish)
     in_step = "teacher" in arrays
     teacher_net = teacher.network(context, len(data.class_names)) if in_step else None
 
@@ -147,9 +148,10 @@ def run(context: Context) -> list[Path]:
         state = averaged(state)
         variables = student_variables(finish(state.params), state.model_state)
         batch = config.evaluation.batch_size
-        (logits, _), labels = apply_to_set(forward(variables), validation, batch, mesh)
-        accuracy = float(np.mean(logits.argmax(-1) == labels))
-        _check_collapse(accuracy, logits.shape[-1], int(state.step), plan)
+        forward = make_forward(net, variables, ())
+        outputs, labels = outputs_of_set(forward, validation, batch, mesh)
+        accuracy = float(np.mean(outputs.logits.argmax(-1) == labels))
+        _check_collapse(accuracy, outputs.logits.shape[-1], int(state.step), plan)
         return {"val_accuracy": accuracy}
 
     fresh = _started(context, net, data, init_state(method, optimizer, key, mesh))

@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from oal_jax.errors import UserError
-from oal_jax.runtime import distributed
+from oal_jax.runtime import distributed, preemption
 
 _LOGGER = logging.getLogger("absl")
 
@@ -44,7 +44,9 @@ class Checkpoints:
 
     def save(self, state: Any) -> None:
         """Write the state under its step; returns before the bytes are on disk."""
-        self._manager.save(int(state.step), args=ocp.args.StandardSave(state))
+        # Orbax may swallow an interruption, and the training would go on.
+        with preemption.interrupt_after():
+            self._manager.save(int(state.step), args=ocp.args.StandardSave(state))
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint, if there is one."""

@@ -1,9 +1,8 @@
-"""The one training loop: student, teacher and generator all pass through it."""
+"""The one training loop, of student, teacher and generator alike."""
 
-import signal
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from jaxtyping import Array, Int, Key
 from tqdm import tqdm
 
 from oal_jax.errors import Preempted, TrainingFailed, UserError
-from oal_jax.runtime import distributed, processes
+from oal_jax.runtime import distributed, preemption
 from oal_jax.runtime.keys import at_step
 from oal_jax.training.checkpoints import Checkpoints
 from oal_jax.training.log import MetricsLog
@@ -24,24 +23,47 @@ MakeBatch = Callable[[Arrays, Int[Array, " b"], Int[Array, ""], Int[Array, ""]],
 Rows = Callable[[int], AbstractContextManager[Iterator[Mapping[str, np.ndarray]]]]
 
 
+class Call(NamedTuple):
+    """One call of a compiled step."""
+
+    epoch: int
+    steps: int  # how many it takes
+    step: int  # number of steps after it
+    logged: bool
+    ends_epoch: bool
+
+
 class Plan(NamedTuple):
-    """How long and how often, in whole numbers."""
+    """How long a training is and how often it logs and saves."""
 
     examples: int
     batch_size: int
     epochs: int
-    log_every: int = 20  # steps, counted from the start of each epoch; its last is logged too
+    log_every: int = 20  # steps, counted from the start of each epoch; its last step is logged too
     checkpoint_every: int = 1  # epochs
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches an epoch; the rest of the shuffled examples waits for another epoch."""
+        """Whole batches of an epoch; the rest of the shuffled examples is left out."""
         return self.examples // self.batch_size
 
     @property
     def steps(self) -> int:
-        """Steps in all."""
+        """Steps of the whole training."""
         return self.steps_per_epoch * self.epochs
+
+    def calls(self, step: int, per_call: int) -> Iterator[Call]:
+        """The calls after `step`, of `per_call` steps each, none across a logged step.
+
+        Logged steps are counted from the start of the epoch, so calls have at most two lengths to
+        compile: the usual one and that of an epoch's last.
+        """
+        while step < self.steps:
+            epoch, row = divmod(step, self.steps_per_epoch)
+            steps = min(per_call, self.steps_per_epoch - row, self.log_every - row % self.log_every)
+            step, row = step + steps, row + steps
+            ends_epoch = row == self.steps_per_epoch
+            yield Call(epoch, steps, step, ends_epoch or row % self.log_every == 0, ends_epoch)
 
 
 def compile_step(
@@ -54,14 +76,20 @@ def compile_step(
     shardings: Any = None,
     streamed: bool = False,
 ) -> Callable[[Any, Arrays, Any], tuple[Any, dict[str, Array]]]:
-    """`(state, arrays, order) -> (state, metrics)`: draw the batch, take the step; state donated.
+    """`(state, arrays, order) -> (state, metrics)`: draw batches and take steps. Donates the state.
 
-    Metrics have a leading axis: one entry a step. With `steps_per_call` > 1 that many steps run in
-    one `lax.scan`: for accelerators. On CPU the gradient of a convolution inside a scan is about a
-    hundred times slower than outside, so there a call is one step.
+    Metrics have a leading axis of steps. Several steps a call run in one `lax.scan`: for
+    accelerators. On CPU the gradient of a convolution is about a hundred times slower inside a
+    scan, so there a call is one step.
 
-    `shardings` are those that the state keeps; None: a copy on every device. In place of `order`,
-    (s, b) int32, a `streamed` step takes the batch's own rows, a dict with their "index".
+    Args:
+      train_step: `(state, batch) -> (state, metrics)`.
+      make_batch: `(arrays, indices, epoch, step) -> batch`.
+      plan: of the training.
+      mesh: batches are split over its axis "data".
+      steps_per_call: steps of one call.
+      shardings: of the returned state; default: a copy on every device.
+      streamed: take the rows of the batch, a dict with "index", in place of `order`, (s, b) int32.
     """
 
     def one(state, arrays, source):
@@ -73,16 +101,16 @@ def compile_step(
         batch = make_batch(arrays, indices, epoch, state.step)
         return train_step(state, distributed.shard_batch(batch, mesh))
 
-    def call(state, arrays, order):
+    def call(state, arrays, source):
         if steps_per_call == 1:
-            state, metrics = one(state, arrays, order)
+            state, metrics = one(state, arrays, source)
             return state, jax.tree.map(lambda m: m[None], metrics)
-        return jax.lax.scan(lambda s, _: one(s, arrays, order), state, length=steps_per_call)
+        return jax.lax.scan(lambda s, _: one(s, arrays, source), state, length=steps_per_call)
 
     copies = distributed.replicated(mesh)
-    kept = copies if shardings is None else shardings
+    out_shardings = (copies if shardings is None else shardings, copies)
     options = compiler_options(mesh.devices.flat[0].platform)
-    return jax.jit(call, donate_argnums=0, out_shardings=(kept, copies), compiler_options=options)
+    return jax.jit(call, donate_argnums=0, out_shardings=out_shardings, compiler_options=options)
 
 
 def fit(
@@ -101,30 +129,37 @@ def fit(
     steps_per_call: int | None = None,
     rows: Rows | None = None,
 ) -> Any:
-    """Train from `state.step` to the end of the plan and return the last state.
+    """Train from `state.step` to the end of the plan; the last state.
 
-    `state` is any pytree with an int32 scalar `step` (it is donated); `arrays` stay on the
-    devices; `make_batch(arrays, indices, epoch, step)` runs inside jit. Epochs are permuted by
-    `fold_in(key, epoch)`, so the step number alone says where to resume. `evaluate(state)` runs
-    after every epoch, and its values are logged with those of the epoch's last step.
+    Epochs are permuted by `fold_in(key, epoch)`, so the step number alone says where to resume.
+    Lines of the log are on disk before the checkpoint after them, so a resumed run leaves the same
+    lines as one that was never stopped. All processes of a run call this alike.
 
-    Images that do not fit on the devices are streamed: `rows(step)` is a context manager that
-    opens an iterator over this process's part of the batches of `step`, `step + 1`, ...: each a
-    dict {"index": int32 (b,), "image": uint8 (b, H, W, c), "label": int32 (b,)} with b =
-    batch_size / number of processes. `make_batch` then gets the whole batch, split over the
-    devices, as `arrays["rows"]`, and its "index" as `indices`; a call is one step. The host reads
-    the next batch while the devices work on this one.
-
-    Of several processes all call this alike; the state and `arrays` are equal on all of them.
-
-    What a checkpoint's step and those before it log is on disk before the checkpoint is, so a
-    resumed run leaves the same lines as one that was never stopped.
+    Args:
+      train_step: `(state, batch) -> (state, metrics)`, metrics a dict of scalars.
+      state: pytree with an int32 scalar `step`; donated; equal on all processes.
+      arrays: put on the devices and kept there; equal on all processes.
+      make_batch: `(arrays, indices, epoch, step) -> batch`, traced.
+      plan: how long, and how often to log and save.
+      key: of the permutations.
+      mesh: batches are split over its axis "data".
+      name: of the training, in messages and the progress bar.
+      log: where the metrics of logged steps go.
+      checkpoints: where states go.
+      evaluate: called with the state after every epoch; its values are logged with those of the
+        epoch's last step.
+      steps_per_call: default: 1 on CPU, else `plan.log_every`.
+      rows: streams images that do not fit on the devices. `rows(step)` is a context manager of an
+        iterator over this process's part of the batches of `step`, `step + 1`, ...: dicts {"index":
+        int32 (b,), "image": uint8 (b, H, W, c), "label": int32 (b,)}, b = batch_size / processes.
+        `make_batch` gets the whole batch, split over the devices, as `arrays["rows"]`. A call is
+        one step, and the host reads the next batch while the devices work on this one.
 
     Raises:
-      TrainingFailed: a metric or the state is not finite; what was saved before stays.
-      Preempted: SIGTERM arrived, on any process; the state was saved first. Several processes
-        agree on the step at the logged ones, so they stop up to two of `plan.log_every` later.
-      UserError: an epoch has not even one batch; streamed batches end early or have other sizes.
+      TrainingFailed: a metric or the state is not finite. Earlier checkpoints stay.
+      Preempted: SIGTERM arrived on any process; the state was saved first. Several processes stop
+        at the same step, up to two logged ones after it.
+      UserError: an epoch has no whole batch; streamed batches end early or have other sizes.
     """
     if not plan.steps_per_epoch:
         raise UserError(
@@ -132,99 +167,116 @@ def fit(
         )
     per_call = steps_per_call or (1 if jax.default_backend() == "cpu" else plan.log_every)
     per_call = 1 if rows else per_call
-    compiled: dict[int, Callable] = {}
     shardings = distributed.shardings(state, mesh)
     state = distributed.place(state, shardings)
     arrays = distributed.replicate(dict(arrays), mesh)
-    step = int(state.step)
+    first = int(state.step)
     saved = checkpoints.latest() if checkpoints else None
+    options = {"shardings": shardings, "streamed": rows is not None}
 
-    def fail(what: str):
+    @functools.cache
+    def compiled(steps: int) -> Callable:
+        return compile_step(train_step, make_batch, plan, mesh, steps, **options)
+
+    def failed(reason: str) -> TrainingFailed:
         kept = "no checkpoint was saved yet" if saved is None else f"that of step {saved} is kept"
-        raise TrainingFailed(f"{name}: {what}; checkpoint: {kept}")
-
-    def read(calls) -> dict[str, float]:
-        """The metrics of the last step of these calls; every step of them must be finite."""
-        for last, metrics in jax.device_get(calls):
-            names = list(metrics)
-            table = np.stack([metrics[name] for name in names], axis=1)
-            wrong = np.argwhere(~np.isfinite(table))
-            if wrong.size:
-                row, column = wrong[0]
-                at = last - len(table) + 1 + row
-                fail(f"{names[column]} is {table[row, column]} at step {at}")
-        return {k: float(v[-1]) for k, v in metrics.items()}
-
-    def write(calls, more: Mapping[str, float] | None = None):
-        values = read(calls) | dict(more or {})
-        if log:
-            log.write(calls[-1][0], values)
-        if "loss" in values:
-            bar.set_postfix(loss=f"{values['loss']:.3f}")
-
-    def compile(count: int) -> Callable:
-        options = {"shardings": shardings, "streamed": rows is not None}
-        return compile_step(train_step, make_batch, plan, mesh, count, **options)
+        return TrainingFailed(f"{name}: {reason}; checkpoint: {kept}")
 
     with (
-        _sigterm() as asked,
-        _streamed(rows, step, plan, mesh, name) as following,
-        tqdm(total=plan.steps, initial=step, desc=name, unit="step", mininterval=1.0) as bar,
+        preemption.stop_requested(mesh) as stop,
+        _streamed(rows, first, plan, mesh, name) as batches,
+        tqdm(total=plan.steps, initial=first, desc=name, unit="step", mininterval=1.0) as bar,
     ):
-        stop = _Stop(asked, mesh)
-        while step < plan.steps:
-            epoch = step // plan.steps_per_epoch
-            start, end = epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch
-            if rows is None:
-                source = distributed.replicate(epoch_order(key, epoch, plan), mesh)
-            calls: list = []  # since the last logged step: (step after the call, metrics)
-            due: list = []  # those up to the last logged step
-            while step < end and not stop():
-                # Up to the next logged step. Counted from the start of the epoch, so that there are
-                # at most two lengths of a call to compile: the usual one and an epoch's last.
-                count = min(per_call, end - step, plan.log_every - (step - start) % plan.log_every)
-                if count not in compiled:
-                    compiled[count] = compile(count)
-                if rows is not None:
-                    if len(calls) > 1:
-                        jax.block_until_ready(calls[-2][1])  # two batches wait on the devices
-                    source = next(following)
-                with jax.transfer_guard("disallow"):
-                    state, metrics = compiled[count](state, arrays, source)
-                step += count
-                bar.update(count)
-                calls.append((step, metrics))
-                if step == end or (step - start) % plan.log_every == 0:
-                    # What was logged before is read now, after this call was dispatched.
-                    if due:
-                        write(due)
-                    due, calls = calls, []
-                    stop.vote()
-            if step == plan.steps:
+        metrics, order, epoch = _Metrics(log, bar, failed), None, None
+        for call in plan.calls(first, per_call):
+            if rows is None and call.epoch != epoch:
+                epoch = call.epoch
+                order = distributed.replicate(epoch_order(key, epoch, plan), mesh)
+            source = order if rows is None else next(batches)
+            with jax.transfer_guard("disallow"):
+                state, values = compiled(call.steps)(state, arrays, source)
+            bar.update(call.steps)
+            metrics.add(call, values)
+            if rows is not None:
+                metrics.wait()
+            if call.logged:
+                stop.vote()
+            if call.step == plan.steps:
                 stop.settle()
-            ended, stopping = step == end, stop()
+            if not call.ends_epoch and not stop():
+                continue
             # Nothing that is not finite may reach a checkpoint.
-            for unread in (due, calls):
-                if unread:
-                    read(unread)
+            metrics.check()
             if not distributed.is_finite(state):
-                fail(f"the state is not finite after step {step}")
-            if due:
-                write(due, evaluate(state) if evaluate and ended else None)
-            at_epoch = ended and (epoch + 1) % plan.checkpoint_every == 0
-            if checkpoints and step != saved and (at_epoch or stopping or step == plan.steps):
+                raise failed(f"the state is not finite after step {call.step}")
+            metrics.write(evaluate(state) if evaluate and call.ends_epoch else {})
+            stopping = stop()
+            at_epoch = call.ends_epoch and (call.epoch + 1) % plan.checkpoint_every == 0
+            if checkpoints and (at_epoch or stopping or call.step == plan.steps):
                 if log:
                     log.sync()
-                with _interrupted_later():
-                    checkpoints.save(state)
-                saved = step
-            if stopping or (stop() and step == plan.steps):
+                checkpoints.save(state)
+                saved = call.step
+            if stopping or (call.step == plan.steps and stop()):
                 kept = "which was saved" if checkpoints else "without a checkpoint"
-                raise Preempted(f"{name}: stopped by SIGTERM at step {step}, {kept}")
+                raise Preempted(f"{name}: stopped by SIGTERM at step {call.step}, {kept}")
     return state
 
 
-@partial(jax.jit, static_argnames="plan")
+class _Metrics:
+    """Metrics of calls that the devices may still be working on.
+
+    Those up to a logged step are read and written when the next logged step was dispatched, so the
+    host does not wait for the devices.
+    """
+
+    def __init__(self, log: MetricsLog | None, bar: tqdm, failed: Callable[[str], Exception]):
+        self._log, self._bar, self._failed = log, bar, failed
+        self._due: list[tuple[int, dict]] = []  # (step, metrics) of the calls to the last logged
+        self._calls: list[tuple[int, dict]] = []  # of those since
+
+    def add(self, call: Call, metrics: dict[str, Array]) -> None:
+        self._calls.append((call.step, metrics))
+        if call.logged:
+            self.write({})
+            self._due, self._calls = self._calls, []
+
+    def wait(self) -> None:
+        """Wait for the last call but one, so that two batches at most are on the devices."""
+        if len(self._calls) > 1:
+            jax.block_until_ready(self._calls[-2][1])
+
+    def check(self) -> None:
+        """Raise where a metric of any call is not finite."""
+        self._read(self._due)
+        self._read(self._calls)
+
+    def write(self, more: Mapping[str, float]) -> None:
+        """Write what is due, and `more` with it."""
+        if not self._due:
+            return
+        values = self._read(self._due) | dict(more)
+        if self._log:
+            self._log.write(self._due[-1][0], values)
+        if "loss" in values:
+            self._bar.set_postfix(loss=f"{values['loss']:.3f}")
+        self._due = []
+
+    def _read(self, calls: list[tuple[int, dict]]) -> dict[str, float]:
+        """The metrics of the last step of some calls."""
+        metrics: dict = {}
+        for last, metrics in jax.device_get(calls):
+            table = np.stack(list(metrics.values()), axis=1)
+            bad = np.argwhere(~np.isfinite(table))
+            if bad.size:
+                row, column = bad[0]
+                step = last - len(table) + 1 + row
+                metric = list(metrics)[column]
+                raise self._failed(f"{metric} is {table[row, column]} at step {step}")
+        return {k: float(v[-1]) for k, v in metrics.items()}
+
+
+@functools.partial(jax.jit, static_argnames="plan")
 def epoch_order(key: Key[Array, ""], epoch: int, plan: Plan) -> Int[Array, "s b"]:
     """Which examples each step of an epoch draws."""
     order = jax.random.permutation(at_step(key, "order", epoch), plan.examples)
@@ -236,7 +288,7 @@ def epoch_order(key: Key[Array, ""], epoch: int, plan: Plan) -> Int[Array, "s b"
 def _streamed(
     rows: Rows | None, step: int, plan: Plan, mesh: Mesh, name: str
 ) -> Iterator[Iterator[dict[str, Array]]]:
-    """The whole batches of `step` and on, as global arrays; nothing where there is no stream."""
+    """The whole batches from `step` on as global arrays; none without a stream."""
     if rows is None:
         yield iter(())
         return
@@ -257,62 +309,3 @@ def _streamed(
 
     with rows(step) as batches:
         yield whole(batches)
-
-
-class _Stop:
-    """Whether to stop: one process as soon as it is asked, several when all know of it.
-
-    Several vote at the same steps, and read at each what they had voted at the one before: that has
-    been counted meanwhile, so no device and no process waits for it.
-    """
-
-    def __init__(self, asked: Callable[[], bool], mesh: Mesh):
-        self._asked, self._mesh = asked, mesh
-        self._cast: Array | None = None
-        self._agreed = False
-
-    def __call__(self) -> bool:
-        return self._agreed if processes.several() else self._asked()
-
-    def vote(self) -> None:
-        if processes.several():
-            self._agreed = self._agreed or (self._cast is not None and bool(self._cast))
-            self._cast = distributed.any_process(self._asked(), self._mesh)
-
-    def settle(self) -> None:
-        """Count what was asked up to now; for the end, when nothing else is under way."""
-        self.vote()
-        self.vote()
-
-
-@contextmanager
-def _flagged(number: int) -> Iterator[list[int]]:
-    """While inside, a signal only leaves its number in the list; off the main thread it acts."""
-    seen: list[int] = []
-    try:
-        before = signal.signal(number, lambda number, _: seen.append(number))
-    except ValueError:  # not the main thread
-        yield seen
-        return
-    try:
-        yield seen
-    finally:
-        signal.signal(number, before)
-
-
-@contextmanager
-def _interrupted_later() -> Iterator[None]:
-    """While inside, Ctrl-C waits: Orbax, cut off in a save, may swallow it and training goes on."""
-    with _flagged(signal.SIGINT) as seen:
-        yield
-    if seen:
-        signal.raise_signal(signal.SIGINT)
-
-
-@contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-    """While inside, SIGTERM only raises a flag."""
-    with _flagged(signal.SIGTERM) as seen:
-        yield lambda: bool(seen)
-    if seen and processes.several():  # after the last vote: nobody knows of it yet
-        signal.raise_signal(signal.SIGTERM)

@@ -1,6 +1,6 @@
-"""One training from start to end: resume where a checkpoint is, log, and let go of both."""
+"""Runs `loop.fit` with checkpoints and the log of a run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,22 @@ def train(
     name: str,
     mesh: Mesh,
     keep: int = 2,
-    evaluate: Callable[[Any], Mapping[str, float]] | None = None,
     **options: Any,
 ) -> Any:
-    """`loop.fit` with checkpoints below `directory` and the log of `workdir`; the last state.
+    """Train to the end of the plan; the last state.
 
-    Order of resumption: this run's own newest checkpoint that can be read, else `fresh`.
-    A checkpoint of any number of devices and processes is resumed: it is read as `mesh` wants it.
-    The newest `keep` checkpoints stay, 0 for all. `options` go to `loop.fit`.
+    Resumes from the newest checkpoint that can be read, of any number of devices and processes;
+    without one, starts from `fresh`.
+
+    Args:
+      train_step: as for `loop.fit`, like `arrays`, `make_batch` and `plan`.
+      fresh: the state of step 0.
+      workdir: directory of the log.
+      directory: directory of the checkpoints.
+      name: of the training, in the log and in messages.
+      mesh: the devices.
+      keep: how many of the newest checkpoints stay; 0 for all.
+      **options: further arguments of `loop.fit`.
     """
     try:
         with closing(Checkpoints(directory, keep)) as checkpoints:
@@ -43,19 +51,8 @@ def train(
             first = int(state.step)
             writes = processes.is_main()
             with closing(MetricsLog(workdir, name, first)) if writes else nullcontext() as log:
-                return loop.fit(
-                    train_step,
-                    state,
-                    arrays,
-                    make_batch,
-                    plan,
-                    name=name,
-                    log=log,
-                    mesh=mesh,
-                    checkpoints=checkpoints,
-                    evaluate=evaluate,
-                    **options,
-                )
+                options |= {"mesh": mesh, "name": name, "log": log, "checkpoints": checkpoints}
+                return loop.fit(train_step, state, arrays, make_batch, plan, **options)
     except Preempted:
-        processes.wait_for_all()  # none may go before all have saved
+        processes.wait_for_all()  # all must have saved before one exits
         raise

@@ -29,10 +29,11 @@ from oal_jax.data.augment import augment
 from oal_jax.errors import UserError
 from oal_jax.methods import ce, registry, student
 from oal_jax.outliers import knn
-from oal_jax.runtime import distributed, ops, processes
+from oal_jax.runtime import distributed, ops, preemption, processes
 from oal_jax.scores import Head, Outputs
+from oal_jax.scores.forward import make_forward
 from oal_jax.stages import generator, latents
-from oal_jax.stages.context import Context, apply_in_batches, classifier
+from oal_jax.stages.context import Context
 from oal_jax.training import arrays as streams
 from oal_jax.training import loop
 from oal_jax.training.checkpoints import Checkpoints
@@ -102,7 +103,7 @@ def test_one_process_is_the_first_and_waits_for_nobody():
     assert processes.on_main(lambda: {"a": (1, 2)}) == {"a": (1, 2)}  # as it is, not through JSON
     processes.wait_for_all()
     assert distributed.all_processes(True) and not distributed.all_processes(False)
-    assert bool(distributed.any_process(True, distributed.make_mesh()))
+    assert bool(preemption.any_process(True, distributed.make_mesh()))
     with processes.only_main_prints():
         assert sys.stdout is not None
 
@@ -247,8 +248,9 @@ def train(mesh, plan=PLAN, checkpoints=None, **options) -> Trained:
         **options,
     )
     variables = {"params": state.params["student"], **state.model_state["student"]}
-    forward = classifier(NET, mesh)(variables)
-    return Trained(np.array(logged), state, apply_in_batches(forward, images, 8, mesh))
+    forward = make_forward(NET, variables, ("features",))
+    outputs = post_hoc.compute(forward, images, 8, ("features",), mesh)
+    return Trained(np.array(logged), state, [outputs.logits, outputs.features])
 
 
 def assert_alike(one: Trained, other: Trained) -> None:
@@ -360,9 +362,8 @@ def test_a_training_goes_on_on_other_devices(half_way, trained_on_one, tmp_path)
 SCORES = ("energy", "knn", "mahalanobis", "react")
 
 
-def scores_of(mesh, monkeypatch):
+def scores_of(mesh):
     """Outputs of 21 images in batches of 8, and what scores fitted on them say."""
-    monkeypatch.setattr(distributed, "make_mesh", lambda: mesh)
     rng = np.random.default_rng(1)
     kernel = rng.normal(size=(np.prod(IMAGE), 12)).astype(np.float32)
     head = Head(rng.normal(size=(12, CLASSES)).astype(np.float32), np.ones(CLASSES, np.float32))
@@ -372,20 +373,20 @@ def scores_of(mesh, monkeypatch):
         return Outputs(features @ head.kernel + head.bias[None], features)
 
     images = images_of(81)
-    outputs = post_hoc.compute(forward, images[:60], 8, ("features",))
-    others = post_hoc.compute(forward, images[60:], 8, ("features",))
+    outputs = post_hoc.compute(forward, images[:60], 8, ("features",), mesh)
+    others = post_hoc.compute(forward, images[60:], 8, ("features",), mesh)
     assert others.logits.shape == (21, CLASSES)
     found = {"logits": others.logits}
     for name in SCORES:
         score = post_hoc.make(name)
-        state = post_hoc.fit(score, outputs, np.arange(60) % CLASSES, head)
-        found[name] = post_hoc.apply(score, state, others, 8)
+        state = post_hoc.fit(score, outputs, np.arange(60) % CLASSES, head, mesh=mesh)
+        found[name] = post_hoc.apply(score, state, others, 8, mesh=mesh)
         assert found[name].shape == (21,)
     return found
 
 
-def test_scores_are_alike_on_any_number_of_devices(monkeypatch):
-    one, four = (scores_of(mesh_of(size), monkeypatch) for size in (1, 4))
+def test_scores_are_alike_on_any_number_of_devices():
+    one, four = (scores_of(mesh_of(size)) for size in (1, 4))
     for name, values in one.items():
         np.testing.assert_allclose(four[name], values, rtol=1e-4, atol=1e-4, err_msg=name)
 
@@ -418,8 +419,8 @@ def test_joining_two_split_batches_sends_nothing():
         text = jax.jit(function).lower(*batches).compile().as_text()
         return costs.collectives(text)
 
-    assert sent(student.join, lambda x: student.separate(x, 8)) == []
-    assert sent(lambda *both: jnp.concatenate(both), lambda x: (x[:8], x[8:])) != []
+    assert sent(student.join, lambda x: student.separate(x, 8)) == {}
+    assert sent(lambda *both: jnp.concatenate(both), lambda x: (x[:8], x[8:])) != {}
 
 
 @pytest.mark.parametrize("shared", [False, True])

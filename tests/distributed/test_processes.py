@@ -23,26 +23,26 @@ HEARTBEAT = 10
 
 
 def toy_plan(epochs=EPOCHS):
-    import test_loop
+    import toy_training
 
-    return test_loop.PLAN._replace(epochs=epochs, checkpoint_every=EVERY)
+    return toy_training.PLAN._replace(epochs=epochs, checkpoint_every=EVERY)
 
 
 @contextlib.contextmanager
 def toy_stream(step):
     """This process's rows of the batches that the toy training draws in memory, in their order."""
     import jax
-    import test_loop
+    import toy_training
 
     from oal_jax.training import loop
 
-    plan, arrays = toy_plan(), test_loop.arrays()
+    plan, arrays = toy_plan(), toy_training.arrays()
     part = plan.batch_size // jax.process_count()
     mine = slice(jax.process_index() * part, (jax.process_index() + 1) * part)
 
     def batches(step):
         while True:
-            order = loop.epoch_order(test_loop.KEY, step // plan.steps_per_epoch, plan)
+            order = loop.epoch_order(toy_training.KEY, step // plan.steps_per_epoch, plan)
             index = np.asarray(order)[step % plan.steps_per_epoch, mine]
             yield {"index": index, "x": arrays["x"][index], "y": arrays["y"][index]}
             step += 1
@@ -57,23 +57,23 @@ def streamed_batch(arrays, indices, epoch, step):
 
 
 def toy(directory: Path, epochs=EPOCHS, streamed=False, train_step=None):
-    """Train the regression of `test_loop` on all devices of all processes; its last state."""
-    import test_loop
+    """Train the regression of `toy_training` on all devices of all processes; its last state."""
+    import toy_training
 
     from oal_jax.runtime import distributed
     from oal_jax.training import session
 
     return session.train(
-        train_step or test_loop.train_step,
-        test_loop.fresh(),
-        {} if streamed else test_loop.arrays(),
-        streamed_batch if streamed else test_loop.make_batch,
+        train_step or toy_training.train_step,
+        toy_training.fresh(),
+        {} if streamed else toy_training.arrays(),
+        streamed_batch if streamed else toy_training.make_batch,
         toy_plan(epochs),
         workdir=directory,
         directory=directory / "checkpoints",
         name="train",
-        evaluate=test_loop.evaluate,
-        key=test_loop.KEY,
+        evaluate=toy_training.evaluate,
+        key=toy_training.KEY,
         mesh=distributed.make_mesh(),
         rows=toy_stream if streamed else None,
     )
@@ -109,7 +109,7 @@ def collectives(directory: Path) -> None:
     """Everything that one process leaves to another, or to all."""
     import jax
 
-    from oal_jax.runtime import artifacts, distributed, processes
+    from oal_jax.runtime import artifacts, distributed, preemption, processes
 
     mesh, index = distributed.make_mesh(), jax.process_index()
     assert dict(mesh.shape) == {"data": 4, "model": 1}
@@ -131,8 +131,8 @@ def collectives(directory: Path) -> None:
     np.testing.assert_array_equal(distributed.to_host(rows)[:, 0], [0, 0, 1, 1])
     again = distributed.place(placed, distributed.replicated(mesh))
     np.testing.assert_array_equal(np.asarray(again), table)
-    assert bool(distributed.any_process(index == 1, mesh))
-    assert not bool(distributed.any_process(False, mesh))
+    assert bool(preemption.any_process(index == 1, mesh))
+    assert not bool(preemption.any_process(False, mesh))
     assert distributed.all_processes(True) and not distributed.all_processes(index == 0)
     table[7, 1] = np.nan  # on the second process alone
     assert distributed.is_finite(distributed.place(table, placed.sharding)) == (index == 0)
@@ -142,8 +142,9 @@ def collectives(directory: Path) -> None:
 
 
 def environment(devices=2):
-    shared = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    return {**os.environ, **shared}
+    helpers = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    return {**os.environ, **settings, "PYTHONPATH": helpers}
 
 
 def free_port() -> int:
