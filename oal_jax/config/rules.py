@@ -59,7 +59,7 @@ def _data(config: Config) -> Iterator[str]:
             " validation and test, of data.source='tfds'"
         )
     if data.source in ("imglist", "folder") and not data.root and not config.smoke:
-        yield f"config data.root is empty; data.source={data.source} needs the directory of the sets"
+        yield f"config data.root is empty: data.source={data.source} needs the sets' directory"
     if data.stream and data.source not in STREAMED:
         yield (
             f"config data.stream=True: the sets of data.source='{data.source}' are held in memory;"

@@ -150,7 +150,8 @@ def make_diffusion_trainer(
 
     Returns:
         `init(key) -> state` and `train_step(state, batch) -> (state, metrics)`; batch = {"latent":
-        scaled (B, h, w, C), "label": (B,) int32}. Use `state.ema_params` afterwards: {"text_encoder", "unet"}.
+        scaled (B, h, w, C), "label": (B,) int32}. Use `state.ema_params` afterwards:
+        {"text_encoder", "unet"}.
     """
     if sd.schedule.prediction_type != "epsilon":
         raise ValueError("the diffusion trainer predicts noise")

@@ -21,8 +21,8 @@ class Method(NamedTuple):
 
     Attributes:
       init: `init(key) -> (params, model_state)`, both {group: tree}.
-      loss: `loss(params, model_state, batch, step, key) -> (value, (model_state, metrics))`. A batch
-        has `image` (float32 in [0, 1]) and `label`. Methods with a teacher also read
+      loss: `loss(params, model_state, batch, step, key) -> (value, (model_state, metrics))`. A
+        batch has `image` (float32 in [0, 1]) and `label`. Methods with a teacher also read
         `teacher_logits` and `teacher_features`; others read the outliers of their pools.
       finish: `finish(params)` gives the parameters to evaluate and to save. Its group "student" is
         that of a plain model.

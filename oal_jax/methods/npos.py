@@ -66,8 +66,8 @@ def boundary_outliers(
 
     Args:
       queue_size: unit features kept a class. Sampling waits until every queue is full.
-      neighbour, boundary_points, anchors, sigma, candidates, per_anchor: `k`, `count`, `anchors`, `sigma`,
-        `noise_rows` and `keep` of `outliers.knn.sample_class`.
+      neighbour, boundary_points, anchors, sigma, candidates, per_anchor: `k`, `count`,
+        `anchors`, `sigma`, `noise_rows` and `keep` of `outliers.knn.sample_class`.
       refresh: steps for which outliers are used before new ones are sampled; 1 is as
         published. Sampling costs about K * queue_size * (queue_size + candidates) * d
         multiplications, for small nets more than the training step.

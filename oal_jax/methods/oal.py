@@ -45,9 +45,9 @@ def energy(
 ) -> Method:
     """Distillation and a logistic loss on the energies of ID images and outliers.
 
-    Feature outliers `outlier` (B, T) reach the student's head through the feature projector, latents
-    `outlier_latent` (B, h, w, c) through a latent projector that regresses the student's features
-    from the latents of ID images (`latent`). Mapped outliers carry no gradient to either projector,
+    Feature outliers `outlier` (B, T) reach the student's head through the feature projector.
+    Latents `outlier_latent` (B, h, w, c) reach it through a latent projector, which regresses the
+    student's features from the latents of ID images (`latent`). Mapped outliers carry no gradient to either projector,
     and the batch statistics of the feature projector never see one. Images `outlier_image`
     (m, h, w, c) pass through the whole student beside the ID images, and so does their gradient.
     Without any outliers the ID side alone is trained, with scale and offset held fixed.
@@ -177,9 +177,9 @@ def club(
     """Both CLUB terms, as shipped or (`alternate`) with q fitted by likelihood.
 
     The batch needs `outlier` (B, T) and `outlier_latent` (B, latent_width), paired at random
-    with the ID images. The feature projector gets the teacher's features as they are, as shipped. `alternate`: the
-    student's gradient comes from CLUB with q held fixed, q's from the likelihood with the
-    features held fixed, in the same step.
+    with the ID images. The feature projector gets the teacher's features unnormalised, as shipped.
+    With `alternate` the student's gradient comes from CLUB with q held fixed, q's from the
+    likelihood with the features held fixed, in the same step.
     """
     hidden: dict[str, Sequence[int]] = {"outlier": (256,), "outlier_latent": (32, 16, 256)}
     widths = {"outlier": teacher_width, "outlier_latent": latent_width}

@@ -111,8 +111,8 @@ def id_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The mean cross-entropy on ID images, after `ce_transform` if there is one; metrics.
 
-    `ce_transform` maps the batch mean of the cross-entropy and nothing else of a method's loss. So a
-    constraint on the ID loss, such as Unleashing Mask's (arXiv 2306.03715), joins any method. The
+    `ce_transform` maps the batch mean of the cross-entropy and nothing else of a method's loss. So
+    a constraint on the ID loss, such as Unleashing Mask's (arXiv 2306.03715), joins any method. The
     metric `ce` is the cross-entropy before it.
     """
     ce = jnp.mean(losses.cross_entropy(logits, labels))

@@ -129,7 +129,7 @@ def least_likely(
     samples: int,
     per_class: int,
 ) -> Float[Array, "m d"]:
-    """Of `samples` draws from each N(mean, L L^T), the `per_class` of lowest density; class by class.
+    """The `per_class` draws of lowest density among `samples` from each N(mean, L L^T).
 
     A draw is mean + L e with e standard normal, and its density falls with |e| alone. The length
     and the direction of e are independent: so the lengths of all draws (chi with d degrees of

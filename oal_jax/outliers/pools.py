@@ -77,7 +77,8 @@ class OutlierPool(NamedTuple):
 
     Attributes:
       name: key of the draws in the batch, and of the pool's arrays.
-      draw: `draw(arrays, draw) -> outliers`; pure, runs inside jit. `arrays` has those of all pools.
+      draw: `draw(arrays, draw) -> outliers`; pure, runs inside jit. `arrays` holds those of all
+        pools.
       reads: (stage, file) of every file that `load` reads.
       load: `load(context) -> array on the host`; None where nothing is stored.
       shape: `shape(sizes)`: the shape and type of what `load` returns.

@@ -1,7 +1,8 @@
 """Models on the Hugging Face hub: the directory of one, fetched where the cache lacks it.
 
 The local cache is looked at first, and nothing is asked of the network when all is there
-(`HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, `HF_ENDPOINT` and `HF_TOKEN` mean what they mean to huggingface_hub).
+(`HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, `HF_ENDPOINT` and `HF_TOKEN` mean what they mean to
+huggingface_hub).
 """
 
 import errno

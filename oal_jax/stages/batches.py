@@ -24,7 +24,7 @@ from oal_jax.training import loop
 
 
 def labelled_images(context: Context) -> ImageSet | Streamed:
-    """The ID images whose labels the student sees: all, or every n-th one of the method's recipe."""
+    """The ID images whose labels the student sees: all, or every n-th one (`label_every`)."""
     data, every = context.train_images(), registry.recipe_of(context.config).label_every
     if every == 1:
         return data

@@ -1,4 +1,4 @@
-"""Stage `features`: the teacher's features and logits of the ID images, plain and per cached view."""
+"""Stage `features`: the teacher's outputs on the ID images, unaugmented and per cached view."""
 
 from pathlib import Path
 

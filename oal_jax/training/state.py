@@ -79,7 +79,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure step of a method: gradient of its loss, one optimizer update.
 
-    With `accumulate` > 1 the gradient is the mean of those of the microbatches, which pass one after
+    With `accumulate` > 1 the gradient is the mean of those of the microbatches. They pass one after
     another, so that the activations of one are in memory at a time:
     - The loss must be a mean over examples; `config.rules` refuses the others.
     - Batch statistics are those of a microbatch, and the running ones move once a microbatch.
