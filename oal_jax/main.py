@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> None:
     startup.use_compilation_cache()  # before JAX is imported, which a config file may do
     values = parse(argv)
     if values.help:
-        print(usage(__doc__))
+        print(usage(__doc__, values))
         return
     from oal_jax.runtime import distributed  # JAX starts only once the flags are known to be right
 

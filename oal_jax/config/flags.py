@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import textwrap
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from oal_jax.config import GENERATED, Config, expand, flatten, unknown_key
+from oal_jax.config.help import describe
 from oal_jax.config.rules import validate
 from oal_jax.config.smoke import shrink
 from oal_jax.errors import UserError
@@ -44,7 +46,10 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         flag_values=values,
     )
     flags.DEFINE_bool(
-        "force", False, "go on where another config ran; redo what is damaged", flag_values=values
+        "force",
+        False,
+        "continue where another config ran; redo what is damaged",
+        flag_values=values,
     )
     flags.DEFINE_bool(
         "profile",
@@ -52,7 +57,15 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "write a profiler trace of a window of each stage that runs to WORKDIR/profile/STAGE",
         flag_values=values,
     )
-    flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
+    flags.DEFINE_bool(
+        "help",
+        False,
+        "show this; --help KEY ... shows fields or sections of the config, such as train.epochs or"
+        " method.vos",
+        short_name="h",
+        flag_values=values,
+    )
+    flags.DEFINE_list("help_keys", [], "what --help was asked about", flag_values=values)
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
@@ -78,6 +91,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     except Exception as error:  # the config file is code, and can raise anything
         raise UserError(_config_problem(error)) from None
     if values.help:
+        values.help_keys = rest[1:]
         return values
     if len(rest) > 1:
         raise UserError(f"argument '{rest[1]}' is not a flag; flags start with --")
@@ -114,7 +128,7 @@ def _config_key(name: str) -> str | None:
 
 
 def _check_config_arguments(arguments: Sequence[str]) -> None:
-    """Unknown config keys, wrong types and missing files are told before any config file is run."""
+    """Raise `UserError` for unknown keys, wrong types and missing files; runs no config file."""
     known = flatten(Config())
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
@@ -142,7 +156,7 @@ def _check_type(key: str, value: str, default: object) -> None:
         _PARSERS[kind]().parse(value)
     except ValueError:
         raise UserError(
-            f"config key '{key}' wants a value of type {kind.__name__}, got '{value}'"
+            f"config key '{key}' must be of type {kind.__name__}, got '{value}'"
         ) from None
 
 
@@ -157,13 +171,20 @@ def _config_problem(error: Exception) -> str:
     return f"the config file can't be read: {type(error).__name__}: {error} ({where})"
 
 
-def usage(doc: str) -> str:
-    """What `--help` prints: the command's own `doc`, its flags, all config keys."""
-    values = flags.FlagValues()
-    define_flags(values, [])
-    lines = [f"  --{name}: {values[name].help}" for name in sorted(values) if name != "h"]
-    keys = [f"  --config.{key}={value}" for key, value in flatten(Config()).items()]
-    return "\n".join([doc, "Flags:", *lines, "", "Config keys and defaults:", *keys])
+def usage(doc: str, values: flags.FlagValues) -> str:
+    """What `--help [KEY ...]` prints: the command's `doc`, its flags, its config; or the keys."""
+    config = values.config if isinstance(values.config, Config) else Config()
+    keys = values.help_keys
+    if keys:
+        return describe(keys, config)
+    names = [name for name in sorted(values) if name not in ("h", "help_keys")]
+    lines = [
+        line
+        for name in names
+        if "config." not in name
+        for line in textwrap.wrap(f"--{name}: {values[name].help}", 96, subsequent_indent="    ")
+    ]
+    return "\n".join([doc, "Flags:", *(f"  {line}" for line in lines), describe((), config)])
 
 
 def read_for_compiling(arguments: Sequence[str]) -> Config:
