@@ -10,6 +10,7 @@ from PIL import Image
 from tfds_sets import PACKAGE, a_class, an_image, png, write
 
 from oal_jax.data import manifest, sources
+from oal_jax.data.stored import SetSpec
 from oal_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -58,10 +59,10 @@ def test_shards_are_read_in_order(tmp_path):
     np.testing.assert_array_equal(found.images, decoded(examples))
     assert found.labels.tolist() == [e["label"] for e in examples]
     np.testing.assert_array_equal(load(tmp_path, limit=4).images, decoded(examples)[:4])
-    held = sources.open_stored("tfds", "pets", "train", root=str(tmp_path))
-    assert held.encodings.labels().tolist() == found.labels.tolist()
-    assert "pets-train.array_record-00001-of-00003" in held.encodings.where(3)
-    assert held.encodings.where(3).startswith("record 0 of ")
+    held = sources.open_source(SetSpec("tfds", "pets", "train", root=str(tmp_path)))
+    assert held.labels().tolist() == found.labels.tolist()
+    assert "pets-train.array_record-00001-of-00003" in held.where(3)
+    assert held.where(3).startswith("record 0 of ")
 
 
 def test_features_are_found_by_their_types(tmp_path):
@@ -138,11 +139,10 @@ def test_splits_of_the_config(root):
     assert validation.name == "pets/validation"
     np.testing.assert_array_equal(np.concatenate([train.images, validation.images]), whole.images)
     assert len(validation.images) == 3 and len(test.images) == 4
-    held = sources.open_stored(
-        *("tfds", "pets", "validation"), root=str(root), id_set="pets", id_splits=tail
-    )
-    assert held.encodings.where(0).startswith("record 2 of ")
-    assert "00001-of-00002" in held.encodings.where(0)
+    spec = SetSpec("tfds", "pets", "validation", root=str(root), id_set="pets", id_splits=tail)
+    held = sources.open_source(spec)
+    assert held.where(0).startswith("record 2 of ")
+    assert "00001-of-00002" in held.where(0)
     own = load(root, "pets@train[2:4]", "test", id_set="pets", labelled=False)
     np.testing.assert_array_equal(own.images, whole.images[2:4])
     assert own.name == "pets@train[2:4]"

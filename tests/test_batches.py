@@ -26,7 +26,7 @@ quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_l
 def read_once():
     """Every set is read, or drawn, once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("oal_jax.stages.context.load", functools.cache(sources.load))
+        patch.setattr("oal_jax.stages.context.read_set", functools.cache(sources.read_set))
         yield
 
 
@@ -211,11 +211,11 @@ def test_outlier_images_that_cannot_be_are_told(tmp_path, monkeypatch):
     assert "outliers.images='procedual': no bundled image set 'procedual': choose one of" in said
     said = refusal(batches.outlier_images, context_of(tmp_path, oe, "sandal"))
     assert "outliers.images='sandal': image set 'sandal' has no split 'train'" in said
-    context, load = context_of(tmp_path, oe, "photographs"), sources.load
-    small = sources.validated("small/train", np.zeros((3, 20, 20, 1), np.uint8), *NO_LABELS)
+    context, read_set = context_of(tmp_path, oe, "photographs"), sources.read_set
+    small = sources.ImageSet("small/train", np.zeros((3, 20, 20, 1), np.uint8), *NO_LABELS)
     monkeypatch.setattr(
-        "oal_jax.stages.context.load",
-        lambda **wanted: small if wanted["name"] == "photographs" else load(**wanted),
+        "oal_jax.stages.context.read_set",
+        lambda spec: small if spec.name == "photographs" else read_set(spec),
     )
     said = refusal(batches.outlier_images, context)
     assert "its images have shape (20, 20, 1), those of fashion/train (28, 28, 1)" in said
@@ -250,8 +250,8 @@ def test_sets_of_the_benchmark_are_no_outlier_images(name, images, group):
 @pytest.mark.parametrize("method", [Method(name="oe"), Method()])
 def test_procedural_images_are_drawn_in_the_shape_of_the_id_images(tmp_path, monkeypatch, method):
     images = np.zeros((12, 20, 24, 3), np.uint8)
-    data = sources.validated("mine/train", images, np.zeros(12, np.int32), ("cat",))
-    monkeypatch.setattr("oal_jax.stages.context.load", lambda **wanted: data)
+    data = sources.ImageSet("mine/train", images, np.zeros(12, np.int32), ("cat",))
+    monkeypatch.setattr("oal_jax.stages.context.read_set", lambda spec: data)
     context = context_of(tmp_path, method)
     context.config.data.source, context.config.data.root = "folder", "somewhere"
     context.config.outliers.image_share = 0.125

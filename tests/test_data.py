@@ -278,23 +278,6 @@ def test_other_file_format_names_the_command(tree: Path) -> None:
     assert "--file_format=array_record" in one_line(error)
 
 
-@pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        (np.zeros((2, 4, 4, 1), np.float32), np.zeros(2, np.int32), "float32"),
-        (np.zeros((2, 4, 4), np.uint8), np.zeros(2, np.int32), r"\(2, 4, 4\)"),
-        (np.zeros((2, 4, 4, 1), np.uint8), np.zeros(3, np.int32), r"\(3,\)"),
-        (np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, np.float32), "float32"),
-        (np.zeros((2, 4, 4, 1), np.uint8), np.array([0, -1]), "label -1 of image 1"),
-        (np.zeros((2, 4, 4, 1), np.uint8), np.array([2, 0]), "label 2 of image 0"),
-    ],
-)
-def test_bad_arrays_are_refused(images: np.ndarray, labels: np.ndarray, message: str) -> None:
-    with pytest.raises(UserError, match=message) as error:
-        sources.validated("pets/train", images, labels, ("cat", "dog"))
-    assert "pets/train" in one_line(error)
-
-
 def test_made_outliers_depend_on_the_seed_alone() -> None:
     for make in (synthesis.shapes, synthesis.noise):
         first, again, other = (make(np.random.default_rng(seed), 8).images for seed in (1, 1, 2))

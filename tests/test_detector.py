@@ -212,7 +212,7 @@ def test_no_image_set_is_read(finished_run, images, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("an image set was read")
 
-    monkeypatch.setattr("oal_jax.stages.context.load", refuse)
+    monkeypatch.setattr("oal_jax.stages.context.read_set", refuse)
     with contextlib.redirect_stderr(None):
         assert len(oal_jax.load(finished_run)(images).label) == len(images)
 

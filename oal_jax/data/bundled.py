@@ -1,6 +1,6 @@
-"""The image sets that come with the package, checked against their manifest before they are read.
+"""The image sets inside the package, checked against their manifest before they are read.
 
-They are made by `tools.fashion_set.build`; `embedded/LICENSES.md` says whose they are.
+`tools.fashion_set.build` makes them; `embedded/LICENSES.md` names their owners.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from oal_jax.errors import UserError
 
-# What to do about a damaged set; ends the messages.
+# What to do about a damaged set. Ends the messages.
 REMEDY = "reinstall the package or rebuild with python -m tools.fashion_set.build"
 
 
@@ -20,10 +20,10 @@ def embedded_root() -> Path:
 
 
 def read_manifest(root: Path) -> dict:
-    """The manifest of the sets below `root`: `sets` by name, each with splits, source, files.
+    """The manifest of the sets below `root`: `sets` by name, each with splits, source and files.
 
     Raises:
-      UserError: `manifest.json` is missing or not what `tools.fashion_set.build` writes.
+      UserError: `manifest.json` is missing, or is not what `tools.fashion_set.build` writes.
     """
     path = root / "manifest.json"
     try:
@@ -42,12 +42,12 @@ def verified_directory(name: str, root: str | None = None) -> Path:
 
     Args:
       name: a set of the manifest, such as "fashion".
-      root: the folder with `manifest.json`; None for the one in the package.
+      root: the folder with `manifest.json`; empty or None: the one in the package.
 
     Raises:
-      UserError: there is no such set, or a file is missing, cut short or changed.
+      UserError: no such set, or a file is missing, cut short or changed.
     """
-    folder = embedded_root() if root is None else Path(root)
+    folder = Path(root) if root else embedded_root()
     sets = read_manifest(folder)["sets"]
     if name not in sets:
         raise UserError(f"no bundled image set {name!r}: choose one of {', '.join(sorted(sets))}")
@@ -58,8 +58,7 @@ def verified_directory(name: str, root: str | None = None) -> Path:
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): {REMEDY}") from error
         if len(data) != expected["bytes"]:
-            found = f"has {len(data)} bytes, not {expected['bytes']}"
-            raise UserError(f"{path} {found}: {REMEDY}")
+            raise UserError(f"{path} has {len(data)} bytes, not {expected['bytes']}: {REMEDY}")
         if hashlib.sha256(data).hexdigest() != expected["sha256"]:
             raise UserError(f"{path} differs from its sha256 in manifest.json: {REMEDY}")
     return folder / sets[name]["directory"]

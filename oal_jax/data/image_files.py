@@ -1,6 +1,6 @@
-"""Images in a folder of any files: found, decoded, made to fit a model; a bounded number ahead.
+"""Image files: listed, decoded and made to fit a model, a bounded number ahead of the reader.
 
-Every file is untrusted: one that can't be read is reported by name, and the rest goes on.
+Every file is untrusted: one that can't be read is reported by name, and the others are still read.
 """
 
 import collections
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,7 +20,7 @@ from PIL import Image
 
 from oal_jax.errors import UserError
 
-# What is opened, whatever the file's ending says. Not EPS, for which PIL starts Ghostscript.
+# Formats that are read, whatever a file's ending says. Not EPS: PIL starts Ghostscript for it.
 _FORMATS = (
     *("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"),
     *("MPO", "DIB", "ICO", "PCX", "TGA"),
@@ -36,27 +36,39 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_TASK = 32  # images a task of a worker
-# Threads that decode small files hinder each other: the interpreter's lock is passed on several
-# times a file (two threads were half as fast as one, four a third). So these take turns.
+_TASK = 32  # images a task of a thread
+# Threads that decode small files hinder each other: the interpreter's lock changes hands several
+# times a file. Two threads were half as fast as one, four a third. So these take turns.
 _SMALL = 16 << 10  # bytes a file
 _IN_TURN = threading.Lock()
 
 
-class Found(NamedTuple):
-    """The files below a folder."""
+class Listing(NamedTuple):
+    """The files below a folder.
 
-    names: list[str]  # of images by their ending, relative, with forward slashes, sorted
-    others: int  # files that are not images by their ending, and hidden ones
+    Attributes:
+      names: files with the ending of an image, relative, with forward slashes, sorted.
+      others: number of other files, and of hidden ones.
+    """
+
+    names: list[str]
+    others: int
 
 
-class Chunk(NamedTuple):
-    """Some images in the order of their names, and those that could not be read."""
+class FileBatch(NamedTuple):
+    """Images of some files.
+
+    Attributes:
+      names: files that could be read, in order.
+      images: theirs.
+      converted: number of images that had other channels or another depth than the model takes.
+      unreadable: names of the other files, and reasons.
+    """
 
     names: list[str]
     images: UInt8[np.ndarray, "n h w c"]
-    converted: int  # images whose channels or depth were other than the model's
-    unreadable: list[tuple[str, str]]  # names and reasons
+    converted: int
+    unreadable: list[tuple[str, str]]
 
 
 class Unreadable(Exception):
@@ -65,15 +77,38 @@ class Unreadable(Exception):
 
 @cache
 def formats() -> tuple[tuple[str, ...], frozenset[str]]:
-    """PIL's names of the formats that are read here, and the endings of their files."""
+    """PIL's names of the formats that are read, and the endings of their files."""
     Image.init()
     known = tuple(name for name in _FORMATS if name in Image.OPEN)
     endings = Image.registered_extensions().items()
     return known, frozenset(ending for ending, name in endings if name in known)
 
 
-def find(folder: Path) -> Found:
-    """All images below a folder, by the endings of their names; hidden ones are left out.
+@contextlib.contextmanager
+def opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
+    """The image of a file, which is read when its pixels are.
+
+    Raises:
+      Unreadable: whatever fails inside, with the reason in a few words.
+    """
+    try:
+        with Image.open(file, formats=formats()[0]) as image:
+            yield image
+    except Unreadable:
+        raise
+    except Exception as error:  # a damaged file makes PIL's decoders raise almost anything
+        raise Unreadable(_reason(error)) from None
+
+
+@contextlib.contextmanager
+def in_turn_if_small(sizes: Sequence[int]) -> Iterator[None]:
+    """Inside, this thread decodes files of these sizes (bytes): small ones alone."""
+    with _IN_TURN if sum(sizes) < _SMALL * len(sizes) else contextlib.nullcontext():
+        yield
+
+
+def find(folder: Path) -> Listing:
+    """All images below a folder, by the endings of their names, without hidden ones.
 
     Raises:
       UserError: no such folder, or one that can't be read.
@@ -95,28 +130,28 @@ def find(folder: Path) -> Found:
                 names.append(prefix + name)
             else:
                 others += 1
-    return Found(sorted(names), others)
+    return Listing(sorted(names), others)
 
 
 def stream(
     folder: Path, names: Sequence[str], image_shape: Sequence[int], workers: int | None = None
-) -> Iterator[Chunk]:
-    """Decodes images in threads, in order, at most a few chunks ahead of the reader.
+) -> Iterator[FileBatch]:
+    """Decodes images in threads, in order, at most a few batches ahead of the reader.
 
     Memory does not grow with the number of images.
 
     Args:
-      folder: what the names are relative to.
+      folder: folder that the names are relative to.
       names: from `find`.
-      image_shape: (height, width, channels) of the images to give.
-      workers: threads; None for one a core, at least 2 and at most 8.
+      image_shape: (height, width, channels) of the resulting images.
+      workers: threads; None: one a core, at least 2 and at most 8.
 
     Raises:
       UserError: no image type has so many channels.
     """
     if image_shape[2] not in _MODES:
         raise UserError(f"the model takes {image_shape[2]} channels; image files have 1, 3 or 4")
-    formats()  # PIL's plugins, before there are threads
+    formats()  # loads PIL's plugins before there are threads
     workers = workers or min(max(os.cpu_count() or 2, 2), 8)
     read = partial(_read, folder, tuple(image_shape))
     waiting: collections.deque[Future] = collections.deque()
@@ -135,34 +170,32 @@ def stream(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, PIL's remarks about single files are not shown, and what it suspects is an error."""
+    """Hides PIL's warnings about single files; makes a decompression bomb an error."""
     with warnings.catch_warnings():
         silence()
         yield
 
 
 def silence() -> None:
-    """From now on the same: for processes that do nothing but read images."""
+    """As `quiet`, for good: for processes that only read images."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
-def _read(folder: Path, image_shape: tuple[int, int, int], names: Sequence[str]) -> Chunk:
-    kept, images, converted = [], [], 0
-    unreadable = []
-    small = sum(_size(folder / name) for name in names) < _SMALL * len(names)
-    with _IN_TURN if small else contextlib.nullcontext():
+def _read(folder: Path, image_shape: tuple[int, int, int], names: Sequence[str]) -> FileBatch:
+    readable, images, converted, unreadable = [], [], 0, []
+    with in_turn_if_small([_size(folder / name) for name in names]):
         for name in names:
             try:
                 pixels, was_converted = decode(folder / name, image_shape)
             except Unreadable as error:
                 unreadable.append((name, str(error)))
                 continue
-            kept.append(name)
+            readable.append(name)
             images.append(pixels)
             converted += was_converted
     stacked = np.stack(images) if images else np.zeros((0, *image_shape), np.uint8)
-    return Chunk(kept, stacked, converted, unreadable)
+    return FileBatch(readable, stacked, converted, unreadable)
 
 
 def _size(path: Path) -> int:
@@ -175,37 +208,31 @@ def _size(path: Path) -> int:
 def decode(
     path: Path, image_shape: tuple[int, int, int]
 ) -> tuple[UInt8[np.ndarray, "h w c"], bool]:
-    """One image file, upright, as a model of this image shape takes it.
+    """The pixels of an image file, upright, in the shape that a model takes.
 
-    The first frame of several. The shorter side is resized and the centre kept; an image of the
-    right size stays as it is. Transparency is blended with black; 16-bit gray levels become 8-bit.
+    Reads the first of several frames. Resizes the shorter side and keeps the centre; an image of
+    the right size keeps its pixels. Blends transparency with black; makes 16-bit gray levels 8-bit.
 
     Returns:
-      The pixels, and whether channels or depth had to be converted.
+      The pixels, and whether channels or depth were converted.
 
     Raises:
       Unreadable: damaged, truncated, too large to be safe, or of floats without a known range.
     """
-    if not path.is_file():  # a pipe would be waited for, for ever
+    if not path.is_file():  # reading a pipe would never end
         raise Unreadable("not a file")
-    try:
-        with Image.open(path, formats=formats()[0]) as image:
-            height, width, channels = image_shape
-            mode = _MODES[channels]
-            # JPEG alone: decoded at a fraction of the size, at least twice what is wanted.
-            image.draft(None, (2 * max(height, width),) * 2)
-            image.load()
-            upright = _upright(image)
-            converted = upright if upright.mode == mode else convert(upright, mode)
-            return _fit(converted, height, width, channels), image.mode != mode
-    except Unreadable:
-        raise
-    except Exception as error:  # a damaged file makes PIL's decoders raise almost anything
-        raise Unreadable(reason(error)) from None
+    height, width, channels = image_shape
+    mode = _MODES[channels]
+    with opened(path) as image:
+        # JPEG alone is decoded at a fraction of its size, at least twice the final one.
+        image.draft(None, (2 * max(height, width),) * 2)
+        image.load()
+        upright = _upright(image)
+        converted = upright if upright.mode == mode else convert(upright, mode)
+        return _fit(converted, height, width, channels), image.mode != mode
 
 
-def reason(error: Exception) -> str:
-    """What PIL's exception says about a file, in a few words."""
+def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
@@ -224,15 +251,15 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
-    """The image in another mode: transparency blended with black, 16-bit levels made 8-bit.
+    """The image in another mode. Blends transparency with black; makes 16-bit levels 8-bit.
 
     Raises:
-      Unreadable: its pixels are floats without a known range.
+      Unreadable: its pixels are floats, which have no known range.
     """
     if image.mode == "F":
         raise Unreadable("its pixels are floats, whose range is not known")
     if image.mode.startswith("I"):
-        # 16 bits; `convert` would cut off what is above 255.
+        # 16 bits. PIL's own conversion would cut off what is above 255.
         levels = np.asarray(image).astype(np.int64) // 257
         image = Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
     if mode != "RGBA" and image.has_transparency_data:
@@ -243,7 +270,7 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
 
 def _fit(image: Image.Image, height: int, width: int, channels: int) -> UInt8[np.ndarray, "h w c"]:
     if image.size != (width, height):
-        # The part of the image that stays, in its own pixels.
+        # The part of the image to keep, in its own pixels.
         scale = min(image.width / width, image.height / height)
         left = (image.width - scale * width) / 2
         top = (image.height - scale * height) / 2

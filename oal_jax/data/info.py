@@ -9,8 +9,8 @@ from oal_jax.config import GENERATED, Data
 from oal_jax.config.class_names import CLASS_NAMES, FASHION, generated_names
 from oal_jax.data import generated
 from oal_jax.data.leave_out import relabelled
-from oal_jax.data.sources import open_stored
-from oal_jax.data.stored import image_shape
+from oal_jax.data.sources import open_source
+from oal_jax.data.stored import SetSpec
 from oal_jax.errors import UserError
 
 # Training images of the ID sets whose sizes are known without their files.
@@ -52,27 +52,27 @@ class DatasetInfo:
         return np.array([self.all_class_names.index(name) for name in self.class_names])
 
 
-def read_info(*, source: str, name: str, limit: int, **options) -> DatasetInfo:
+def read_info(spec: SetSpec) -> DatasetInfo:
     """The info of an ID set, from its files. Decodes no image.
 
-    Reads the header of one image where neither the source nor `image_size` says how large images
-    are, and all labels where classes are left out.
+    Reads the header of one image if neither the source nor `image_size` determines the size of the
+    images, and all labels if classes are left out.
 
     Args:
-      source, name, limit, options: as for `oal_jax.data.sources.open_stored`, of the train split.
+      spec: the train split, with the student's `limit`.
 
     Raises:
-      UserError: the set is not there or is damaged; it has no class that is to be left out.
+      UserError: the set is missing or damaged, or has no class of a name in `leave_out`.
     """
-    if source == GENERATED:
-        whole = generated_names(name)
-        names = relabelled(whole, options["leave_out"]).class_names
-        side = options["image_size"] or generated.SIZE
-        return DatasetInfo(name, names, (side, side, 3), limit or 10 * len(names), whole)
-    everything = open_stored(source, name, **options | {"leave_out": ()})
-    train = open_stored(source, name, limit=limit, **options)
+    if spec.source == GENERATED:
+        whole = generated_names(spec.name)
+        names = relabelled(whole, spec.leave_out)[1]
+        side, count = spec.image_size or generated.SIZE, generated.PER_CLASS * len(names)
+        return DatasetInfo(spec.name, names, (side, side, 3), spec.limit or count, whole)
+    train = open_source(spec)
+    whole = open_source(dataclasses.replace(spec, leave_out=())) if spec.leave_out else train
     return DatasetInfo(
-        name, train.class_names, image_shape(train), train.examples, everything.class_names
+        spec.name, train.class_names, train.image_shape(), len(train), whole.class_names
     )
 
 
@@ -90,7 +90,7 @@ def known_info(data: Data) -> DatasetInfo:
     name = data.id_set
     if data.source == GENERATED:
         side, names = data.image_size or generated.SIZE, generated_names(name)
-        count = data.train_images or 10 * len(names)
+        count = data.train_images or generated.PER_CLASS * len(names)
         return DatasetInfo(name, names, (side, side, 3), count, names)
     if name not in _COUNTS:
         raise UserError(

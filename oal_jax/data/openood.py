@@ -7,20 +7,19 @@
     ROOT/images_classic/...                      CIFAR and its OOD sets, and textures
     ROOT/images_largescale/...                   ImageNet and its OOD sets
 
-The same set has another list in each benchmark, so a set is read as one of an ID set's. Images
-become what OpenOOD's test preprocessing makes of them: RGB; the shorter side brought to 32 (CIFAR)
-or 256 pixels (ImageNet; ImageNet-C, which has 224, is left so) by Pillow's antialiased bilinear
-filter; the central 32 x 32 or 224 x 224. Normalisation is left to the models. Two things differ
-from OpenOOD: a truncated image is an error and not grey, and a label is the *last* field of its
-line, so that paths may hold spaces.
+A set has another list in each benchmark, so it is read as one of the sets of an ID set. Images
+are preprocessed as in OpenOOD's tests: RGB; the shorter side brought to 32 pixels (CIFAR) or 256
+(ImageNet; ImageNet-C keeps its 224) by Pillow's antialiased bilinear filter; the central 32 x 32 or
+224 x 224. Normalisation is left to the models. Two things differ from OpenOOD: a truncated image is
+an error and not grey, and a label is the *last* field of its line, so that paths may hold spaces.
 
 **Folders** are for one's own data:
 
     ROOT/SET/SPLIT/CLASS/....png   the ID set and covariate-shifted sets
     ROOT/SET/SPLIT/....png         OOD sets, with or without folders
 
-with SPLIT one of train, validation (or val) and test; OOD sets have the one they are used in. The
-classes are the folders of the ID set's train split, sorted. Images are taken a class in turn.
+SPLIT is train, validation (or val) or test; OOD sets need only the one that they are used in. The
+classes are the folders of the ID set's train split, sorted. The images come one class in turn.
 
 In memory, an image of 32 x 32 takes 3 KiB, one of 224 x 224 147 KiB: ImageNet's test split 6.3
 GiB. Sets of more than 16 GiB, such as ImageNet's train split, are for `oal_jax.data.stream`.
@@ -39,7 +38,7 @@ from jaxtyping import Int32
 
 from oal_jax.config.class_names import CLASS_NAMES
 from oal_jax.data import class_names, manifest
-from oal_jax.data.stored import Encoded, Fit, Stored, check_on_corrupt, first_of_each
+from oal_jax.data.stored import Decoding, SetSpec, Source
 from oal_jax.errors import UserError
 
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
@@ -51,7 +50,7 @@ _SUPPLY = (
     "set data.root to OpenOOD's data directory (benchmark_imglist, images_classic,"
     " images_largescale), which its scripts/download gets"
 )
-# Lists that are not called SPLIT_SET.txt, and sets that are not with the others of their benchmark.
+# Lists that are not called SPLIT_SET.txt.
 _LISTS = {
     ("cifar10", "cinic10"): "val_cinic10.txt",
     ("imagenet200", "imagenet_v2"): "test_imagenet200_v2.txt",
@@ -61,64 +60,41 @@ _LISTS = {
 _CLASSIC = ("cifar10", "cifar100", "textures")
 
 
-class Wanted(NamedTuple):
-    """One split of an image set, and how to read it.
-
-    Attributes:
-      root: the directory of all sets.
-      id_set: the ID set that this set is used with, or is.
-      name: the set.
-      split: "train", "validation" or "test".
-      labelled: whether its labels are classes of the ID set; else they are all 0, "ood".
-      limit: read only so many images, the first of each class, or evenly spaced ones of an OOD
-        set, since lists are sorted by class; 0 for all.
-      image_size: side of the square images; 0: 32 or 224 (lists), as stored (folders).
-      on_corrupt: "error", or "skip": leave damaged images out and log how many.
-    """
-
-    root: str
-    id_set: str
-    name: str
-    split: str
-    labelled: bool
-    limit: int
-    image_size: int
-    on_corrupt: str
-
-    @property
-    def where(self) -> str:
-        """Its name in messages."""
-        return f"{self.name}/{self.split}"
-
-
 class _File(NamedTuple):
     name: str  # below the folder of the images, with forward slashes
     label: int
     line: int  # of the list; 0 for folders
 
 
-class ImageFiles:
-    """Image files and their labels, as `oal_jax.data.stored.Encodings`.
+class FileSource(Source):
+    """Image files and their labels.
 
     A million of them take about 100 MB: names and digests lie in arrays, not in objects.
 
     Args:
-      folder: what the names are relative to.
+      spec: the split; see `SetSpec`.
+      folder: folder that the names are relative to.
       files: at least one.
+      class_names, decoding: as for `Source`.
       listed: the list of these files; None for those of a folder.
       known: a manifest that every file must agree with, or None.
-      hint: added to the message about a file that can't be read.
     """
 
     def __init__(
         self,
+        spec: SetSpec,
         folder: Path,
         files: Sequence[_File],
+        class_names: tuple[str, ...],
+        decoding: Decoding,
         listed: Path | None,
         known: manifest.Manifest | None,
-        hint: str,
     ):
-        self._folder, self._listed, self._hint = str(folder), listed, hint
+        names = class_names if spec.labelled else ("ood",)
+        super().__init__(spec.where, names, decoding, spec.on_corrupt)
+        self._folder, self._listed = str(folder), listed
+        shifted = spec.labelled and spec.name != spec.id_set
+        self._hint = "; data.csid=none leaves covariate-shifted sets out" if shifted else ""
         self._names = np.array([file.name.encode() for file in files])
         self._labels = np.array([file.label for file in files], np.int32)
         self._lines = np.array([file.line for file in files], np.int32)
@@ -130,9 +106,9 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def labels(self) -> Int32[np.ndarray, " n"]:
-        """Of all files."""
-        return self._labels
+    def labels(self, indices: Sequence[int] | None = None) -> Int32[np.ndarray, " n"]:
+        """Labels of these files, or of all. Reads no file."""
+        return self._labels if indices is None else self._labels[list(indices)]
 
     def path(self, index: int) -> Path:
         """The file of an image."""
@@ -143,13 +119,13 @@ class ImageFiles:
         path = self.path(index)
         return f"{self._listed}, line {self._lines[index]}: {path}" if self._listed else str(path)
 
-    def fetch(self, indices: Sequence[int]) -> list[Encoded]:
+    def fetch(self, indices: Sequence[int]) -> list[tuple[bytes, int]]:
         """The bytes of these files and their labels.
 
         Raises:
-          UserError: a file can't be read, or is not what the manifest says.
+          UserError: a file can't be read, or differs from the manifest.
         """
-        return [Encoded(self._bytes(index), int(self._labels[index])) for index in indices]
+        return [(self._bytes(index), int(self._labels[index])) for index in indices]
 
     def _bytes(self, index: int) -> bytes:
         try:
@@ -165,14 +141,14 @@ class ImageFiles:
         return data
 
 
-def open_list(wanted: Wanted) -> Stored:
+def open_list(spec: SetSpec) -> Source:
     """The images of an OpenOOD list, in its order.
 
     Raises:
-      UserError: no such root or list; a bad line, with its number; a file that a manifest has not,
-        or has otherwise.
+      UserError: no such root or list; a bad line, with its number; a file that is missing in a
+        manifest or differs from it.
     """
-    root, id_set = _root(wanted, _SUPPLY), wanted.id_set
+    root, id_set = _root(spec, _SUPPLY), spec.id_set
     if id_set not in CLASS_NAMES:
         raise UserError(
             f"OpenOOD has no lists for the ID set '{id_set}': choose one of"
@@ -180,26 +156,27 @@ def open_list(wanted: Wanted) -> Stored:
         )
     lists = root / "benchmark_imglist" / id_set
     names = _class_names(lists / "classes.txt", id_set)
-    path = lists / _list_name(wanted)
-    folder = root / ("images_classic" if _is_classic(wanted) else "images_largescale")
+    path = lists / _list_name(spec)
+    folder = root / ("images_classic" if _is_classic(spec) else "images_largescale")
     known = manifest.find(root, root)
     if known is not None and path.is_file():
         known.check(path)
-    files = _lines(path, folder, wanted, len(names))
-    return _stored(wanted, files, names, _resize(wanted), folder, path, known)
+    files = _lines(path, folder, spec, len(names))
+    return FileSource(spec, folder, files, names, Decoding("RGB", _resize(spec)), path, known)
 
 
-def open_folder(wanted: Wanted) -> Stored:
-    """The images below ROOT/SET/SPLIT, the classes in turn.
+def open_folder(spec: SetSpec) -> Source:
+    """The images below ROOT/SET/SPLIT, one class in turn.
 
     Raises:
       UserError: no such root, set, split or image; a class that the ID set's train split does not
-        have; an image outside a class; a file that a manifest has not, or that is missing.
+        have; an image outside a class; a file that is missing, or missing in a manifest, or differs
+        from it.
     """
-    root = _root(wanted, "set data.root to the directory that holds a folder for each image set")
-    folder = _split_folder(root, wanted.name, wanted.split)
-    if wanted.labelled:
-        train = _split_folder(root, wanted.id_set, "train")
+    root = _root(spec, "set data.root to the directory that holds a folder for each image set")
+    folder = _split_folder(root, spec.name, spec.split)
+    if spec.labelled:
+        train = _split_folder(root, spec.id_set, "train")
         names = tuple(path.name for path in _folders(train))
         if not names:
             raise UserError(f"{train} has no folders: make one for each class")
@@ -211,66 +188,42 @@ def open_folder(wanted: Wanted) -> Stored:
         known.check_names(folder, [folder / file.name for file in files])
     if not files:
         raise UserError(f"{folder} holds no images ({' '.join(_SUFFIXES)})")
-    size = wanted.image_size
-    return _stored(wanted, files, names, (size, size) if size else None, folder, None, known)
+    resize = (spec.image_size, spec.image_size) if spec.image_size else None
+    return FileSource(spec, folder, files, names, Decoding("RGB", resize), None, known)
 
 
-def _stored(
-    wanted: Wanted,
-    files: list[_File],
-    names: tuple[str, ...],
-    resize: tuple[int, int] | None,
-    folder: Path,
-    listed: Path | None,
-    known: manifest.Manifest | None,
-) -> Stored:
-    """The wanted ones of `files`."""
-    check_on_corrupt(wanted.on_corrupt)
-    if wanted.limit and wanted.limit < len(files):
-        files = _some(files, wanted)
-    shifted = wanted.labelled and wanted.name != wanted.id_set
-    hint = "; data.csid=none leaves covariate-shifted sets out" if shifted else ""
-    return Stored(
-        wanted.where,
-        ImageFiles(folder, files, listed, known, hint),
-        names if wanted.labelled else ("ood",),
-        Fit("RGB", resize),
-        wanted.on_corrupt,
-    )
-
-
-def _root(wanted: Wanted, remedy: str) -> Path:
-    root = Path(wanted.root).expanduser()
-    if not wanted.root or not root.is_dir():
-        state = f"data.root={root} does not exist" if wanted.root else "data.root is empty"
+def _root(spec: SetSpec, remedy: str) -> Path:
+    root = Path(spec.root).expanduser()
+    if not spec.root or not root.is_dir():
+        state = f"data.root={root} does not exist" if spec.root else "data.root is empty"
         raise UserError(f"config {state}: {remedy}")
-    if wanted.split not in _SPLITS:
+    if spec.split not in _SPLITS:
         raise UserError(
-            f"image set '{wanted.name}' has no split '{wanted.split}': choose one of"
+            f"image set '{spec.name}' has no split '{spec.split}': choose one of"
             f" {', '.join(_SPLITS)}"
         )
     return root
 
 
-def _is_classic(wanted: Wanted) -> bool:
-    return wanted.id_set in _CLASSIC or wanted.name in _CLASSIC
+def _is_classic(spec: SetSpec) -> bool:
+    return spec.id_set in _CLASSIC or spec.name in _CLASSIC
 
 
-def _list_name(wanted: Wanted) -> str:
-    usual = f"{_SPLITS[wanted.split]}_{wanted.name.removeprefix('val_')}.txt"
-    return _LISTS.get((wanted.id_set, wanted.name), usual)
+def _list_name(spec: SetSpec) -> str:
+    usual = f"{_SPLITS[spec.split]}_{spec.name.removeprefix('val_')}.txt"
+    return _LISTS.get((spec.id_set, spec.name), usual)
 
 
-def _resize(wanted: Wanted) -> tuple[int, int]:
-    """Length of the shorter side, side of the crop."""
-    if wanted.id_set in _CLASSIC:
-        return (wanted.image_size or 32,) * 2
-    size = wanted.image_size or 224
-    return (size if wanted.name == "imagenet_c" else size * 256 // 224), size
+def _resize(spec: SetSpec) -> tuple[int, int]:
+    """Length of the shorter side, and side of the crop."""
+    if spec.id_set in _CLASSIC:
+        return (spec.image_size or 32,) * 2
+    size = spec.image_size or 224
+    return (size if spec.name == "imagenet_c" else size * 256 // 224), size
 
 
 def _class_names(path: Path, id_set: str) -> tuple[str, ...]:
-    """The names in `path`, one a line in the order of the labels, or else the package's own."""
+    """The names in the file, one a line in the order of the labels; without it the package's."""
     if not path.is_file():
         return class_names.of_list(path.with_name(f"train_{id_set}.txt"), CLASS_NAMES[id_set])
     names = tuple(_text(path).split("\n"))
@@ -291,7 +244,7 @@ def _text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text ({error.reason}): {_SUPPLY}") from error
 
 
-def _lines(path: Path, folder: Path, wanted: Wanted, classes: int) -> list[_File]:
+def _lines(path: Path, folder: Path, spec: SetSpec, classes: int) -> list[_File]:
     files = []
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
@@ -304,19 +257,19 @@ def _lines(path: Path, folder: Path, wanted: Wanted, classes: int) -> list[_File
             raise UserError(f"{source}: {line.strip()!r} is not 'relative/path label'") from None
         if relative.startswith("/"):
             raise UserError(f"{source}: the path {relative} must be relative to {folder}")
-        if wanted.labelled and not 0 <= label < classes:
+        if spec.labelled and not 0 <= label < classes:
             raise UserError(
-                f"{source}: label {label} is out of range: {wanted.id_set} has classes 0 to"
+                f"{source}: label {label} is out of range: {spec.id_set} has classes 0 to"
                 f" {classes - 1}"
             )
-        files.append(_File(relative.lstrip(), label if wanted.labelled else 0, number))
+        files.append(_File(relative.lstrip(), label if spec.labelled else 0, number))
     if not files:
         raise UserError(f"{path} lists no images: {_SUPPLY}")
     return files
 
 
 def _split_folder(root: Path, name: str, split: str) -> Path:
-    """ROOT/NAME/SPLIT; "val" will do for validation."""
+    """ROOT/NAME/SPLIT, where validation may be called "val"."""
     for folder in (root / name / split, root / name / _SPLITS[split]):
         if folder.is_dir():
             return folder
@@ -329,7 +282,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _image_names(folder: Path) -> list[str]:
-    """Below the folder, with forward slashes, in the order of their parts."""
+    """Images below the folder, with forward slashes, in the order of their parts."""
     names = []
     for parent, _, files in os.walk(folder):
         below = Path(parent).relative_to(folder).as_posix()
@@ -340,7 +293,7 @@ def _image_names(folder: Path) -> list[str]:
 
 
 def _class_files(folder: Path, names: Sequence[str]) -> list[_File]:
-    """The first image of every class, then every second one, and so on."""
+    """The first image of every class, then the second ones, and so on."""
     for path in folder.iterdir():
         if path.suffix.lower() in _SUFFIXES and path.is_file():
             raise UserError(f"{path} is in no class: move it into {folder}/CLASS")
@@ -355,11 +308,3 @@ def _class_files(folder: Path, names: Sequence[str]) -> list[_File]:
         columns.append([_File(f"{sub.name}/{name}", label, 0) for name in _image_names(sub)])
     turns = itertools.zip_longest(*columns)
     return [file for turn in turns for file in turn if file is not None]
-
-
-def _some(files: list[_File], wanted: Wanted) -> list[_File]:
-    """`wanted.limit` of the files in their order: the first of each class, or evenly spaced."""
-    count = wanted.limit
-    if not wanted.labelled:
-        return [files[i * len(files) // count] for i in range(count)]
-    return [files[i] for i in first_of_each([file.label for file in files], count)]

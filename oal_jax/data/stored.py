@@ -1,61 +1,99 @@
-"""An image set on disk: its encoded images by number, decoded one by one or whole into memory."""
+"""An image set on disk: encoded images and labels by number, decoded in parts or as a whole."""
 
-import contextlib
+import abc
+import dataclasses
 import io
 import logging
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 from PIL import Image
 
 from oal_jax.data import image_files
+from oal_jax.data.image_files import Unreadable
+from oal_jax.data.leave_out import relabelled
 from oal_jax.errors import UserError
 
+SOURCES = ("bundled", "tfds", "imglist", "folder", "generated")
 MAX_BYTES = 16 * 2**30
-ON_CORRUPT = ("error", "skip")
 _LOGGER = logging.getLogger("absl")
 _TASK = 64  # images a task of a thread
-# Threads that decode small images hinder each other (see `image_files`): they take turns.
-_SMALL = 16 << 10  # bytes an image
-_IN_TURN = threading.Lock()
+_CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 
 
-class Encoded(NamedTuple):
-    """An image as it is stored, and its label."""
-
-    data: bytes
-    label: int
-
-
-class Encodings(Protocol):
-    """Random access to encoded images; picklable, so that other processes can read too."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def fetch(self, indices: Sequence[int]) -> list[Encoded]:
-        """Those of these numbers; a UserError where one can't be read, its bytes apart."""
-
-    def labels(self) -> Int32[np.ndarray, " n"]:
-        """Of all images; records are read for it, as they are, without decoding an image."""
-
-    def where(self, index: int) -> str:
-        """The file of an image, for messages."""
-
-
-class Fit(NamedTuple):
-    """What decoded images are made.
+@dataclasses.dataclass(frozen=True)
+class SetSpec:
+    """Which split of which image set, and how to read it.
 
     Attributes:
-      mode: of PIL: "L" or "RGB", ...
-      resize: length of the shorter side, and side of the central square that is kept; None: images
-        stay as large as they are.
-      size: (height, width) that images are said to have; one of another size is damaged.
+      source: "bundled" (inside the package), "tfds" (`oal_jax.data.tfds`), "imglist" or "folder"
+        (`oal_jax.data.openood`), or "generated" (`oal_jax.data.generated`).
+      name: the set; for "tfds" also NAME/CONFIG, NAME:VERSION, NAME@SPLIT; for "bundled" also a
+        corrupted copy (`oal_jax.data.corruptions`).
+      split: "train", "validation" or "test"; the bundled ID set has "extra" too.
+      root: directory of all sets; empty or None: the package's, or TFDS's default.
+      limit: number of images, 0 for all. The first ones of "bundled" and "tfds". Image files lie
+        class by class: as many of each class, or evenly spaced ones of an OOD set.
+      id_set: the ID set that this set is used with; empty: the set is the ID set.
+      id_splits: for "tfds": names of the train, validation and test splits of the ID set; empty:
+        these names.
+      labelled: labels are classes of the ID set, as those of covariate-shifted sets are too.
+        Otherwise all are 0, of the class "ood". Bundled sets always have their own labels.
+      leave_out: classes to leave out of a labelled set (`oal_jax.data.leave_out`).
+      left_out: read the classes of `leave_out`, as an OOD set, and not the others.
+      image_size: side of the images in pixels; 0: the default of the source. Not of "bundled".
+      on_corrupt: "error", or "skip" to leave damaged images out and log how many.
+
+    Raises:
+      UserError: an unknown source or value of `on_corrupt`, a negative limit.
+    """
+
+    source: str
+    name: str
+    split: str
+    root: str | None = None
+    limit: int = 0
+    id_set: str = ""
+    id_splits: tuple[str, ...] = ()
+    labelled: bool = True
+    leave_out: tuple[str, ...] = ()
+    left_out: bool = False
+    image_size: int = 0
+    on_corrupt: str = "error"
+
+    def __post_init__(self):
+        object.__setattr__(self, "id_set", self.id_set or self.name)
+        object.__setattr__(self, "root", self.root or "")
+        object.__setattr__(self, "leave_out", tuple(self.leave_out))
+        if self.source not in SOURCES:
+            raise UserError(
+                f"unknown image source {self.source!r}: choose one of {', '.join(SOURCES)}"
+            )
+        if self.limit < 0:
+            raise UserError(
+                f"limit for image set {self.name!r} is {self.limit}: give 0 (all) or more"
+            )
+        if self.on_corrupt not in ("error", "skip"):
+            raise UserError(f"config data.on_corrupt='{self.on_corrupt}' is not one of error, skip")
+
+    @property
+    def where(self) -> str:
+        """ "SET/SPLIT", for messages."""
+        return f"{self.name}/{self.split}"
+
+
+class Decoding(NamedTuple):
+    """How encoded images become pixels.
+
+    Attributes:
+      mode: PIL's mode: "L", "RGB" or "RGBA".
+      resize: length of the shorter side, and side of the central square that is cut out; None:
+        images keep their size.
+      size: (height, width) that every image must have; None: any.
     """
 
     mode: str
@@ -63,72 +101,194 @@ class Fit(NamedTuple):
     size: tuple[int, int] | None = None
 
 
-class Stored(NamedTuple):
-    """One split of an image set that is read when its images are asked for.
+class Source(abc.ABC):
+    """One split of an image set on disk: encoded images and labels by number.
 
-    Attributes:
+    Picklable, so that worker processes can read too.
+
+    Args:
       name: "SET/SPLIT", for messages.
-      encodings: its images and labels.
       class_names: what each label means.
-      fit: what images are made.
-      on_corrupt: of `ON_CORRUPT`: what is done about an image that can't be decoded.
+      decoding: how its images are decoded.
+      on_corrupt: as in `SetSpec`.
     """
 
-    name: str
-    encodings: Encodings
-    class_names: tuple[str, ...]
-    fit: Fit
-    on_corrupt: str
+    def __init__(
+        self, name: str, class_names: tuple[str, ...], decoding: Decoding, on_corrupt: str
+    ):
+        self.name, self.class_names = name, class_names
+        self.decoding, self.on_corrupt = decoding, on_corrupt
 
-    @property
-    def examples(self) -> int:
-        """Images, damaged ones among them."""
-        return len(self.encodings)
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of images, damaged ones included."""
+
+    @abc.abstractmethod
+    def fetch(self, indices: Sequence[int]) -> list[tuple[bytes, int]]:
+        """Encoded images and their labels.
+
+        Raises:
+          UserError: an image can't be read. Whether its bytes are an image is not looked at.
+        """
+
+    @abc.abstractmethod
+    def labels(self, indices: Sequence[int] | None = None) -> Int32[np.ndarray, " n"]:
+        """Labels of these images, or of all. May read records but decodes no image."""
+
+    @abc.abstractmethod
+    def where(self, index: int) -> str:
+        """The file of an image, for messages."""
+
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the images; reads one header at most.
+
+        That is the header of the first image, or of the first sound one if damaged ones are
+        skipped.
+
+        Raises:
+          UserError: the image is damaged, or all are.
+        """
+        mode, resize, size = self.decoding
+        if resize is not None:
+            return resize[1], resize[1], _CHANNELS[mode]
+        if size is not None:
+            return *size, _CHANNELS[mode]
+        for index in range(len(self)):
+            ((data, _),) = self.fetch([index])
+            try:
+                with image_files.opened(io.BytesIO(data)) as image:
+                    return image.height, image.width, _CHANNELS[mode]
+            except Unreadable as error:
+                if self.on_corrupt == "error":
+                    raise self.damaged(index, error) from None
+        raise self.all_damaged()
+
+    def damaged(self, index: int, reason: Unreadable) -> UserError:
+        """The error for an image that can't be decoded."""
+        return UserError(
+            f"{self.where(index)} is damaged ({reason}): replace it, or set data.on_corrupt=skip"
+        )
+
+    def all_damaged(self) -> UserError:
+        """The error for a set of which no image can be decoded."""
+        return UserError(f"all {len(self)} images of {self.name} are damaged: replace them")
+
+    def log_skipped(self, count: int) -> None:
+        """Logs how many damaged images were left out, if any."""
+        if count:
+            _LOGGER.warning("%s: skipped %d of %d images", self.name, count, len(self))
 
 
-class Arrays(NamedTuple):
-    """Images and labels as `oal_jax.data.sources.validated` takes them."""
+class Subset(Source):
+    """Some images of a source, with other labels where a table is given.
 
-    images: UInt8[np.ndarray, "n h w c"]
-    labels: Int[np.ndarray, " n"]
+    Args:
+      source: the whole set.
+      rows: numbers of the images in `source`.
+      class_names: what the new labels mean.
+      table: new label of each class; None: labels stay. Labels out of range stay too, for the
+        reader of the image to report.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        rows: Int[np.ndarray, " n"],
+        class_names: tuple[str, ...],
+        table: Int32[np.ndarray, " k"] | None = None,
+    ):
+        super().__init__(source.name, class_names, source.decoding, source.on_corrupt)
+        self._source, self._rows, self._table = source, rows, table
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def fetch(self, indices: Sequence[int]) -> list[tuple[bytes, int]]:
+        """Encoded images and their new labels."""
+        images = self._source.fetch(self._rows[list(indices)].tolist())
+        labels = _new_labels(self._table, np.array([label for _, label in images]))
+        return [(data, label) for (data, _), label in zip(images, labels.tolist(), strict=True)]
+
+    def labels(self, indices: Sequence[int] | None = None) -> Int32[np.ndarray, " n"]:
+        """New labels of these images, or of all."""
+        rows = self._rows if indices is None else self._rows[list(indices)]
+        return _new_labels(self._table, self._source.labels(rows.tolist()))
+
+    def where(self, index: int) -> str:
+        """The file of an image."""
+        return self._source.where(int(self._rows[index]))
 
 
-class Damaged(NamedTuple):
-    """Why an image can't be decoded."""
-
-    reason: str
-
-
-def check_on_corrupt(value: str) -> None:
-    """Raise `UserError` for what is not one of `ON_CORRUPT`."""
-    if value not in ON_CORRUPT:
-        raise UserError(f"config data.on_corrupt='{value}' is not one of {', '.join(ON_CORRUPT)}")
+def _new_labels(table, labels):
+    if table is None:
+        return labels
+    known = (labels >= 0) & (labels < len(table))
+    return np.where(known, table[np.where(known, labels, 0)], labels).astype(np.int32)
 
 
-def decode(data: bytes, fit: Fit) -> UInt8[np.ndarray, "h w c"] | Damaged:
-    """The pixels of an encoded image, or what is wrong with it."""
-    try:
-        with Image.open(io.BytesIO(data), formats=image_files.formats()[0]) as opened:
-            image: Image.Image = opened
-            if image.mode[0] in "IF":  # `convert` would cut off what is above 255
-                image = image_files.convert(image, fit.mode)
-            elif image.mode != fit.mode:
-                image = image.convert(fit.mode)
-            pixels = np.asarray(
-                image if fit.resize is None else resize_and_crop(image, *fit.resize)
+def select(source: Source, spec: SetSpec) -> Source:
+    """The images of a source that `limit`, `leave_out` and `left_out` select.
+
+    Raises:
+      UserError: as `relabelled`; no image is selected.
+    """
+    rows, names, table = np.arange(len(source)), source.class_names, None
+    if spec.leave_out:
+        table, names = relabelled(names, spec.leave_out, spec.left_out)
+        labels = source.labels()
+        out = np.isin(labels, np.flatnonzero(table < 0))
+        rows = rows[~out]
+        if not len(rows):
+            raise UserError(
+                f"{source.name} has no image of the classes that config data.leave_out="
+                f"{','.join(spec.leave_out)} {'names' if spec.left_out else 'leaves'}"
             )
-    except Exception as error:  # a damaged file makes PIL's decoders raise almost anything
-        return Damaged(image_files.reason(error))
-    if fit.size not in (None, pixels.shape[:2]):
-        return Damaged(f"its shape is {pixels.shape[:2]}, the set's {fit.size}")
+    if 0 < spec.limit < len(rows):
+        if spec.source not in ("imglist", "folder"):
+            rows = rows[: spec.limit]
+        elif spec.labelled:
+            labels = _new_labels(table, source.labels(rows.tolist()))
+            rows = rows[first_of_each(labels, spec.limit)]
+        else:
+            rows = rows[np.arange(spec.limit) * len(rows) // spec.limit]
+    if table is None and len(rows) == len(source):
+        return source
+    return Subset(source, rows, names, table)
+
+
+def first_of_each(labels: Int[np.ndarray, " n"], count: int) -> list[int]:
+    """Places of `count` images, in order: the first of every class, then the second ones, ..."""
+    seen: dict[int, int] = {}
+    ranks = []
+    for label in labels.tolist():
+        ranks.append(seen.get(label, 0))
+        seen[label] = ranks[-1] + 1
+    return sorted(sorted(range(len(ranks)), key=ranks.__getitem__)[:count])
+
+
+def decode(data: bytes, decoding: Decoding) -> UInt8[np.ndarray, "h w c"]:
+    """The pixels of an encoded image.
+
+    Raises:
+      Unreadable: the image is damaged or has another size than it must have.
+    """
+    mode, resize, size = decoding
+    with image_files.opened(io.BytesIO(data)) as image:
+        if image.mode[0] in "IF":  # PIL's own conversion would cut off what is above 255
+            converted = image_files.convert(image, mode)
+        else:
+            converted = image if image.mode == mode else image.convert(mode)
+        pixels = np.asarray(converted if resize is None else resize_and_crop(converted, *resize))
+    if size not in (None, pixels.shape[:2]):
+        raise Unreadable(f"its shape is {pixels.shape[:2]}, the set's {size}")
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def resize_and_crop(image: Image.Image, resize: int, crop: int) -> Image.Image:
-    """Reduces or enlarges the shorter side to `resize` pixels, then cuts the central square out.
+    """The central square of an image whose shorter side is brought to `resize` pixels.
 
-    The sizes and offsets are rounded as torchvision's Resize and CenterCrop do on Pillow images;
-    `crop` is at most `resize`.
+    Sizes and offsets are rounded as torchvision's Resize and CenterCrop round them for Pillow
+    images; `crop` is at most `resize`.
     """
     short, long = sorted(image.size)
     other = int(resize * long / short)
@@ -139,123 +299,72 @@ def resize_and_crop(image: Image.Image, resize: int, crop: int) -> Image.Image:
     return image.crop((left, top, left + crop, top + crop))
 
 
-def image_shape(stored: Stored) -> tuple[int, int, int]:
-    """(height, width, channels) of the images; reads at most the header of the first sound one.
-
-    Raises:
-      UserError: that image is damaged and is not to be skipped, or all are.
-    """
-    fit, channels = stored.fit, {"L": 1, "RGB": 3, "RGBA": 4}[stored.fit.mode]
-    if fit.resize is not None:
-        return fit.resize[1], fit.resize[1], channels
-    if fit.size is not None:
-        return *fit.size, channels
-    for index in range(stored.examples):
-        (encoded,) = stored.encodings.fetch([index])
-        try:
-            with Image.open(io.BytesIO(encoded.data), formats=image_files.formats()[0]) as image:
-                return image.height, image.width, channels
-        except Exception as error:  # a damaged file makes PIL raise almost anything
-            if stored.on_corrupt == "error":
-                raise _damaged(stored, index, image_files.reason(error)) from None
-    raise all_damaged(stored)
-
-
 def read(
-    stored: Stored, indices: Sequence[int]
-) -> list[tuple[UInt8[np.ndarray, "h w c"] | Damaged, int]]:
-    """(pixels, label) of each of these images; `Damaged` in place of pixels where they are skipped.
+    source: Source, indices: Sequence[int]
+) -> list[tuple[UInt8[np.ndarray, "h w c"] | None, int]]:
+    """Pixels and labels of images; None in place of the pixels of a damaged one that is skipped.
 
     Raises:
-      UserError: an image can't be read, or can't be decoded and is not to be skipped, or its label
-        is out of range; the message names it.
+      UserError: an image can't be read; it is damaged and not to be skipped; its label is out of
+        range. The message names it.
     """
-    encoded = stored.encodings.fetch(indices)
-    small = sum(len(one.data) for one in encoded) < _SMALL * len(encoded)
-    found = []
-    with _IN_TURN if small else contextlib.nullcontext():
+    encoded, classes, images = source.fetch(indices), len(source.class_names), []
+    with image_files.in_turn_if_small([len(data) for data, _ in encoded]):
         for index, (data, label) in zip(indices, encoded, strict=True):
-            if not 0 <= label < len(stored.class_names):
+            if not 0 <= label < classes:
                 raise UserError(
-                    f"label {label} of image {index} of {stored.name} is out of range:"
-                    f" its {len(stored.class_names)} classes need labels 0 to"
-                    f" {len(stored.class_names) - 1}"
+                    f"label {label} of image {index} of {source.name} is out of range: its"
+                    f" {classes} classes need labels 0 to {classes - 1}"
                 )
-            pixels = decode(data, stored.fit)
-            if isinstance(pixels, Damaged) and stored.on_corrupt == "error":
-                raise _damaged(stored, index, pixels.reason)
-            found.append((pixels, label))
-    return found
+            try:
+                images.append((decode(data, source.decoding), label))
+            except Unreadable as error:
+                if source.on_corrupt == "error":
+                    raise source.damaged(index, error) from None
+                images.append((None, label))
+    return images
 
 
-def check_shape(stored: Stored, index: int, shape: Sequence[int], wanted: Sequence[int]) -> None:
-    """Raise `UserError` where an image has another shape than the first one of its set."""
-    if tuple(shape) != tuple(wanted):
+def check_shape(source: Source, index: int, shape: Sequence[int], expected: Sequence[int]) -> None:
+    """Raise `UserError` if an image has another shape than the first one of its set."""
+    if tuple(shape) != tuple(expected):
         raise UserError(
-            f"{stored.encodings.where(index)} is {shape[1]} x {shape[0]} pixels, the first image of"
-            f" {stored.name} is {wanted[1]} x {wanted[0]}: set data.image_size"
+            f"{source.where(index)} is {shape[1]} x {shape[0]} pixels, the first image of"
+            f" {source.name} is {expected[1]} x {expected[0]}: set data.image_size"
         )
 
 
-def read_all(stored: Stored) -> Arrays:
-    """The whole set in memory, in order, decoded in threads; without the damaged ones.
+def read_all(source: Source) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, " n"]]:
+    """Images and labels of a whole set, in order, without the damaged ones. Decodes in threads.
 
     Raises:
-      UserError: as `read`; images of several sizes, none at all, or too many.
+      UserError: as `read`; images of several sizes, all damaged, or too large for memory.
     """
-    image_files.formats()  # PIL's plugins, before there are threads
-    count, images, labels = stored.examples, None, []
+    image_files.formats()  # loads PIL's plugins before there are threads
+    count, images, labels = len(source), None, []
     tasks = [range(i, min(i + _TASK, count)) for i in range(0, count, _TASK)]
     with image_files.quiet(), ThreadPoolExecutor() as threads:
-        for task, rows in zip(tasks, threads.map(partial(read, stored), tasks), strict=True):
+        for task, rows in zip(tasks, threads.map(partial(read, source), tasks), strict=True):
             for index, (pixels, label) in zip(task, rows, strict=True):
-                if isinstance(pixels, Damaged):
+                if pixels is None:
                     continue
                 if images is None:
-                    _check_bytes(stored, pixels.nbytes)
+                    _check_bytes(source, pixels.nbytes)
                     images = np.empty((count, *pixels.shape), np.uint8)
-                check_shape(stored, index, pixels.shape, images.shape[1:])
+                check_shape(source, index, pixels.shape, images.shape[1:])
                 images[len(labels)] = pixels
                 labels.append(label)
     if images is None:
-        raise all_damaged(stored)
-    say_skipped(stored, count - len(labels))
-    return Arrays(images[: len(labels)], np.array(labels, np.int64))
+        raise source.all_damaged()
+    source.log_skipped(count - len(labels))
+    return images[: len(labels)], np.array(labels, np.int32)
 
 
-def _damaged(stored: Stored, index: int, reason: str) -> UserError:
-    return UserError(
-        f"{stored.encodings.where(index)} is damaged ({reason}): replace it, or set"
-        " data.on_corrupt=skip"
-    )
-
-
-def all_damaged(stored: Stored) -> UserError:
-    """The error of a set of which no image can be decoded."""
-    return UserError(f"all {stored.examples} images of {stored.name} are damaged: replace them")
-
-
-def say_skipped(stored: Stored, count: int) -> None:
-    """Log how many damaged images were left out, if any were."""
-    if count:
-        _LOGGER.warning("%s: skipped %d of %d images", stored.name, count, stored.examples)
-
-
-def _check_bytes(stored: Stored, image_bytes: int) -> None:
-    size = stored.examples * image_bytes
+def _check_bytes(source: Source, image_bytes: int) -> None:
+    size = len(source) * image_bytes
     if size > MAX_BYTES:
         raise UserError(
-            f"the {stored.examples} images of {stored.name} take {size / 2**30:.1f} GiB, and sets"
-            f" are held in memory up to {MAX_BYTES / 2**30:.0f} GiB: set data.stream=True, or lower"
+            f"the {len(source)} images of {source.name} take {size / 2**30:.1f} GiB, and sets are"
+            f" held in memory up to {MAX_BYTES / 2**30:.0f} GiB: set data.stream=True, or lower"
             " data.train_images or data.image_size"
         )
-
-
-def first_of_each(labels: Sequence[int] | Int[np.ndarray, " n"], count: int) -> list[int]:
-    """Where `count` images stand, in order: the first of every class, then the second ones, ..."""
-    seen: dict[int, int] = {}
-    ranks = []
-    for label in map(int, labels):
-        ranks.append(seen.get(label, 0))
-        seen[label] = ranks[-1] + 1
-    return sorted(sorted(range(len(ranks)), key=ranks.__getitem__)[:count])

@@ -2,14 +2,14 @@
 
     tfds build NAME --file_format=array_record --data_dir=ROOT   # needs TensorFlow, once
 
-makes ROOT/NAME/[CONFIG/]VERSION. Any set with an image and a class an example will do: the features
-are found by their types; where there are several of a type, those called "image" and "label" are
-taken. Images become those of the ID set: its channels, and its size where that is one size
-(`data.image_size` otherwise), as `oal_jax.data.stored.resize_and_crop` does it.
+makes ROOT/NAME/[CONFIG/]VERSION. The set needs an image an example, and a class to be an ID set.
+These features are recognised by their types; of several of a type, the ones called "image" and
+"label" are used. Images become like those of the ID set: its channels, and its size if all its
+images have one (`data.image_size` otherwise), by `oal_jax.data.stored.resize_and_crop`.
 
-A set is given as NAME, NAME/CONFIG, NAME:VERSION (else the highest), and with a split of its own as
-NAME@SPLIT, in TFDS's notation, such as "imagenet_v2@test[:1000]". `data.id_splits` says which
-splits of the ID set are for training, validation and test.
+A set is named NAME, NAME/CONFIG or NAME:VERSION (default: the highest), and NAME@SPLIT for a split
+of its own in TFDS's notation, such as "imagenet_v2@test[:1000]". `data.id_splits` names the splits
+of the ID set for training, validation and test.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ import numpy as np
 from jaxtyping import Int32
 
 from oal_jax.data import manifest
-from oal_jax.data.stored import Encoded, Fit, Stored, check_on_corrupt
+from oal_jax.data.stored import Decoding, SetSpec, Source
 from oal_jax.errors import UserError
 
 _TASK = 256  # records read at once
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-# OpenOOD's names of sets, which the benchmarks use, that TFDS has under another one.
+# OpenOOD's names of sets, which the benchmarks use, to those of TFDS where they differ.
 _TFDS_NAMES = {
     "svhn": "svhn_cropped",
     "texture": "dtd",
@@ -43,12 +43,15 @@ _TFDS_NAMES = {
 _LARGE = "imagenet2012"  # evaluated on the central part: 224 of 256
 
 
-class Opened(NamedTuple):
-    """A prepared set: its directory, TFDS's description of it, and how to get it anew.
+class _Prepared(NamedTuple):
+    """A prepared set.
 
     Attributes:
-      image: name of the feature that is the image.
-      label: name of the feature that is its class; None: it has none.
+      directory: its files.
+      builder: TFDS's description of it.
+      remedy: the command that prepares it; ends the messages about damage.
+      image: name of the image feature.
+      label: name of the class feature; None: there is none.
       shape: (height, width, channels) of the images, None where they vary.
       class_names: what each label means.
     """
@@ -62,39 +65,48 @@ class Opened(NamedTuple):
     class_names: tuple[str, ...]
 
 
-class Records:
-    """The examples of a split, as `oal_jax.data.stored.Encodings`.
+class TfdsSource(Source):
+    """The examples of a split of a prepared set.
 
     Args:
-      opened: the set.
+      prepared: the set.
       split: in TFDS's notation.
-      limit: only the first so many; 0: all.
-      labelled: whether labels are read; else all are 0.
+      labelled: read the labels; otherwise all are 0, "ood".
+      name, decoding, on_corrupt: as for `Source`.
 
     Raises:
       UserError: no such split, no examples in it, or a file format that needs TensorFlow.
     """
 
-    def __init__(self, opened: Opened, split: str, limit: int, labelled: bool):
-        self._records = _records(opened, split)
-        self._count = min(limit or len(self._records), len(self._records))
-        self._image, self._label = opened.image, opened.label if labelled else None
-        files = opened.builder.info.splits[split].file_instructions
+    def __init__(
+        self,
+        name: str,
+        prepared: _Prepared,
+        split: str,
+        labelled: bool,
+        decoding: Decoding,
+        on_corrupt: str,
+    ):
+        class_names = prepared.class_names if labelled else ("ood",)
+        super().__init__(name, class_names, decoding, on_corrupt)
+        self._records = _records(prepared, split)
+        self._image, self._label = prepared.image, prepared.label if labelled else None
+        files = prepared.builder.info.splits[split].file_instructions
         self._files = [file.filename for file in files]
         self._skipped = [file.skip for file in files]
         self._starts = [0, *itertools.accumulate(file.take for file in files)]
-        self._damage = f"{opened.directory} is damaged", opened.remedy
+        self._damage = f"{prepared.directory} is damaged", prepared.remedy
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._records)
 
-    def labels(self) -> Int32[np.ndarray, " n"]:
-        """Of all examples, which are read for it."""
+    def labels(self, indices: Sequence[int] | None = None) -> Int32[np.ndarray, " n"]:
+        """Labels of these examples, or of all. Reads their records but decodes no image."""
+        indices = range(len(self)) if indices is None else indices
         if not self._label:
-            return np.zeros(self._count, np.int32)
-        parts = [range(i, min(i + _TASK, self._count)) for i in range(0, self._count, _TASK)]
-        labels = [encoded.label for part in parts for encoded in self.fetch(part)]
-        return np.array(labels, np.int32)
+            return np.zeros(len(indices), np.int32)
+        parts = [indices[i : i + _TASK] for i in range(0, len(indices), _TASK)]
+        return np.array([label for part in parts for _, label in self.fetch(part)], np.int32)
 
     def where(self, index: int) -> str:
         """The record of an image."""
@@ -102,8 +114,8 @@ class Records:
         number = index - self._starts[file] + self._skipped[file]
         return f"record {number} of {self._files[file]}"
 
-    def fetch(self, indices: Sequence[int]) -> list[Encoded]:
-        """The bytes of these images and their labels.
+    def fetch(self, indices: Sequence[int]) -> list[tuple[bytes, int]]:
+        """Encoded images and their labels.
 
         Raises:
           UserError: a record can't be read.
@@ -113,147 +125,128 @@ class Records:
         try:
             with _no_group_size_error():
                 records = self._records.__getitems__(list(indices))
-            return [self._encoded(tf_example_pb2.Example.FromString(r)) for r in records]
+            return [self._parsed(tf_example_pb2.Example.FromString(r)) for r in records]
         except Exception as error:  # of array_record's C++ or of protobuf
             what, remedy = self._damage
             raise UserError(f"{what} ({_first_line(error)}): {remedy}") from error
 
-    def _encoded(self, example: Any) -> Encoded:
+    def _parsed(self, example: Any) -> tuple[bytes, int]:
         features = example.features.feature
         label = features[self._label].int64_list.value[0] if self._label else 0
-        return Encoded(features[self._image].bytes_list.value[0], label)
+        return features[self._image].bytes_list.value[0], label
 
 
-def open_bundled(directory: Path, name: str, split: str, limit: int, remedy: str) -> Stored:
-    """The split of an embedded set: its images as they are, its labels its own.
+def open_bundled(directory: Path, spec: SetSpec, remedy: str) -> Source:
+    """The split of an embedded set. Its images keep their size and its labels are its own.
 
     Raises:
       UserError: the directory is damaged, or there is no such split.
     """
-    opened = _open(directory, name, remedy)
-    fit = _fit(name, opened, opened, 0)
-    records = Records(opened, _known_split(opened, name, split), limit, True)
-    return Stored(f"{name}/{split}", records, opened.class_names, fit, "error")
+    prepared = _open(directory, spec.name, remedy)
+    decoding = _decoding(spec.name, prepared, prepared, 0)
+    split = _known_split(prepared, spec.name, spec.split)
+    return TfdsSource(spec.where, prepared, split, True, decoding, "error")
 
 
-def open_split(
-    name: str,
-    split: str,
-    *,
-    root: str | None,
-    limit: int,
-    id_set: str,
-    id_splits: Sequence[str],
-    labelled: bool,
-    image_size: int,
-    on_corrupt: str,
-) -> Stored:
-    """The split of a set that `tfds build` has prepared below `root`.
-
-    Args:
-      id_splits: splits of the ID set for "train", "validation" and "test"; empty: of these names.
-      labelled: whether the labels are classes of the ID set; else they are all 0, "ood".
-      The others are those of `oal_jax.data.sources.load`.
+def open_split(spec: SetSpec) -> Source:
+    """The whole split of a set that `tfds build` has prepared below `spec.root`.
 
     Raises:
-      UserError: no such set or split, a set that is damaged, that has no image or class, or other
-        classes than the ID set; a file that a manifest has not, or has otherwise.
+      UserError: no such set or split; a damaged set; a set without images, or without the classes
+        of the ID set; a file that is missing in a manifest or differs from it.
     """
-    check_on_corrupt(on_corrupt)
-    plain, _, own = name.partition("@")
-    opened = _verified(plain, root)
+    plain, _, own = spec.name.partition("@")
+    prepared = _verified(plain, spec.root)
+    where, split = spec.where, spec.split
     if own:
-        where, split = name, own
-    else:
-        where = f"{name}/{split}"
-        if name == id_set and id_splits:
-            split = dict(zip(("train", "validation", "test"), id_splits, strict=True))[split]
-    split = _known_split(opened, name, split)
-    id_opened = opened
-    if name != id_set:
-        id_opened = _find(id_set.partition("@")[0], root)
-    if labelled:
-        _check_classes(name, opened, id_set, id_opened)
-    return Stored(
-        where,
-        Records(opened, split, limit, labelled),
-        opened.class_names if labelled else ("ood",),
-        _fit(id_set, id_opened, opened, image_size),
-        on_corrupt,
-    )
+        where, split = spec.name, own
+    elif spec.name == spec.id_set and spec.id_splits:
+        split = dict(zip(("train", "validation", "test"), spec.id_splits, strict=True))[split]
+    split = _known_split(prepared, spec.name, split)
+    id_prepared = prepared
+    if spec.name != spec.id_set:
+        id_prepared = _find(spec.id_set.partition("@")[0], spec.root)
+    if spec.labelled:
+        _check_classes(spec.name, prepared, spec.id_set, id_prepared)
+    decoding = _decoding(spec.id_set, id_prepared, prepared, spec.image_size)
+    return TfdsSource(where, prepared, split, spec.labelled, decoding, spec.on_corrupt)
 
 
-def _fit(id_set: str, id_opened: Opened, opened: Opened, image_size: int) -> Fit:
-    """What makes images those of the ID set."""
-    height, width, channels = id_opened.shape
+def _decoding(
+    id_set: str, id_prepared: _Prepared, prepared: _Prepared, image_size: int
+) -> Decoding:
+    """How images of `prepared` become like those of the ID set."""
+    height, width, channels = id_prepared.shape
     mode = _MODES[channels or 3]
     if not image_size:
-        if opened.shape[:2] == (height, width) or height is None or height != width:
-            own = opened.shape[:2]
-            return Fit(mode, None, None if None in own else own)
-        return Fit(mode, (height, height))
+        if prepared.shape[:2] == (height, width) or height is None or height != width:
+            own = prepared.shape[:2]
+            return Decoding(mode, None, None if None in own else own)
+        return Decoding(mode, (height, height))
     large = re.split("[/:@]", _TFDS_NAMES.get(id_set, id_set))[0] == _LARGE
-    return Fit(mode, (image_size * 256 // 224 if large else image_size, image_size))
+    return Decoding(mode, (image_size * 256 // 224 if large else image_size, image_size))
 
 
-def _check_classes(name: str, opened: Opened, id_set: str, id_opened: Opened) -> None:
-    if opened.label is None:
+def _check_classes(name: str, prepared: _Prepared, id_set: str, id_prepared: _Prepared) -> None:
+    if prepared.label is None:
         raise UserError(
-            f"{opened.directory} has no feature of type ClassLabel: '{name}' can be an OOD set only"
+            f"{prepared.directory} has no feature of type ClassLabel: '{name}' can be an OOD set"
+            " only"
         )
-    have, wanted = len(opened.class_names), len(id_opened.class_names)
-    if have != wanted:
-        raise UserError(f"image set '{name}' has {have} classes, the ID set '{id_set}' {wanted}")
+    classes, id_classes = len(prepared.class_names), len(id_prepared.class_names)
+    if classes != id_classes:
+        raise UserError(
+            f"image set '{name}' has {classes} classes, the ID set '{id_set}' {id_classes}"
+        )
 
 
-def _verified(name: str, root: str | None) -> Opened:
-    """The set, its files compared with the manifest where there is one."""
-    opened = _find(name, root)
-    base = sets_root(root)
-    known = manifest.find(opened.directory, base)
+def _verified(name: str, root: str | None) -> _Prepared:
+    """The set, after a check of its files against a manifest, if there is one."""
+    prepared = _find(name, root)
+    known = manifest.find(prepared.directory, sets_root(root))
     if known is not None:
-        found = [path for path in opened.directory.iterdir() if not path.name.startswith(".")]
-        known.check_names(opened.directory, found)
-        for path in sorted(found):
+        files = [path for path in prepared.directory.iterdir() if not path.name.startswith(".")]
+        known.check_names(prepared.directory, files)
+        for path in sorted(files):
             if path.name != manifest.NAME:
                 known.check(path)
-    return opened
+    return prepared
 
 
 def sets_root(root: str | None) -> Path:
-    """The directory of all sets; None: TFDS's own default."""
+    """The directory of all sets; empty or None: TFDS's own default."""
     from tensorflow_datasets.core import constants
 
     return Path(root or constants.DATA_DIR).expanduser()
 
 
-def _find(name: str, root: str | None) -> Opened:
-    """The set in ROOT/NAME[/CONFIG]/VERSION: the highest version unless the name gives one."""
+def _find(name: str, root: str | None) -> _Prepared:
+    """The set in ROOT/NAME[/CONFIG]/VERSION, of the highest version unless the name has one."""
     plain, _, version = name.partition(":")
     plain = _TFDS_NAMES.get(plain, plain)
-    where = "" if root is None else f" --data_dir={root}"
+    where = f" --data_dir={root}" if root else ""
     spelled = f"{plain}:{version}" if version else plain
     remedy = f"run tfds build {spelled} --file_format=array_record{where}"
     folder = sets_root(root) / plain
-    found = _versions(folder)
+    versions = _versions(folder)
     configs = sorted({p.parent.parent.name for p in folder.glob("*/*/dataset_info.json")})
-    if not found and len(configs) == 1:  # TFDS's default configuration
-        found = _versions(folder / configs[0])
-    if not found or (version and version not in found):
-        held = f", only {', '.join(sorted(found) or configs)}" if found or configs else ""
-        missing = f"no prepared TFDS set {name!r} in {folder}{held}"
+    if not versions and len(configs) == 1:  # TFDS's default configuration
+        versions = _versions(folder / configs[0])
+    if not versions or (version and version not in versions):
+        others = ", ".join(sorted(versions) or configs)
+        missing = f"no prepared TFDS set {name!r} in {folder}{others and f', only {others}'}"
         raise UserError(f"{missing}: {_supply(plain, remedy, folder)}")
-    chosen = version or max(found, key=lambda v: tuple(map(int, v.split("."))))
-    return _open(found[chosen], name, remedy)
+    highest = max(versions, key=lambda v: tuple(map(int, v.split("."))))
+    return _open(versions[version or highest], name, remedy)
 
 
 def _versions(folder: Path) -> dict[str, Path]:
-    found = (path.parent for path in folder.glob("*/dataset_info.json"))
-    return {path.name: path for path in found if _VERSION.fullmatch(path.name)}
+    folders = (path.parent for path in folder.glob("*/dataset_info.json"))
+    return {path.name: path for path in folders if _VERSION.fullmatch(path.name)}
 
 
 def _supply(plain: str, remedy: str, folder: Path) -> str:
-    """What would supply a set: TFDS, if it has one of this name, or one's own preparation."""
+    """What to do about a missing set: build it, if TFDS has one of this name."""
     import tensorflow_datasets as tfds
 
     known = tfds.list_builders(with_community_datasets=False)
@@ -266,7 +259,7 @@ def _supply(plain: str, remedy: str, folder: Path) -> str:
     )
 
 
-def _open(directory: Path, name: str, remedy: str) -> Opened:
+def _open(directory: Path, name: str, remedy: str) -> _Prepared:
     import tensorflow_datasets as tfds
     from google.protobuf import json_format
 
@@ -287,23 +280,23 @@ def _open(directory: Path, name: str, remedy: str) -> Opened:
             " with 1, 3 or 4"
         )
     names = tuple(features[label].names or ()) if label else ()
-    return Opened(directory, builder, remedy, image, label, shape, names)
+    return _Prepared(directory, builder, remedy, image, label, shape, names)
 
 
 def _feature(features: dict[str, Any], kind: type, usual: str, directory: Path) -> str | None:
-    """The name of the feature of this type: the only one, or of several the one usually called."""
-    found = sorted(name for name, feature in features.items() if type(feature) is kind)
-    if len(found) > 1 and usual not in found:
+    """Name of the feature of this type; of several, the one that has the usual name."""
+    names = sorted(name for name, feature in features.items() if type(feature) is kind)
+    if len(names) > 1 and usual not in names:
         raise UserError(
-            f"{directory} has several features of type {kind.__name__} ({', '.join(found)}), none"
+            f"{directory} has several features of type {kind.__name__} ({', '.join(names)}), none"
             f" of them called '{usual}'"
         )
-    return usual if usual in found else next(iter(found), None)
+    return usual if usual in names else next(iter(names), None)
 
 
-def _known_split(opened: Opened, name: str, split: str) -> str:
-    """The split, if the set has what it names."""
-    splits = opened.builder.info.splits
+def _known_split(prepared: _Prepared, name: str, split: str) -> str:
+    """The split, after a check that the set has it."""
+    splits = prepared.builder.info.splits
     if not set(re.findall(r"(?:^|\+)\s*(\w+)", split)) <= set(splits):
         raise UserError(
             f"image set {name!r} has no split {split!r}: choose one of"
@@ -317,40 +310,40 @@ def _known_split(opened: Opened, name: str, split: str) -> str:
     return split
 
 
-def _records(opened: Opened, split: str) -> Any:
+def _records(prepared: _Prepared, split: str) -> Any:
     """The serialized examples, by number."""
-    if not opened.builder.info.splits[split].num_examples:
-        raise UserError(f"split {split} of {opened.directory} holds no images: choose another")
+    if not prepared.builder.info.splits[split].num_examples:
+        raise UserError(f"split {split} of {prepared.directory} holds no images: choose another")
     try:
-        return opened.builder.as_data_source(split).data_source
+        return prepared.builder.as_data_source(split).data_source
     except NotImplementedError as error:
-        kept = opened.builder.info.file_format.value
+        file_format = prepared.builder.info.file_format.value
         raise UserError(
-            f"{opened.directory} is stored as {kept}, which needs TensorFlow to read:"
-            f" {opened.remedy}"
+            f"{prepared.directory} is stored as {file_format}, which needs TensorFlow to read:"
+            f" {prepared.remedy}"
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
-        what = f"{opened.directory} is damaged ({_first_line(error)})"
-        raise UserError(f"{what}: {opened.remedy}") from error
+        what = f"{prepared.directory} is damaged ({_first_line(error)})"
+        raise UserError(f"{what}: {prepared.remedy}") from error
 
 
 @contextlib.contextmanager
 def _no_group_size_error() -> Iterator[None]:
-    """Silences array_record's logged error about files with groups of more than one record.
+    """Hides array_record's log line about files with groups of more than one record.
 
-    The embedded files are grouped because that makes them a third smaller. Groups slow down random
-    access; those are read in order.
+    Groups make the embedded files a third smaller. They slow random access down, but these files
+    are read in order.
     """
 
-    def keep(record: logging.LogRecord) -> bool:
+    def passes(record: logging.LogRecord) -> bool:
         return "was created with group size" not in record.getMessage()
 
     logger = logging.getLogger("absl")
-    logger.addFilter(keep)
+    logger.addFilter(passes)
     try:
         yield
     finally:
-        logger.removeFilter(keep)
+        logger.removeFilter(passes)
 
 
 def _first_line(error: Exception) -> str:

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -13,7 +12,8 @@ from jaxtyping import Array, Int, Int32, Key
 from oal_jax.config import Config
 from oal_jax.config.benchmarks import LEFT_OUT, Benchmark, resolve, split_names
 from oal_jax.data.info import DatasetInfo, read_info
-from oal_jax.data.sources import ImageSet, load, open_stored
+from oal_jax.data.sources import ImageSet, open_source, read_set
+from oal_jax.data.stored import SetSpec
 from oal_jax.data.stream import Streamed, open_stream
 from oal_jax.runtime.batched import rows_per_batch
 from oal_jax.scores import Forward, Outputs, compute
@@ -43,43 +43,45 @@ class Context:
 
     @property
     def image_limit(self) -> int:
-        """So many images of a set are taken; 0: all."""
+        """Number of images that are read of a set; 0: all."""
         return 200 if self.config.smoke else 0
 
     def images(self, split: str, name: str = "", limit: int = 0) -> ImageSet:
         """A split of the ID set, or of the OOD or covariate-shifted set `name`, in memory."""
-        return load(**self._wanted(split, name, limit))
+        return read_set(self._spec(split, name, limit))
 
     def opened(self, split: str, name: str = "", limit: int = 0) -> ImageSet | Streamed:
         """The same in memory, or a stream where the config asks for that."""
-        wanted, data = self._wanted(split, name, limit), self.config.data
-        return open_stream(open_stored(**wanted), data.workers) if data.stream else load(**wanted)
+        if not self.config.data.stream:
+            return self.images(split, name, limit)
+        source = open_source(self._spec(split, name, limit))
+        return open_stream(source, self.config.data.workers)
 
     @cached_property
     def info(self) -> DatasetInfo:
         """Classes and sizes of the ID set."""
-        return read_info(**self._wanted("train", "", self.config.data.train_images))
+        return read_info(self._spec("train", "", self.config.data.train_images))
 
-    def _wanted(self, split: str, name: str, limit: int) -> dict[str, Any]:
+    def _spec(self, split: str, name: str, limit: int) -> SetSpec:
         data, benchmark = self.config.data, self.benchmark
         name = name or benchmark.id_set
         left_out = bool(data.leave_out) and name in LEFT_OUT.values()
         name = benchmark.id_set if left_out else name
         labelled = name in (benchmark.id_set, *benchmark.csid)
-        return {
-            "source": data.source,
-            "name": name,
-            "split": split,
-            "root": data.root or None,
-            "limit": limit or self.image_limit,
-            "id_set": benchmark.id_set,
-            "id_splits": split_names(data.id_splits),
-            "labelled": labelled,
-            "leave_out": data.leave_out if labelled else (),
-            "left_out": left_out,
-            "image_size": data.image_size,
-            "on_corrupt": data.on_corrupt,
-        }
+        return SetSpec(
+            data.source,
+            name,
+            split,
+            root=data.root,
+            limit=limit or self.image_limit,
+            id_set=benchmark.id_set,
+            id_splits=split_names(data.id_splits),
+            labelled=labelled,
+            leave_out=data.leave_out if labelled else (),
+            left_out=left_out,
+            image_size=data.image_size,
+            on_corrupt=data.on_corrupt,
+        )
 
     def train_images(self) -> ImageSet | Streamed:
         """The ID images that the student trains on; arrays are read-only."""
