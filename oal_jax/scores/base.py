@@ -1,10 +1,10 @@
-"""What a post-hoc score is, and how one is fitted and applied.
+"""The type of a post-hoc score, and the functions that fit and apply one.
 
 A score is a NamedTuple of pure functions. `fit` turns the outputs of an ID set into a state, a dict
-of arrays that can be saved, sharded and exported; `score` turns a state and the outputs of any
-inputs into one `ood_score` an input. **Higher always means more OOD.** Parameters go into the
-factory that makes the score, and from there into the state or the shapes, so a search over them can
-never read a state that was fitted with other ones.
+of arrays that can be saved, sharded and exported. `score` turns a state and the outputs of any
+inputs into one `ood_score` an input. **Higher always means more OOD.** Parameters are arguments of
+the factory that makes the score, and enter the state or the shapes from there. So a search over
+them never reads a state that was fitted with other parameters.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,13 +32,13 @@ class Head(NamedTuple):
 
 
 class Score(NamedTuple):
-    """A post-hoc OOD score; see the docstring of the module.
+    """A post-hoc OOD score; see the module's docstring.
 
     `fit(outputs, labels, head, mesh) -> state` runs once, on the host's arrays of the ID set
     `fit_on`; statistics of large sets are computed on the devices of `mesh`.
     `score(state, outputs) -> (n,)` is traceable, works row by row, and gives ood_scores.
-    `perturb(state, forward, images) -> outputs`, where there is one, moves the images along a
-    gradient first: `score` then reads the outputs of the moved images. Traceable, row by row.
+    `perturb(state, forward, images) -> outputs`, if not None, moves the images along a gradient and
+    returns the outputs of the moved images, which `score` then reads. Traceable, row by row.
     """
 
     fit: Callable[[Outputs, Int[np.ndarray, " n"], Head | None, Mesh], State]
@@ -47,7 +47,7 @@ class Score(NamedTuple):
     needs_head: bool = False
     fit_on: str = "train"  # or "validation": what the publication fits it on
     perturb: Callable[[State, Forward, Float[Array, "n h w c"]], Outputs] | None = None
-    name: str = ""  # for messages; `make` sets it
+    name: str = ""  # for error messages; `make` sets it
 
 
 def fit(
@@ -58,14 +58,14 @@ def fit(
     set_name: str = "ID train",
     mesh: Mesh | None = None,
 ) -> State:
-    """Checks the outputs of an ID set, then fits `score` on them.
+    """Check the outputs of an ID set, then fit `score` on them.
 
     Args:
       score: from `oal_jax.scores.make`.
       outputs: of n ID inputs, of the set that `score.fit_on` names.
       labels: (n,) class indices.
-      head: the last linear layer of the classifier; None where no score asks for it.
-      set_name: how messages call the set.
+      head: the last linear layer of the classifier; None unless `score.needs_head`.
+      set_name: name of the set in error messages.
       mesh: the devices; None for all.
 
     Returns:
@@ -73,7 +73,7 @@ def fit(
 
     Raises:
       UserError: wrong shapes, a NaN or an infinity in the outputs, outputs or a head that the
-        score needs and the model does not give, or too few inputs for the score.
+        score needs are missing, or too few inputs for the score.
     """
     outputs = check(outputs, score.needs, f"{score.name}: the {{}} of {set_name}")
     labels = np.asarray(labels)
@@ -104,10 +104,10 @@ def apply(
     Args:
       score: from `oal_jax.scores.make`.
       state: what `fit` returned for this score.
-      outputs: of n inputs; fields that the score does not need are ignored.
+      outputs: of n inputs; other fields than `score.needs` are ignored.
       batch_size: rows a call; rounded up to a multiple of the devices. None: 1024, or 8192 for a
         score that reads the logits alone.
-      set_name: how messages call the set.
+      set_name: name of the set in error messages.
       mesh: the devices; None for all.
 
     Returns:
@@ -131,9 +131,11 @@ def apply_to_images(
     batch_size: int = 512,
     mesh: Mesh | None = None,
 ) -> Float[np.ndarray, " n"]:
-    """The ood_score of every image for a score with `perturb`; else as `apply`.
+    """The ood_score of every image, after `score.perturb` if the score has one.
 
     Args:
+      score: from `oal_jax.scores.make`.
+      state: what `fit` returned for this score.
       forward: pure; float32 images in [0, 1] to `Outputs`.
       images: (n, h, w, c), uint8 or floats in [0, 1].
     """

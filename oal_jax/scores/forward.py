@@ -1,4 +1,4 @@
-"""A classifier of any kind as the function of images that scores work with."""
+"""Any classifier as the function of images that scores read."""
 
 import difflib
 from collections.abc import Callable, Collection, Mapping
@@ -16,33 +16,34 @@ from oal_jax.models.conv import with_maps
 from oal_jax.scores import FIELDS, Outputs, summarise
 
 
-def make_forward(net: Any, variables: Mapping[str, Any], wanted: Collection[str]) -> Partial:
-    """A model of `oal_jax.models` as a function of float images in [0, 1] to `Outputs`.
+def make_forward(net: Any, variables: Mapping[str, Any], fields: Collection[str]) -> Partial:
+    """A linen module and its variables as a function of float images in [0, 1] to `Outputs`.
+
+    Training, evaluation, detectors and the teacher all run a module through this function.
 
     Args:
-      net: a linen module that returns (logits, features) and sows its feature maps.
+      net: a module that returns (logits, features) and sows its feature maps.
       variables: its parameters and batch statistics.
-      wanted: the fields of `Outputs` besides the logits.
+      fields: names out of `scores.FIELDS` to compute besides the logits.
     """
-    return Partial(_bound(net, tuple(sorted(wanted))), variables)
+    return Partial(_bound(net, tuple(sorted(fields))), variables)
 
 
 # Cached, so that equal models are one function to jit.
 @cache
-def _bound(net, wanted):
-    return partial(_apply, net, wanted)
+def _bound(net, fields):
+    return partial(_apply, net, fields)
 
 
-def _apply(net, wanted, variables, images: Float[Array, "n h w c"]) -> Outputs:
-    return summarise(*with_maps(net, variables, images), wanted)
+def _apply(net, fields, variables, images: Float[Array, "n h w c"]) -> Outputs:
+    return summarise(*with_maps(net, variables, images), fields)
 
 
 def as_forward(function: Callable) -> Partial:
-    """A function of images as one that returns `scores.Outputs`.
+    """A user's function of images as one that returns `scores.Outputs`.
 
-    A callable that is a pytree of arrays (`jax.tree_util.Partial`, an `nnx.Module`) carries its
-    weights into compiled programs as arguments; those that a plain function closes over become
-    constants there.
+    The weights of a callable that is a pytree of arrays (`jax.tree_util.Partial`, an `nnx.Module`)
+    are arguments of compiled programs. Weights that a plain function closes over become constants.
 
     Args:
       function: float images in [0, 1] to logits (n, c); (logits, features), the features (n, d)
@@ -50,19 +51,19 @@ def as_forward(function: Callable) -> Partial:
         maps (n, h, w, d) from the input's side to the last; a dict with these names; or `Outputs`.
 
     Raises:
-      UserError: it is not callable; when called, that it returns anything else.
+      UserError: it is not callable, or, once called, returns anything else.
     """
     if not callable(function):
         raise UserError(f"forward must be a function of images, is a {type(function).__name__}")
     leaves = jax.tree.leaves(function)
     if leaves and all(map(_is_weight, leaves)):
         return Partial(_outputs_of, function)
-    # Compared by identity, which every function allows.
+    # A lambda is hashable even where the callable is not.
     return Partial(lambda images: _outputs_of(function, images))
 
 
 def _is_weight(leaf: Any) -> bool:
-    # Keys of random generators stay inside: nothing may draw from them in evaluation mode.
+    # Random keys are not weights: nothing draws from them in evaluation mode.
     is_array = isinstance(leaf, jax.Array | np.ndarray)
     return is_array and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 

@@ -91,11 +91,11 @@ def _extremes(
     layer: Float[Array, "n p d"],
     predicted: Int[Array, " n"],
     held_out: Array,
-    kept: Array,
+    count: Array,
 ) -> Float[Array, "2 c p d"]:
     """The largest of each class of `layer` and of `-layer`; -inf where it has no input."""
     index = jnp.where(held_out, classes, predicted)
-    values = (counted(sign * layer, kept, -jnp.inf) for sign in (1, -1))
+    values = (counted(sign * layer, count, -jnp.inf) for sign in (1, -1))
     return jnp.stack([jax.ops.segment_max(x, index, classes + 1)[:classes] for x in values])
 
 
@@ -108,8 +108,8 @@ def _deviation(bounds, layer: Float[Array, "n p d"], predicted) -> Float[Array, 
 
 
 @jax.jit
-def _sum_of_deviations(bounds, layer, predicted, held_out, kept):
-    counts = counted(held_out, kept, False)
+def _sum_of_deviations(bounds, layer, predicted, held_out, count):
+    counts = counted(held_out, count, False)
     return jnp.sum(jnp.where(counts, _deviation(bounds, layer, predicted), 0.0))
 
 

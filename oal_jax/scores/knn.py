@@ -15,12 +15,12 @@ from oal_jax.scores.base import Score, State
 def knn(k: int = 50, bank_chunk: int = 4096) -> Score:
     """Euclidean distance to the k-th nearest ID training feature, all features of length 1.
 
-    Exact, and the (queries, bank) matrix is never whole: see `top_similarities`. Distances come
-    from inner products, `d^2 = 2 - 2 q.b`, hence below about 3e-4 they are float32 noise.
+    Exact. The (queries, bank) matrix is never held as a whole: see `top_similarities`. Distances
+    come from inner products, `d^2 = 2 - 2 q.b`, so below about 3e-4 they are float32 noise.
 
     Args:
       k: which neighbour, at least 1.
-      bank_chunk: at most so many training features are compared with at a time.
+      bank_chunk: training features of one block of the bank.
 
     Raises:
       UserError: at `fit`, where the training set has fewer than k inputs.
@@ -42,14 +42,14 @@ def knn(k: int = 50, bank_chunk: int = 4096) -> Score:
 
 
 def mode(k: int = 10, bank_chunk: int = 4096) -> Score:
-    """The least, over six regions of the map, squared distance to the k-th nearest training region.
+    """Smallest squared distance of an input's six regions to their k-th nearest training region.
 
-    Regions of an input and the bank are vectors of length 1; the bank holds all six of every
-    training input. One region that looks like the training set makes an input ID.
+    Regions are vectors of length 1. The bank holds all six regions of every training input. One
+    region that looks like the training set makes an input ID.
 
     Args:
       k: which neighbour, at least 1.
-      bank_chunk: at most so many training regions are compared with at a time.
+      bank_chunk: training regions of one block of the bank.
 
     Raises:
       UserError: at `fit`, where the training set has fewer than k regions.
@@ -76,15 +76,15 @@ def mode(k: int = 10, bank_chunk: int = 4096) -> Score:
 
 
 def nnguide(k: int = 10, bank_chunk: int = 4096) -> Score:
-    """Minus the energy times the similarity to the training features, weighted by their energies.
+    """Energy times the similarity to the training features, weighted by their negative energies.
 
-    `-E(x) G(x)`, where E is the logsumexp of the logits and G the mean of the k largest inner
-    products of the input's feature with `E(z) z` over the training features z, all of length 1.
-    The bank is the whole training set; the publication takes a random share of a large one.
+    `E(x) G(x)`, where E is -logsumexp of the logits and G the mean of the k largest inner products
+    of the input's feature with `-E(z) z` over the training features z, all of length 1. The bank
+    is the whole training set; the publication takes a random share of a large one.
 
     Args:
-      k: how many neighbours, at least 1.
-      bank_chunk: at most so many training features are compared with at a time.
+      k: number of neighbours, at least 1.
+      bank_chunk: training features of one block of the bank.
 
     Raises:
       UserError: at `fit`, where the training set has fewer than k inputs.
@@ -98,12 +98,13 @@ def nnguide(k: int = 10, bank_chunk: int = 4096) -> Score:
     def fit(outputs, labels, head, mesh):
         _check_enough("nnguide", k, outputs.features)
         state = _bank(outputs.features)
-        energy = logsumexp(np.asarray(outputs.logits), axis=1)
-        return state | {"scale": np.float32(state["scale"] * energy)}
+        neg_energy = logsumexp(np.asarray(outputs.logits), axis=1)
+        return state | {"scale": np.float32(state["scale"] * neg_energy)}
 
     def score(state, outputs):
         top = top_similarities(unit(outputs.features), *_of(state), k, bank_chunk)
-        return -jnp.mean(top, axis=1) * jax.nn.logsumexp(outputs.logits, axis=1)
+        neg_energy = jax.nn.logsumexp(outputs.logits, axis=1)
+        return -jnp.mean(top, axis=1) * neg_energy
 
     return Score(fit, score, needs=("features",))
 
@@ -117,12 +118,12 @@ def top_similarities(
 ) -> Float[Array, "n k"]:
     """The k largest inner products of each query with `bank * scale[:, None]`; 1 <= k <= m.
 
-    Exact, falling. Blocks of the bank pass by and a list of the k best is kept, so it needs memory
-    for one block and its `n * (bank_chunk + k)` similarities and not for all of them.
+    Exact, in falling order. A scan over blocks of the bank carries the k best, so memory holds one
+    block and `n * (bank_chunk + k)` similarities.
     """
     m = bank.shape[0]
     blocks = -(-m // bank_chunk)
-    # Of `_grouped_candidates`; this many columns make m / group + k * group least.
+    # For `_grouped_candidates`: this size of a group makes m / group + k * group smallest.
     group = max(int((m // blocks / k) ** 0.5), 1)
     size = m // blocks // group * group
 
@@ -136,7 +137,7 @@ def top_similarities(
     def step(best, i):
         return _largest(_grouped_candidates(product(i * size, size), k, group), k, best), None
 
-    # Less than a group a block is left over by whole groups.
+    # Whole groups leave over less than one group a block.
     best = jnp.full((queries.shape[0], k), -jnp.inf, queries.dtype)
     best = _largest(product(blocks * size, m - blocks * size), k, best)
     return lax.scan(step, best, jnp.arange(blocks))[0]
@@ -145,21 +146,21 @@ def top_similarities(
 def _grouped_candidates(values: Float[Array, "n m"], k: int, group: int) -> Float[Array, "n q"]:
     """Fewer values a row, the k largest among them; m is a multiple of `group`.
 
-    In groups of columns, they all lie in the k groups with the largest maxima: a value outside is
-    below k others. Maxima are cheap and a selection, whose time grows with its width, is not.
+    The k largest all lie in the k groups of columns with the largest maxima: a value outside them
+    is below k others. Maxima are cheap; the time of a selection grows with its width.
     """
     if group == 1:
         return values
     n, m = values.shape
     grouped = values.reshape(n, group, m // group)
     _, which = lax.top_k(jnp.max(grouped, axis=1), k)
-    kept = jnp.take_along_axis(grouped, which[:, None, :], axis=2, mode="promise_in_bounds")
-    return kept.reshape(n, group * k)
+    candidates = jnp.take_along_axis(grouped, which[:, None, :], axis=2, mode="promise_in_bounds")
+    return candidates.reshape(n, group * k)
 
 
 def _largest(values, k, best):
-    # Without the barrier XLA may join a later slice with that of top_k, no longer see a top-k, and
-    # sort whole rows on CPU: 28 times slower.
+    # Without the barrier XLA may merge a later slice with that of top_k. It then sees no top-k and
+    # sorts whole rows on CPU: 28 times slower.
     top = lax.top_k(jnp.concatenate([best, values], axis=1), k)[0]
     return lax.optimization_barrier(top)
 
@@ -170,7 +171,7 @@ def _squared(queries, state, k, bank_chunk) -> Float[Array, " n"]:
 
 
 def _bank(features) -> State:
-    """Features as they are and what brings each to length 1: no second copy of the set."""
+    """The features and the factor that scales each to length 1: no second copy of the set."""
     features = np.asarray(features, np.float32)
     norm = np.sqrt(np.einsum("nd,nd->n", features, features))
     return {"bank": features, "scale": 1 / np.maximum(norm, np.float32(1e-12))}

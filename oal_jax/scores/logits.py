@@ -1,4 +1,4 @@
-"""Scores that look at the logits alone: energy, softmax probabilities, the largest logit."""
+"""Scores that read the logits alone: energy, softmax probabilities, the largest logit."""
 
 import jax
 import jax.numpy as jnp

@@ -13,18 +13,18 @@ from oal_jax.scores.statistics import moments, whitening
 
 
 def mahalanobis(floor: float = 1e-6, noise: float = 0.0) -> Score:
-    """Squared Mahalanobis distance to the nearest class mean, one covariance for all classes.
+    """Squared Mahalanobis distance to the nearest class mean, with one covariance for all classes.
 
     `min_c (f - mu_c)^T S^-1 (f - mu_c)`, where S is the covariance (divided by n) of the training
     features about the means of their classes. S is often singular: units that are dead on ID data,
     or fewer inputs than dimensions. Its eigenvalues are raised to at least `floor` times the
-    largest, so a direction in which ID features never move counts much, but finitely. (A
+    largest, so a direction in which ID features do not vary has a large finite weight. (A
     pseudo-inverse, as in the official code, ignores such directions.)
 
     Args:
       floor: smallest eigenvalue as a share of the largest, above 0.
-      noise: length of a step against the sign of the distance's gradient that moves every image
-        first, in units of the image; 0 for none.
+      noise: length, in units of the image, of a step that first moves every image against the sign
+        of the distance's gradient; 0 for none.
 
     Raises:
       UserError: at `fit`, where no class has two different features.
@@ -36,8 +36,10 @@ def mahalanobis(floor: float = 1e-6, noise: float = 0.0) -> Score:
     _check("mahalanobis", floor, noise)
 
     def fit(outputs, labels, head, mesh):
-        found = moments(outputs.features, labels, mesh)
-        return _gaussians(found.means, found.within, floor, "mahalanobis: the training features")
+        statistics = moments(outputs.features, labels, mesh)
+        return _gaussians(
+            statistics.means, statistics.within, floor, "mahalanobis: the training features"
+        )
 
     def score(state, outputs):
         return _nearest(state, outputs.features)
@@ -52,8 +54,8 @@ def mahalanobis(floor: float = 1e-6, noise: float = 0.0) -> Score:
 def relative_mahalanobis(floor: float = 1e-6) -> Score:
     """`mahalanobis` less the squared distance under one Gaussian of all training features.
 
-    `min_c d_c(f) - d_0(f)`: what every image has in common with the training set, or lacks, says
-    little about classes, and is taken away. May be negative.
+    `min_c d_c(f) - d_0(f)`. The second distance removes what says how typical an image is of the
+    whole training set, and little about classes. The difference may be negative.
 
     Args:
       floor: smallest eigenvalue of both covariances as a share of their largest, above 0.
@@ -68,10 +70,10 @@ def relative_mahalanobis(floor: float = 1e-6) -> Score:
     _check("relative_mahalanobis", floor)
 
     def fit(outputs, labels, head, mesh):
-        found = moments(outputs.features, labels, mesh)
+        statistics = moments(outputs.features, labels, mesh)
         what = "relative_mahalanobis: the training features"
-        background = _gaussians(found.mean[None, :], found.total, floor, what)
-        return _gaussians(found.means, found.within, floor, what) | {
+        background = _gaussians(statistics.mean[None, :], statistics.total, floor, what)
+        return _gaussians(statistics.means, statistics.within, floor, what) | {
             f"background_{key}": value for key, value in background.items()
         }
 
@@ -87,14 +89,14 @@ def mahalanobis_ensemble(
 ) -> Score:
     """Weighted sum over the layers of `mahalanobis` on the channel means of their maps.
 
-    The weights of the publication are those of a logistic regression on OOD inputs; without any,
-    all layers weigh 1.
+    The publication fits the weights by a logistic regression on OOD inputs. Here all are 1 unless
+    `weights` gives them.
 
     Args:
       weights: one for each layer, from the input's side; None for 1 each.
       floor: smallest eigenvalue of a covariance as a share of its largest, above 0.
-      noise: as of `mahalanobis`; each layer is read at a moved image of its own, so a model of l
-        layers runs 2 l + 1 times.
+      noise: as of `mahalanobis`. Each layer has its own step, so a model of l layers runs 2 l + 1
+        times.
 
     Raises:
       UserError: at `fit`, where another number of layers has weights, or a layer does not vary
@@ -114,9 +116,9 @@ def mahalanobis_ensemble(
             )
         state = {"weights": np.float32(weights or np.ones(len(layers)))}
         for i, layer in enumerate(layers):
-            found = moments(layer, labels, mesh)
+            statistics = moments(layer, labels, mesh)
             what = f"mahalanobis_ensemble: the training outputs of layer {i}"
-            one = _gaussians(found.means, found.within, floor, what)
+            one = _gaussians(statistics.means, statistics.within, floor, what)
             state |= {f"layer{i}_{key}": value for key, value in one.items()}
         return state
 
@@ -127,12 +129,12 @@ def mahalanobis_ensemble(
     def perturb(state, forward, images):
         plain = forward(images)
 
-        def moved(i):
+        def layer_at_step(i):
             distance = lambda x: jnp.sum(_nearest(state, forward(x).layers[i], f"layer{i}_"))
             step = noise * jnp.sign(jax.grad(distance)(images))
             return forward(images - step).layers[i]
 
-        return plain._replace(layers=tuple(moved(i) for i in range(len(plain.layers))))
+        return plain._replace(layers=tuple(layer_at_step(i) for i in range(len(plain.layers))))
 
     return Score(fit, score, needs=("layers",), perturb=perturb if noise else None)
 
@@ -140,12 +142,12 @@ def mahalanobis_ensemble(
 def mood(by_class: bool = False, floor: float = 1e-6) -> Score:
     """Squared Mahalanobis distance of the feature at length 1 to all training features.
 
-    The publication has it for features of a masked-image-modelling transformer; the scale of a
-    feature says nothing here, only its direction does.
+    The publication uses features of a transformer trained by masked image modelling. Only the
+    direction of a feature counts.
 
     Args:
-      by_class: distance to the nearest class mean under the covariance within classes, and not to
-        the mean of all.
+      by_class: use the nearest class mean and the covariance within classes, not the mean and
+        covariance of all.
       floor: smallest eigenvalue of the covariance as a share of its largest, above 0. (The official
         code takes a pseudo-inverse.)
 
@@ -159,8 +161,10 @@ def mood(by_class: bool = False, floor: float = 1e-6) -> Score:
     _check("mood", floor)
 
     def fit(outputs, labels, head, mesh):
-        found = moments(outputs.features, labels if by_class else None, mesh, unit)
-        return _gaussians(found.means, found.within, floor, "mood: directions of training features")
+        statistics = moments(outputs.features, labels if by_class else None, mesh, unit)
+        return _gaussians(
+            statistics.means, statistics.within, floor, "mood: directions of training features"
+        )
 
     def score(state, outputs):
         return _nearest(state, unit(outputs.features))

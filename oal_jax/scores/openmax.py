@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float, Int
 from scipy import optimize, special
 
 from oal_jax.errors import UserError
-from oal_jax.scores.base import Score
+from oal_jax.scores.base import Score, State
 
 _SHIFT = 1e4  # libMR moves the smallest distance of a tail here before it fits the Weibull
 _CERTAIN = 25.0  # log hazard of a class that no input can belong to: exp(-exp(25)) is 0
@@ -17,22 +18,22 @@ def openmax(tail: int = 20, alpha: int = 3) -> Score:
     """Log odds of the unknown class of OpenMax, `log(P / (1 - P))`.
 
     Each class has the mean of the logits of its correctly classified ID training inputs, and a
-    Weibull distribution fitted to the largest of their Euclidean distances to it. For an input,
-    the i-th largest logit v gives up the share `w = (alpha + 1 - i) / alpha * cdf(distance)`
-    of itself to an unknown class, whose logit is the sum of what was given up. P itself rounds to
-    1 for most OOD inputs; its log odds keep their order.
+    Weibull distribution fitted to the largest of their Euclidean distances to that mean. For an
+    input, the i-th largest logit v loses the share `w = (alpha + 1 - i) / alpha * cdf(distance)`
+    of itself to an unknown class, whose logit is the sum of these losses. P itself rounds to 1 for
+    most OOD inputs; its log odds keep their order.
 
-    The distances are moved and fitted as by libMR, with which the numbers agree, but the maximum
-    of the likelihood is found from its one equation. The share is that of the authors' code;
-    algorithm 2 as printed has the survival function in place of the cdf, by which the *nearest*
-    inputs would give up most.
+    The distances are shifted and fitted as by libMR, and the numbers agree with it; here a root
+    finder solves the one equation of the maximum likelihood. The share is that of the authors'
+    code. Algorithm 2 as printed has the survival function in place of the cdf, by which the
+    *nearest* inputs would lose most.
 
-    A class without a correct training input takes every input for unknown; one whose tail has no
-    two different distances borrows the tail of all classes.
+    A class without a correct training input takes every input for unknown. A class whose tail has
+    no two different distances uses the tail of all classes.
 
     Args:
-      tail: how many distances of a class are fitted, at least 2; fewer where it has fewer.
-      alpha: how many of the largest logits give something up, at least 1; at most all.
+      tail: number of distances of a class that are fitted, at least 2; fewer where it has fewer.
+      alpha: number of the largest logits that lose a share, at least 1; at most all.
 
     Raises:
       UserError: at `fit`, where no input is classified correctly or no distances differ.
@@ -46,55 +47,76 @@ def openmax(tail: int = 20, alpha: int = 3) -> Score:
         raise UserError(f"openmax: alpha must be 1 or more, got {alpha}")
 
     def fit(outputs, labels, head, mesh):
-        logits = np.asarray(outputs.logits, np.float64)
-        classes = logits.shape[1]
-        correct = logits.argmax(axis=1) == labels
-        if not correct.any():
-            raise UserError(
-                "openmax: no training input is classified correctly; check that the labels belong"
-                " to these logits"
-            )
-        means, distances = np.zeros((classes, classes)), {}
-        for c in np.unique(labels[correct]):
-            rows = logits[correct & (labels == c)]
-            means[c] = rows.mean(axis=0)
-            distances[c] = np.sort(np.linalg.norm(rows - means[c][None, :], axis=1))
-        tails = {c: d[-tail:] for c, d in distances.items()}
-        everyone = np.sort(np.concatenate(list(distances.values())))[-tail * len(tails) :]
-        if not _varies(everyone):
-            raise UserError(
-                "openmax: the training logits are all equally far from their class means, so there"
-                " is no tail to fit; give more inputs"
-            )
-        shift = max(_SHIFT, 100 * everyone[-1])  # beyond the distances, whatever their units
-        shape, offset, start = np.zeros(classes), np.full(classes, _CERTAIN), np.zeros(classes)
-        for c, distance in tails.items():
-            distance = distance if _varies(distance) else everyone
-            start[c] = distance[0]
-            shape[c], offset[c] = fit_weibull(distance, shift)
-        state = {"means": means, "shape": shape, "offset": offset, "start": start, "shift": shift}
-        return {name: np.asarray(x, np.float32) for name, x in state.items()}
+        return fit_tails(outputs.logits, labels, tail)
 
     def score(state, outputs):
-        logits = outputs.logits
-        count = min(alpha, logits.shape[-1])
-        _, ranked = lax.top_k(logits, count)
-
-        # One rank at a time: all distances at once would be an (n, alpha, c) array.
-        def step(shares, rank):
-            c, weight = rank
-            distance = jnp.linalg.norm(logits - state["means"][c], axis=-1)
-            moved = jnp.log1p((distance - state["start"][c]) / state["shift"])
-            log_hazard = state["shape"][c] * moved + state["offset"][c]
-            share = -weight * jnp.expm1(-jnp.exp(log_hazard))
-            return shares + share[:, None] * jax.nn.one_hot(c, logits.shape[-1]), None
-
-        weights = (count - jnp.arange(count)) / count
-        shares, _ = lax.scan(step, jnp.zeros_like(logits), (ranked.T, weights))
-        unknown = jnp.sum(logits * shares, axis=-1)
-        return unknown - jax.nn.logsumexp(logits * (1.0 - shares), axis=-1)
+        return log_odds_of_unknown(state, outputs.logits, alpha)
 
     return Score(fit, score)
+
+
+def fit_tails(
+    logits: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"], tail: int
+) -> dict[str, Float[np.ndarray, "..."]]:
+    """The mean of each class and the Weibull distribution of its `tail` largest distances.
+
+    Returns:
+      float32 `means` (c, c); `shape` and `offset` of `fit_weibull`, and the smallest fitted
+      distance `start`, (c,); `shift`, a scalar.
+
+    Raises:
+      UserError: no input is classified correctly, or no distances differ.
+    """
+    logits = np.asarray(logits, np.float64)
+    classes = logits.shape[1]
+    correct = logits.argmax(axis=1) == labels
+    if not correct.any():
+        raise UserError(
+            "openmax: no training input is classified correctly; check that the labels belong"
+            " to these logits"
+        )
+    means, distances = np.zeros((classes, classes)), {}
+    for c in np.unique(labels[correct]):
+        rows = logits[correct & (labels == c)]
+        means[c] = rows.mean(axis=0)
+        distances[c] = np.sort(np.linalg.norm(rows - means[c][None, :], axis=1))
+    tails = {c: d[-tail:] for c, d in distances.items()}
+    all_tails = np.sort(np.concatenate(list(distances.values())))[-tail * len(tails) :]
+    if not _varies(all_tails):
+        raise UserError(
+            "openmax: the training logits are all equally far from their class means, so there"
+            " is no tail to fit; give more inputs"
+        )
+    shift = max(_SHIFT, 100 * all_tails[-1])  # beyond the distances, whatever their units
+    shape, offset, start = np.zeros(classes), np.full(classes, _CERTAIN), np.zeros(classes)
+    for c, distance in tails.items():
+        distance = distance if _varies(distance) else all_tails
+        start[c] = distance[0]
+        shape[c], offset[c] = fit_weibull(distance, shift)
+    state = {"means": means, "shape": shape, "offset": offset, "start": start, "shift": shift}
+    return {name: np.asarray(x, np.float32) for name, x in state.items()}
+
+
+def log_odds_of_unknown(
+    state: State, logits: Float[Array, "n c"], alpha: int
+) -> Float[Array, " n"]:
+    """`log(P / (1 - P))` of the unknown class, to which the `alpha` largest logits give shares."""
+    count = min(alpha, logits.shape[-1])
+    _, ranked = lax.top_k(logits, count)
+
+    # One rank at a time: all distances at once would be an (n, alpha, c) array.
+    def step(shares, rank):
+        c, weight = rank
+        distance = jnp.linalg.norm(logits - state["means"][c], axis=-1)
+        log_x = jnp.log1p((distance - state["start"][c]) / state["shift"])
+        log_hazard = state["shape"][c] * log_x + state["offset"][c]
+        share = -weight * jnp.expm1(-jnp.exp(log_hazard))
+        return shares + share[:, None] * jax.nn.one_hot(c, logits.shape[-1]), None
+
+    weights = (count - jnp.arange(count)) / count
+    shares, _ = lax.scan(step, jnp.zeros_like(logits), (ranked.T, weights))
+    unknown = jnp.sum(logits * shares, axis=-1)
+    return unknown - jax.nn.logsumexp(logits * (1.0 - shares), axis=-1)
 
 
 def _varies(distances: np.ndarray) -> bool:
@@ -105,9 +127,10 @@ def _varies(distances: np.ndarray) -> bool:
 def fit_weibull(distances: np.ndarray, shift: float) -> tuple[float, float]:
     """Maximum likelihood Weibull of `x = distances - min(distances) + shift`.
 
-    With u = log(x / shift) the shape k solves `sum(w u) - mean(u) = 1 / k`, w = softmax(k u); the
-    left side grows with k, so there is one root. The scale l then follows. It is given as an offset
-    that is small where l and shift are large: `cdf(x) = 1 - exp(-exp(k u + offset))`.
+    With u = log(x / shift) the shape k solves `sum(w u) - mean(u) = 1 / k`, w = softmax(k u). The
+    left side grows with k, so there is one root, and the scale l follows from it. The function
+    returns an offset in place of l, which is small where l and shift are large:
+    `cdf(x) = 1 - exp(-exp(k u + offset))`.
 
     Args:
       distances: (n,), not all equal.

@@ -1,4 +1,4 @@
-"""What a classifier says about inputs: all that a post-hoc score may read, computed once."""
+"""Outputs of a classifier, computed once: all that a post-hoc score may read."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache, partial
@@ -19,7 +19,7 @@ GRAM_POWERS = (1, 2, 3, 4, 5)  # as OpenOOD; the paper goes on to 10, at twice t
 
 
 class Outputs(NamedTuple):
-    """Outputs for n inputs. Fields after the logits are None where the model does not give them."""
+    """Outputs for n inputs. Fields after the logits are None where the model has none."""
 
     logits: Float[Array, "n c"]
     features: Float[Array, "n d"] | None = None  # the input of the last linear layer
@@ -28,31 +28,31 @@ class Outputs(NamedTuple):
     regions: Float[Array, "n 6 d_l"] | None = None  # the last map, averaged over six regions
 
 
-# Pure. A `jax.tree_util.Partial` carries its weights as arguments of the compiled program; those
-# that a plain function closes over become constants in it.
+# Pure. The weights of a `jax.tree_util.Partial` are arguments of the compiled program; weights that
+# a plain function closes over become constants in it.
 Forward = Callable[[Float[Array, "n h w c"]], Outputs]
 Maps = Sequence[Float[Array, "n h w d_l"]]
 FIELDS = Outputs._fields[1:]
 
 
-def summarise(logits, features, maps: Maps | None, wanted: Collection[str]) -> Outputs:
-    """The `wanted` fields of `Outputs`, from a model's logits, features and feature maps.
+def summarise(logits, features, maps: Maps | None, fields: Collection[str]) -> Outputs:
+    """`Outputs` with the logits and `fields`, from a model's logits, features and feature maps.
 
-    Pure, so it belongs inside jit: the maps themselves, which are large, never leave the device.
+    Pure. Call it inside jit, so that the maps, which are large, never leave the device.
 
     Args:
       logits: (n, c).
       features: (n, d), or None.
       maps: feature maps from the input's side to the last, (n, h, w, d_l) each, or None.
-      wanted: names out of `FIELDS`.
+      fields: names out of `FIELDS`.
     """
     maps = maps or ()
     return Outputs(
         logits.astype(jnp.float32),
-        features.astype(jnp.float32) if "features" in wanted and features is not None else None,
-        tuple(_mean(m) for m in maps) or None if "layers" in wanted else None,
-        tuple(gram_sums(m) for m in maps) or None if "grams" in wanted else None,
-        six_regions(maps[-1]) if "regions" in wanted and maps else None,
+        features.astype(jnp.float32) if "features" in fields and features is not None else None,
+        tuple(_mean(m) for m in maps) or None if "layers" in fields else None,
+        tuple(gram_sums(m) for m in maps) or None if "grams" in fields else None,
+        six_regions(maps[-1]) if "regions" in fields and maps else None,
     )
 
 
@@ -63,11 +63,11 @@ def _mean(x: Float[Array, "n h w d"]) -> Float[Array, "n d"]:
 def gram_sums(
     x: Float[Array, "n h w d"], powers: Sequence[int] = GRAM_POWERS
 ) -> Float[Array, "n p d"]:
-    """Row sums of the Gram matrices of every power, each brought back by the p-th root.
+    """Row sums of the Gram matrices of every power p, each with its p-th root taken.
 
-    sign(s) |s|^(1/p) with s_i = sum_j <x_i^p, x_j^p>, over positions. As a sum over j it is one
-    product with the summed channels, so no (d, d) matrix is made. A map is divided by its largest
-    value before the power and multiplied by its square after the root, so that x^5 stays finite.
+    sign(s) |s|^(1/p) with s_i = sum_j <x_i^p, x_j^p>, over positions. The sum over j is one product
+    with the summed channels, so there is no (d, d) matrix. A map is divided by its largest value
+    before the power and multiplied by its square after the root, so that x^5 stays finite.
 
     Source: Sastry and Oore, arXiv 1912.12510, eq. 1 to 3; the root of the row sum, as OpenOOD.
     """
@@ -89,7 +89,7 @@ def gram_sums(
 def six_regions(x: Float[Array, "n h w d"]) -> Float[Array, "n 6 d"]:
     """Means over the whole map, its four quadrants, and its central half.
 
-    Source: MODE, arXiv 2308.10239; a map of one position gives six equal vectors.
+    A map of one position gives six equal vectors. Source: MODE, arXiv 2308.10239.
     """
     h, w = x.shape[1:3]
     top, left = slice(0, (h + 1) // 2), slice(0, (w + 1) // 2)
@@ -149,10 +149,12 @@ def jitted(fields: frozenset[str]) -> Callable[[Partial, Array], Outputs]:
 
 
 def check(outputs: Outputs, needs: Sequence[str], message: str) -> Outputs:
-    """The logits and the fields in `needs` as float32 arrays of the host; the others dropped.
+    """The logits and the fields in `needs` as float32 NumPy arrays, without the other fields.
 
     Args:
-      message: begins every complaint; its `{}` stands for the field.
+      outputs: of n inputs.
+      needs: names out of `FIELDS`.
+      message: begins every error message; its `{}` stands for the field.
 
     Raises:
       UserError: a field is missing, has another number of rows, or holds a NaN or an infinity.
@@ -162,8 +164,8 @@ def check(outputs: Outputs, needs: Sequence[str], message: str) -> Outputs:
     def checked(name, value, ndim):
         value = np.asarray(value, np.float32)
         if value.ndim != ndim or len(value) != count:
-            wanted = ", ".join([str(count), *["width"] * (ndim - 1)])
-            raise UserError(f"{message.format(name)} have shape {value.shape}, not ({wanted})")
+            shape = ", ".join([str(count), *["width"] * (ndim - 1)])
+            raise UserError(f"{message.format(name)} have shape {value.shape}, not ({shape})")
         bad = ~np.isfinite(value).all(axis=tuple(range(1, ndim)))
         if bad.any():
             raise UserError(
@@ -172,17 +174,17 @@ def check(outputs: Outputs, needs: Sequence[str], message: str) -> Outputs:
             )
         return value
 
-    kept: dict[str, Any] = {"logits": checked("logits", outputs.logits, 2)}
+    checked_fields: dict[str, Any] = {"logits": checked("logits", outputs.logits, 2)}
     for name in needs:
         value = getattr(outputs, name)
         if value is None:
             raise UserError(f"{message.format(name)} are not given by this model; {_HOW[name]}")
         ndim = {"features": 2, "layers": 2, "grams": 3, "regions": 3}[name]
         if name in ("layers", "grams"):
-            kept[name] = tuple(checked(name, x, ndim) for x in value)
+            checked_fields[name] = tuple(checked(name, x, ndim) for x in value)
         else:
-            kept[name] = checked(name, value, ndim)
-    return Outputs(**kept)
+            checked_fields[name] = checked(name, value, ndim)
+    return Outputs(**checked_fields)
 
 
 _HOW = {

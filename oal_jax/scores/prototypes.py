@@ -11,8 +11,8 @@ from oal_jax.scores.statistics import class_means
 def she() -> Score:
     """Minus the inner product of the feature and the pattern of its predicted class.
 
-    The pattern is the mean of the rightly classified training features of the class; a class
-    without any takes the mean of all training features.
+    The pattern is the mean of the correctly classified training features of the class, or of all
+    training features where the class has none.
 
     References:
       Zhang et al., Out-of-Distribution Detection based on In-Distribution Data Patterns
@@ -36,11 +36,11 @@ def she() -> Score:
 
 
 def fdbd() -> Score:
-    """Minus the mean distance to the decision boundaries, over that to the mean training feature.
+    """Minus the mean distance to the decision boundaries / distance to the mean training feature.
 
-    The boundary of the predicted class a with another class c is
-    `(z_a - z_c) / |w_a - w_c|` away; two classes with one weight vector have none, and do not
-    count. Features far from the mean lie far from all boundaries, hence the quotient.
+    The boundary between the predicted class a and another class c is `(z_a - z_c) / |w_a - w_c|`
+    away. Two classes with equal weight vectors have no boundary and do not count. Features far from
+    the mean lie far from all boundaries, hence the quotient.
 
     Raises:
       UserError: at `fit`, where there is one class only.
@@ -56,8 +56,8 @@ def fdbd() -> Score:
             raise UserError("fdbd needs two classes or more; one class has no decision boundary")
         weights = np.asarray(head.kernel, np.float64).T
         # A row at a time: neither a (c, c, d) array nor the cancellation of a^2 - 2ab + b^2.
-        apart = np.stack([np.linalg.norm(weights - w[None, :], axis=1) for w in weights])
-        inverse = np.where(apart > 0, 1 / np.where(apart > 0, apart, 1), 0)
+        distance = np.stack([np.linalg.norm(weights - w[None, :], axis=1) for w in weights])
+        inverse = np.where(distance > 0, 1 / np.where(distance > 0, distance, 1), 0)
         mean, _ = class_means(outputs.features, np.zeros(len(labels), np.int32), 1, mesh)
         return {"mean": mean[0].astype(np.float32), "inverse": inverse.astype(np.float32)}
 

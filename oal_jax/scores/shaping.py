@@ -13,8 +13,8 @@ from oal_jax.scores.base import Head, Score, State
 
 _PERCENTILES = (65.0, 70.0, 75.0, 80.0, 85.0, 90.0, 95.0)
 
-# exp of it times any sensible logit is a finite float32. Features that are not negative reach it
-# only where more than 98 % of them count as pruned.
+# exp(60) times any sensible logit is a finite float32. Non-negative features reach this exponent
+# only where more than 98 % of their sum is pruned.
 _MAX_EXPONENT = 60.0
 
 
@@ -48,8 +48,8 @@ def ash_p(percentile: float = 90.0) -> Score:
     """Energy of the logits of the largest features of each input, the others set to 0.
 
     Args:
-      percentile: how many per cent of an input's features are set to 0, at least 0 and below 100.
-        At least one is kept, and so are all that equal the smallest kept one.
+      percentile: percentage of an input's features that are set to 0, at least 0 and below 100.
+        At least one is kept, and all ties with the smallest kept one.
 
     References:
       Djurisic et al., Extremely Simple Activation Shaping for Out-of-Distribution Detection, 2023,
@@ -63,8 +63,8 @@ def ash_p(percentile: float = 90.0) -> Score:
 def ash_b(percentile: float = 90.0) -> Score:
     """As `ash_p`, with every kept feature replaced by the sum of all features / number of kept.
 
-    Features that are 0 before the pruning stay 0 and do not count as kept: an input with fewer
-    active features than are to be kept would otherwise have arbitrary ones switched on.
+    Features that are 0 before the pruning stay 0 and do not count as kept. Otherwise an input with
+    fewer active features than are to be kept would have arbitrary ones switched on.
 
     Args:
       percentile: as of `ash_p`.
@@ -74,9 +74,9 @@ def ash_b(percentile: float = 90.0) -> Score:
     """
 
     def shape(features, pruned):
-        kept = pruned != 0
-        count = jnp.maximum(jnp.sum(kept, axis=-1), 1)
-        return jnp.where(kept, (jnp.sum(features, axis=-1) / count)[:, None], 0.0)
+        nonzero = pruned != 0
+        count = jnp.maximum(jnp.sum(nonzero, axis=-1), 1)
+        return jnp.where(nonzero, (jnp.sum(features, axis=-1) / count)[:, None], 0.0)
 
     return _ash("ash_b", percentile, shape)
 
@@ -84,7 +84,7 @@ def ash_b(percentile: float = 90.0) -> Score:
 def ash_s(percentile: float = 90.0) -> Score:
     """As `ash_p`, then multiplied by `exp(sum of all features / sum of the kept)`.
 
-    Made for features that are not negative; the exponent is held within 60.
+    Meant for non-negative features. The exponent is clipped to [-60, 60].
 
     Args:
       percentile: as of `ash_p`.
@@ -105,8 +105,8 @@ def scale(percentile: float = 85.0) -> Score:
     As `ash_s` without the pruning: the percentile only enters the factor.
 
     Args:
-      percentile: how many per cent of an input's features are left out of the second sum, at
-        least 0 and below 100. At least one counts.
+      percentile: percentage of an input's features that are left out of the second sum, at least 0
+        and below 100. At least one feature counts.
 
     References:
       Xu et al., Scaling for Training Time and Post-hoc Out-of-distribution Detection Enhancement,
@@ -119,8 +119,8 @@ def scale(percentile: float = 85.0) -> Score:
 
     def score(state, outputs):
         features = outputs.features
-        kept = _kept(features.shape[-1], percentile)
-        largest = jnp.sort(features, axis=-1)[:, -kept:]
+        count = _remaining(features.shape[-1], percentile)
+        largest = jnp.sort(features, axis=-1)[:, -count:]
         total = jnp.sum(features, axis=-1)
         return _energy(state, _scaled(features, total, jnp.sum(largest, axis=-1)))
 
@@ -130,11 +130,11 @@ def scale(percentile: float = 85.0) -> Score:
 def dice(percentile: float = 90.0) -> Score:
     """Energy of the logits of a sparse last layer.
 
-    Only the weights stay whose contribution, weight times mean ID training feature, exceeds the
-    percentile of all contributions of the whole kernel. The bias stays.
+    A weight's contribution is the weight times the mean ID training feature. Weights whose
+    contribution does not exceed the percentile of all contributions are set to 0; the bias stays.
 
     Args:
-      percentile: how many per cent of the weights are set to 0, at least 0 and below 100.
+      percentile: percentage of the weights that are set to 0, at least 0 and below 100.
 
     References:
       Sun and Li, DICE: Leveraging Sparsification for Out-of-Distribution Detection, 2022,
@@ -159,7 +159,7 @@ def _ash(
     percentile: float,
     shape: Callable[[Float[Array, "n d"], Float[Array, "n d"]], Float[Array, "n d"]],
 ) -> Score:
-    """`shape` gets the features and the pruned features, and gives what the head is to see."""
+    """An ASH score. `shape` turns the features and the pruned features into the head's input."""
     _check(name, percentile)
 
     def fit(outputs, labels, head, mesh):
@@ -167,8 +167,8 @@ def _ash(
 
     def score(state, outputs):
         features = outputs.features
-        kept = _kept(features.shape[-1], percentile)
-        smallest = jnp.sort(features, axis=-1)[:, -kept]
+        count = _remaining(features.shape[-1], percentile)
+        smallest = jnp.sort(features, axis=-1)[:, -count]
         pruned = jnp.where(features >= smallest[:, None], features, 0.0)
         return _energy(state, shape(features, pruned))
 
@@ -180,15 +180,15 @@ def _check(name: str, percentile: float) -> None:
         raise UserError(f"{name}: percentile must be at least 0 and below 100, got {percentile}")
 
 
-def _kept(width: int, percentile: float) -> int:
+def _remaining(width: int, percentile: float) -> int:
     return max(width - round(width * percentile / 100), 1)
 
 
 def _scaled(
-    features: Float[Array, "n d"], total: Float[Array, " n"], kept: Float[Array, " n"]
+    features: Float[Array, "n d"], total: Float[Array, " n"], part: Float[Array, " n"]
 ) -> Float[Array, "n d"]:
     # An input whose features are all 0 stays so, whatever the factor.
-    exponent = total / jnp.where(kept == 0, 1.0, kept)
+    exponent = total / jnp.where(part == 0, 1.0, part)
     return features * jnp.exp(jnp.clip(exponent, -_MAX_EXPONENT, _MAX_EXPONENT))[:, None]
 
 

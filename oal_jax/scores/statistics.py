@@ -1,8 +1,7 @@
-"""Means, covariances and the like of an ID set, in chunks on the devices.
+"""Means, covariances and other sums over an ID set, computed in batches on the devices.
 
-Products and sums are float32 on a chunk and float64 over the chunks, always of centred data: a
-common offset would cost the digits that a covariance is made of. The set stays on the host; a
-device holds one chunk of it.
+Sums are float32 within a batch and float64 over the batches, always of centred data: a common
+offset would cost the digits that a covariance consists of. The set stays on the host.
 """
 
 from collections.abc import Callable
@@ -19,13 +18,13 @@ from jaxtyping import Array, Float, Int
 from oal_jax.errors import UserError
 from oal_jax.runtime import batched, distributed
 
-_ROWS = 4096  # inputs a chunk
+_ROWS = 4096  # inputs of a batch
 
 Prepare = Callable[[Float[Array, "n d"]], Float[Array, "n d"]]
 
 
 class Moments(NamedTuple):
-    """Of the inputs of each class; classes without an input are left out. All float64."""
+    """Counts, means and covariance of classes, float64. Classes without an input are left out."""
 
     counts: Float[np.ndarray, " k"]
     means: Float[np.ndarray, "k d"]
@@ -39,8 +38,8 @@ class Moments(NamedTuple):
     @property
     def total(self) -> Float[np.ndarray, "d d"]:
         """The covariance of all inputs about their mean, divided by n."""
-        apart = self.means - self.mean[None, :]
-        return self.within + apart.T @ (apart * (self.counts / self.counts.sum())[:, None])
+        offsets = self.means - self.mean[None, :]
+        return self.within + offsets.T @ (offsets * (self.counts / self.counts.sum())[:, None])
 
 
 def moments(
@@ -61,9 +60,9 @@ def moments(
         start = _amid(features, prepare)
         both = accumulate(partial(_sum_and_scatter, prepare, start), (features,), mesh)
         both = both / len(features)
-        apart = both[0]
-        within = both[1:] - apart[:, None] * apart[None, :]
-        return Moments(np.array([float(len(features))]), (start + apart)[None, :], within)
+        offset = both[0]
+        within = both[1:] - offset[:, None] * offset[None, :]
+        return Moments(np.array([float(len(features))]), (start + offset)[None, :], within)
     present, index = np.unique(labels, return_inverse=True)
     means, counts = class_means(features, index, len(present), mesh, prepare)
     about_means = partial(_scatter, prepare, np.float32(means))
@@ -96,10 +95,9 @@ def whitening(
 
     Args:
       covariance: S.
-      floor: eigenvalues are raised to at least this share of the largest, so that a singular S
-        gives finite distances.
-      noise: the largest eigenvalue must be above this, which rounding alone can reach.
-      what: begins the message.
+      floor: smallest eigenvalue as a share of the largest; a singular S gives finite distances.
+      noise: what rounding alone can make of the largest eigenvalue, which must exceed it.
+      what: begins the error message.
 
     Raises:
       UserError: no variation at all.
@@ -111,18 +109,18 @@ def whitening(
 
 
 def accumulate(function: Callable, tree: Any, mesh: Mesh, combine: Callable = np.add) -> np.ndarray:
-    """`function(*chunk, kept)` of every chunk of the arrays in `tree`, put together in float64.
+    """`function(*batch, count)` of every batch of the arrays in `tree`, combined in float64.
 
     Args:
-      function: a chunk's arrays, whose first `kept` rows count, to one array.
+      function: jitted; a batch's arrays, whose first `count` rows count, to one array.
       tree: a tuple of arrays with a row for each input.
       mesh: the devices.
       combine: takes two float64 arrays; associative.
     """
     total, last = None, None
-    for chunk, kept in batched.batches([tree], min(_ROWS, len(tree[0])), mesh):
-        part = function(*chunk, np.int32(kept))
-        # One behind, so that the device has work while the host adds.
+    for batch, count in batched.batches([tree], min(_ROWS, len(tree[0])), mesh):
+        part = function(*batch, np.int32(count))
+        # One batch behind, so that the device has work while the host adds.
         total, last = _combined(combine, total, last), part
     return _combined(combine, total, last)
 
@@ -134,10 +132,10 @@ def _combined(combine, total, part):
     return part if total is None else combine(total, part)
 
 
-def counted(values: Float[Array, "n ..."], kept, other: float = 0.0) -> Float[Array, "n ..."]:
-    """`values` with `other` in the rows from `kept` on, which only fill up a chunk."""
-    counts = jnp.arange(values.shape[0]) < kept
-    return jnp.where(counts.reshape(-1, *[1] * (values.ndim - 1)), values, other)
+def counted(values: Float[Array, "n ..."], count, other: float = 0.0) -> Float[Array, "n ..."]:
+    """`values` with `other` in the rows from `count` on, which only fill up a batch."""
+    inside = jnp.arange(values.shape[0]) < count
+    return jnp.where(inside.reshape(-1, *[1] * (values.ndim - 1)), values, other)
 
 
 def _amid(features, prepare) -> Float[np.ndarray, " d"]:
@@ -147,18 +145,18 @@ def _amid(features, prepare) -> Float[np.ndarray, " d"]:
 
 
 @partial(jax.jit, static_argnums=0)
-def _sum_and_scatter(prepare, start, features, kept):
-    centred = counted(prepare(features) - start[None, :], kept)
+def _sum_and_scatter(prepare, start, features, count):
+    centred = counted(prepare(features) - start[None, :], count)
     product = jnp.matmul(centred.T, centred, precision=lax.Precision.HIGHEST)
     return jnp.concatenate([jnp.sum(centred, axis=0)[None, :], product])
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _sums(prepare, classes, start, features, index, kept):
-    return jax.ops.segment_sum(counted(prepare(features) - start[None, :], kept), index, classes)
+def _sums(prepare, classes, start, features, index, count):
+    return jax.ops.segment_sum(counted(prepare(features) - start[None, :], count), index, classes)
 
 
 @partial(jax.jit, static_argnums=0)
-def _scatter(prepare, means, features, index, kept):
-    centred = counted(prepare(features) - means[index], kept)
+def _scatter(prepare, means, features, index, count):
+    centred = counted(prepare(features) - means[index], count)
     return jnp.matmul(centred.T, centred, precision=lax.Precision.HIGHEST)

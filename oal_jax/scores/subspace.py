@@ -22,10 +22,9 @@ def vim(dim: int | None = None) -> Score:
     the mean |r| of the training set. The publication turns this into the softmax probability of the
     virtual logit, which ranks alike.
 
-    Two cases where that alpha makes no sense: training features inside the subspace, such as fewer
-    of them than `dim`, would make it infinite, so the mean |r| counts as at least 1e-6 of the
-    features' root mean square length; a negative mean logit would turn the score round, so its
-    absolute value is taken.
+    Two changes keep alpha meaningful. Training features inside the subspace, such as fewer than
+    `dim`, would make it infinite: the mean |r| counts as at least 1e-6 of the features' root mean
+    square length. A negative mean logit would reverse the score: its absolute value is taken.
 
     Args:
       dim: dimensions of the principal subspace, from 0 to below the width; None for the paper's
@@ -36,8 +35,8 @@ def vim(dim: int | None = None) -> Score:
 
     References:
       Wang et al., ViM: Out-Of-Distribution with Virtual-logit Matching, 2022, arXiv 2203.10807,
-      section 4. The subspace is part of the state, so a search over `dim` fits anew; that of
-      OpenOOD v1.5 kept the first one.
+      section 4. The subspace is part of the state, so a search over `dim` fits each value;
+      OpenOOD v1.5 searches with the first subspace.
     """
     _check_dim("vim", dim)
 
@@ -108,8 +107,8 @@ def neco(dim: int | None = None, variance: float = 0.9, max_logit: bool = True) 
         raise UserError(f"neco: variance must be above 0 and at most 1, got {variance}")
 
     def fit(outputs, labels, head, mesh):
-        found = moments(outputs.features, None, mesh)
-        mean, deviation = found.mean, np.sqrt(np.diag(found.within))
+        statistics = moments(outputs.features, None, mesh)
+        mean, deviation = statistics.mean, np.sqrt(np.diag(statistics.within))
         moving = deviation > 2e-7 * np.abs(mean)
         if not moving.any():
             raise UserError("neco: the training features do not vary")
@@ -117,14 +116,14 @@ def neco(dim: int | None = None, variance: float = 0.9, max_logit: bool = True) 
         if dim is not None and dim > width:
             raise UserError(f"neco: dim={dim} is above the features' width {width}")
         scale = 1 / np.where(moving, deviation, 1.0)
-        values, vectors = np.linalg.eigh(found.within * scale[:, None] * scale[None, :])
+        values, vectors = np.linalg.eigh(statistics.within * scale[:, None] * scale[None, :])
         share = np.cumsum(values[::-1]) / np.sum(values)
         # Rounding may leave the last share below 1.
-        kept = dim or min(int(np.searchsorted(share, variance)) + 1, width)
+        count = dim or min(int(np.searchsorted(share, variance)) + 1, width)
         return {
             "mean": mean.astype(np.float32),
             "scale": scale.astype(np.float32),
-            "principal": vectors[:, ::-1][:, :kept].astype(np.float32),
+            "principal": vectors[:, ::-1][:, :count].astype(np.float32),
         }
 
     def score(state, outputs):
@@ -150,12 +149,12 @@ def _outside(name: str, features, head: Head, dim: int | None, mesh: Mesh) -> tu
     # is a direction without meaning, whose inverse would throw the origin far away.
     rounding = max(kernel.shape) * np.finfo(np.float32).eps
     origin = -np.linalg.pinv(kernel.T, rcond=rounding) @ bias
-    found = moments(features, None, mesh)
-    apart = found.mean - origin
-    second = found.within + apart[:, None] * apart[None, :]
+    statistics = moments(features, None, mesh)
+    offset = statistics.mean - origin
+    second = statistics.within + offset[:, None] * offset[None, :]
     _, vectors = np.linalg.eigh(second)
-    kept = width - (_default_dim(width) if dim is None else dim)
-    state = {"origin": origin.astype(np.float32), "outside": vectors[:, :kept].astype(np.float32)}
+    count = width - (_default_dim(width) if dim is None else dim)
+    state = {"origin": origin.astype(np.float32), "outside": vectors[:, :count].astype(np.float32)}
     return state, float(np.sqrt(np.trace(second)))
 
 
@@ -172,8 +171,8 @@ def _residual(state: State, features: Float[Array, "n d"]) -> Float[Array, " n"]
 
 
 @jax.jit
-def _sum_of_residuals(state, features, kept):
-    return jnp.sum(counted(_residual(state, features), kept))
+def _sum_of_residuals(state, features, count):
+    return jnp.sum(counted(_residual(state, features), count))
 
 
 def _check_dim(name: str, dim: int | None) -> None:
