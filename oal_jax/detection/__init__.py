@@ -1,1 +1,1 @@
-"""Detectors made of a finished run or of anybody's model."""
+"""Detectors of a finished run or of any classifier."""

@@ -1,4 +1,4 @@
-"""The near/far protocol for any classifier: its function, the sets, the scores; a table."""
+"""The near/far protocol for any classifier, given as a function of images."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -50,7 +50,7 @@ def load_sets(
       id_set: "fashion" (inside the package), "cifar10", "cifar100", "imagenet200" or "imagenet".
       source, root, image_size: as for `oal_jax.data.sources.load`; OpenOOD's own directory is
         source "imglist".
-      train_images: how many ID training images are read; 0: all.
+      train_images: number of ID training images to read; 0: all.
 
     Raises:
       UserError: no such benchmark, or a set that is not there.
@@ -92,29 +92,29 @@ def benchmark(
     batch_size: int = 256,
     mesh: Mesh | None = None,
 ) -> Evaluation:
-    """How well the scores tell ID from OOD on a classifier of one's own.
+    """How well scores separate ID from OOD inputs of your classifier.
 
-    The outputs of every set are computed once and shared by all scores.
+    The outputs of every set are computed once for all scores.
 
     Args:
       forward: float images in [0, 1] to what `oal_jax.as_forward` takes: logits, and, for scores
         that read them, features and feature maps. Pure, traceable, in evaluation mode.
-      sets: from `load_sets`, or of one's own images.
+      sets: from `load_sets`, or made of your own images.
       scores: keys of `scores.SCORES`.
-      head: (kernel (d, c), bias (c,)) of the last linear layer, for scores that ask for it.
+      head: (kernel (d, c), bias (c,)) of the last linear layer, for scores that read it.
       params: parameters of scores, by score name.
       search: choose the parameters of scores that have a grid, and none in `params`, on
         `sets.validation_ood`.
       keep_id: share of ID validation images that a threshold keeps.
-      batch_size: images that the model sees at once.
+      batch_size: images of a call of the model.
       mesh: the devices; None for all.
 
     Returns:
       The result; `print(oal_jax.evaluation.format_table(result.rows))` shows it.
 
     Raises:
-      UserError: wrong images or labels, an unknown score, a model that does not give what a score
-        needs, a model in training mode, a NaN.
+      UserError: wrong images or labels, an unknown score, a missing output that a score needs, a
+        model in training mode, a NaN.
     """
     check_share(keep_id)
     if batch_size < 1:
@@ -123,8 +123,8 @@ def benchmark(
     forward = distributed.place_parameters(as_forward(forward), mesh)
     params = dict(params or {})
     head = None if head is None else post_hoc.Head(*head)
-    made = [post_hoc.make(name, **params.get(name, {})) for name in scores]
-    fields = sorted({field for score in made for field in score.needs})
+    all_scores = [post_hoc.make(name, **params.get(name, {})) for name in scores]
+    fields = sorted({field for score in all_scores for field in score.needs})
     groups = _groups(sets)
     if search and not sets.validation_ood:
         raise UserError("search=True needs OOD sets to choose on: give Sets(validation_ood={...})")
@@ -133,11 +133,11 @@ def benchmark(
     shape = train_images.shape[1:]
     check_rows_are_independent(forward, train_images[:batch_size], mesh)
 
-    def labelled(given: Labelled, name: str) -> Inputs:
-        images, labels = check_labelled(given, f"set {name}", shape)
-        found = unlabelled(images, name)
-        check_classes(found.outputs, labels)
-        return found._replace(labels=labels)
+    def labelled(pair: Labelled, name: str) -> Inputs:
+        images, labels = check_labelled(pair, f"set {name}", shape)
+        data = unlabelled(images, name)
+        check_classes(data.outputs, labels)
+        return data._replace(labels=labels)
 
     def unlabelled(images, name: str) -> Inputs:
         try:
@@ -152,9 +152,9 @@ def benchmark(
         labelled(getattr(sets, name), f"ID {name}") for name in ("train", "validation", "test")
     ]
     ood = {
-        name: (labelled if group == protocol.CSID else unlabelled)(given[name], name)
-        for group, given in _members(sets).items()
-        for name in given
+        name: (labelled if group == protocol.CSID else unlabelled)(members[name], name)
+        for group, members in _members(sets).items()
+        for name in members
     }
     if search:
         validation = {name: ood[name] for name in sets.validation_ood}

@@ -27,7 +27,7 @@ Labelled = tuple[Any, Any]  # images, labels
 
 
 class Result(NamedTuple):
-    """What a detector says; scalars where it was given one image."""
+    """Verdicts on n images. Scalars for a single image."""
 
     label: Int32[np.ndarray, " n"]
     confidence: Float[np.ndarray, " n"]  # the largest softmax probability
@@ -44,11 +44,11 @@ class Detector:
       forward: float images in [0, 1] to `scores.Outputs`; its leaves are the weights.
       score: a post-hoc score.
       state: what the score was fitted to.
-      id_val_scores: ood_scores of ID validation images, sorted: what thresholds are made of.
+      id_val_scores: sorted ood_scores of ID validation images, from which the threshold follows.
       image_shape: (height, width, channels) of an image.
       keep_id: share of the ID validation images that the threshold keeps.
-      class_names: what each label means, or None.
-      batch_size: images that the model sees at once.
+      class_names: name of each label, or None.
+      batch_size: images of a call of the model.
       params: the score's parameters; those left out have their defaults.
       mesh: the devices; None for all.
     """
@@ -75,7 +75,7 @@ class Detector:
 
     @property
     def threshold(self) -> float:
-        """An image is called OOD where its ood_score is above."""
+        """An image with a higher ood_score is OOD."""
         return threshold(self.id_val_scores, self.keep_id)
 
     def with_keep_id(self, keep_id: float) -> "Detector":
@@ -98,7 +98,7 @@ class Detector:
             self.score, self.forward, self.state, images, self.batch_size, self.mesh
         )
         names = None if self.class_names is None else np.array(self.class_names)[label]
-        # Written so that a NaN is OOD, not in-distribution.
+        # `~(<=)`, not `>`: a NaN is OOD.
         result = Result(label, confidence, ood_score, ~(ood_score <= self.threshold), names)
         return Result(*(x if x is None else x[0] for x in result)) if single else result
 
@@ -131,7 +131,7 @@ def run_detector(
     mesh = mesh or distributed.make_mesh()
     forward = distributed.place_parameters(forward, mesh)
     run = partial(_predict, score, forward, distributed.replicate(state, mesh))
-    # A short last batch is filled up to a power of two: few programs, and one image stays cheap.
+    # A power of two for small sets: few programs, and a single image stays cheap.
     size = min(batch_size, 1 << max(len(images) - 1, 0).bit_length())
     return batched.apply(run, [images], size, mesh)
 
@@ -140,15 +140,15 @@ def check_images(images, image_shape: Sequence[int] | None = None) -> np.ndarray
     """Images as uint8 or float32 in [0, 1], of shape (n, *image_shape).
 
     Raises:
-      UserError: anything else, in words.
+      UserError: another shape or type, or floats out of range.
     """
     images = np.asarray(images)
     shape = tuple(image_shape) if image_shape else ("height", "width", "channels")
-    wanted = ", ".join(map(str, ("n", *shape)))
+    expected = ", ".join(map(str, ("n", *shape)))
     if images.ndim != 4 or (image_shape and images.shape[1:] != shape):
         near = image_shape and images.shape[1:] == shape[:2] and shape[2] == 1
         hint = "; add the channels' axis: images[..., None]" if near else ""
-        raise UserError(f"images have shape {images.shape}, not ({wanted}){hint}")
+        raise UserError(f"images have shape {images.shape}, not ({expected}){hint}")
     if images.dtype == np.uint8:
         return images
     if not jnp.issubdtype(images.dtype, jnp.floating):
@@ -163,7 +163,7 @@ def check_images(images, image_shape: Sequence[int] | None = None) -> np.ndarray
 
 
 def check_share(keep_id: float) -> None:
-    """Raises a UserError where no threshold can keep this share."""
+    """Raise a UserError unless some threshold can keep this share."""
     if not 0 < keep_id < 1:
         raise UserError(f"keep_id must lie between 0 and 1, got {keep_id}; for example 0.95")
 
@@ -180,41 +180,42 @@ def calibrate(
     batch_size: int = 256,
     mesh: Mesh | None = None,
 ) -> Detector:
-    """A detector of any classifier: fits a score, sets the threshold.
+    """Make a detector of any classifier: fit a score and set its threshold.
 
     Args:
       forward: float images in [0, 1], (n, h, w, c), to what `as_forward` takes. Pure, traceable and
         in evaluation mode: the outputs of an image may not depend on the rest of the batch.
-      train: ID images and labels, for scores that are fitted.
-      validation: other ID images and labels, for the threshold (and for scores that the
-        publication fits on validation images).
+      train: ID images and labels that scores are fitted on.
+      validation: other ID images and labels, for the threshold, and for scores with
+        `fit_on="validation"`.
       score: a key of `scores.SCORES`.
-      head: (kernel (d, c), bias (c,)) of the last linear layer, for scores that ask for it.
+      head: (kernel (d, c), bias (c,)) of the last linear layer, for scores that read it.
       keep_id: share of the validation images that the threshold keeps.
       params: parameters of the score.
-      class_names: what each label means.
-      batch_size: images that the model sees at once.
+      class_names: name of each label.
+      batch_size: images of a call of the model.
       mesh: the devices; None for all.
 
     Raises:
-      UserError: unknown score, wrong images or labels, a model that does not give what the score
-        needs, a model in training mode, a NaN.
+      UserError: an unknown score, wrong images or labels, a missing output that the score needs, a
+        model in training mode, a NaN.
     """
-    made, forward = post_hoc.make(score, **(params or {})), as_forward(forward)
+    scorer = post_hoc.make(score, **(params or {}))
+    forward = as_forward(forward)
     images, labels = check_labelled(train, "train")
     val_images, val_labels = check_labelled(validation, "validation", images.shape[1:])
-    if made.fit_on == "validation":
+    if scorer.fit_on == "validation":
         images, labels = val_images, val_labels
     mesh = mesh or distributed.make_mesh()
     forward = distributed.place_parameters(forward, mesh)
     check_rows_are_independent(forward, val_images[:batch_size], mesh)
-    outputs = post_hoc.compute(forward, images, batch_size, made.needs, mesh)
+    outputs = post_hoc.compute(forward, images, batch_size, scorer.needs, mesh)
     check_classes(outputs, labels, class_names)
     head = None if head is None else Head(*head)
     detector = Detector(
         forward=forward,
-        score=made,
-        state=post_hoc.fit(made, outputs, labels, head, f"ID {made.fit_on}", mesh),
+        score=scorer,
+        state=post_hoc.fit(scorer, outputs, labels, head, f"ID {scorer.fit_on}", mesh),
         id_val_scores=np.zeros(0, np.float32),
         image_shape=images.shape[1:],
         keep_id=keep_id,
@@ -223,7 +224,7 @@ def calibrate(
         params=dict(params or {}),
         mesh=mesh,
     )
-    *_, values = run_detector(made, forward, detector.state, val_images, batch_size, mesh)
+    *_, values = run_detector(scorer, forward, detector.state, val_images, batch_size, mesh)
     return dataclasses.replace(detector, id_val_scores=sorted_scores(values, score))
 
 
@@ -234,10 +235,10 @@ def sorted_scores(values, name) -> np.ndarray:
     return np.sort(values)
 
 
-def check_labelled(given: Labelled, name: str, shape=None) -> tuple[np.ndarray, np.ndarray]:
-    """Images as `check_images` gives them, and one integer for each; else a UserError."""
+def check_labelled(pair: Labelled, name: str, shape=None) -> tuple[np.ndarray, np.ndarray]:
+    """Images from `check_images`, and an integer label for each; else a UserError."""
     try:
-        images, labels = given
+        images, labels = pair
     except (TypeError, ValueError):
         raise UserError(f"{name} must be (images, labels)") from None
     images, labels = check_images(images, shape), np.asarray(labels)
@@ -252,7 +253,7 @@ def check_labelled(given: Labelled, name: str, shape=None) -> tuple[np.ndarray, 
 
 
 def check_classes(outputs: Outputs, labels: np.ndarray, class_names=None) -> None:
-    """Raises a UserError where labels or names are not those of the logits."""
+    """Raise a UserError where labels or class names do not match the logits."""
     count = outputs.logits.shape[1]
     if labels.min() < 0 or labels.max() >= count:
         raise UserError(
@@ -265,7 +266,7 @@ def check_classes(outputs: Outputs, labels: np.ndarray, class_names=None) -> Non
 def check_rows_are_independent(
     forward: Partial, images: np.ndarray, mesh: Mesh | None = None
 ) -> None:
-    """Raises a UserError where an image's logits change with its place and its neighbours."""
+    """Raise a UserError where an image's logits depend on the rest of its batch."""
     half = len(images) // 2
     if not half:
         return

@@ -35,7 +35,7 @@ PROGRAM, WEIGHTS, MODEL, CARD = (
 # What JAX promises of its exported programs.
 COMPATIBILITY = (
     "JAX loads an exported program for at least six months after the release that wrote it;"
-    " for later, export anew, or build the model from weights.safetensors"
+    " for later, export again, or build the model from weights.safetensors"
 )
 
 
@@ -81,16 +81,17 @@ def exported(detector: Detector, platforms: Sequence[str] = ("cpu", "cuda", "tpu
 
 
 def _row_by_row(score):
-    """The score for a batch whose size is not known: it sees one row, and is mapped over them.
+    """The score of single rows, mapped over a batch of unknown size.
 
-    Scores that work in blocks compare the size with that of a block, which has no answer here.
+    Scores that work in blocks compare the batch's size with a block's, which a symbolic size does
+    not allow.
     """
 
     def one(function):
         def of_row(state, *rest):
-            *given, row = rest
+            *others, row = rest
             alone = jax.tree.map(lambda x: x[None], row)
-            return jax.tree.map(lambda x: x[0], function(state, *given, alone))
+            return jax.tree.map(lambda x: x[0], function(state, *others, alone))
 
         return lambda state, *rest: jax.vmap(lambda row: of_row(state, *rest[:-1], row))(rest[-1])
 

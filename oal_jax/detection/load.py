@@ -26,14 +26,15 @@ def load(
     keep_id: float | None = None,
     batch_size: int = 256,
 ) -> Detector:
-    """The detector of a finished run. Needs no image on disk; every file read is verified.
+    """The detector of a finished run. Verifies every file that it reads; needs no images.
 
     Args:
       directory: the run's working directory.
-      score: a key of `scores.SCORES`; None for the first of the config. One that the run did not
-        list is fitted now, on the run's saved outputs (or, where those don't suffice, its images).
-      keep_id: share of ID validation images to keep; None for the config's.
-      batch_size: images that the model sees at once.
+      score: a key of `scores.SCORES`; None for the first of the config. A score that is not in the
+        config is fitted now, on the run's saved outputs, or on its images where those do not
+        suffice.
+      keep_id: share of ID validation images that the threshold keeps; None for the config's.
+      batch_size: images of a call of the model.
 
     Raises:
       UserError: no run, not finished, damaged; an unknown score.
@@ -41,7 +42,7 @@ def load(
     context = pipeline.resolve(Path(directory).expanduser())
     config = context.config.evaluation
     name = score or config.scores[0]
-    post_hoc.make(name)  # an unknown name is told before any file is read
+    post_hoc.make(name)  # an unknown name fails before any file is read
     keep_id = config.keep_id if keep_id is None else keep_id
     check_share(keep_id)
     _check_finished(context, "train")
@@ -53,10 +54,9 @@ def load(
     else:
         print(f"oal_jax: {directory} lists no score {name}; fitting it now", file=sys.stderr)
         params, (state, values) = {}, _fit(context, post_hoc.make(name), head, forward)
-    made = post_hoc.make(name, **params)
     return Detector(
         forward=distributed.place_parameters(forward, context.mesh),
-        score=made,
+        score=post_hoc.make(name, **params),
         state=distributed.replicate(state, context.mesh),
         id_val_scores=sorted_scores(values, name),
         image_shape=tuple(card["image_shape"]),
@@ -77,7 +77,7 @@ def _check_finished(context: Context, stage: str) -> None:
 
 
 def _is_current(context: Context, stage: str) -> bool:
-    """Whether a stage was done, and on the student that is there now."""
+    """Whether a stage is finished, with the student that the run has now."""
     directory, trained = context.directory(stage), context.directory("train")
     if not (directory / artifacts.MANIFEST).exists():
         return False
@@ -87,7 +87,7 @@ def _is_current(context: Context, stage: str) -> bool:
 
 
 def _classifier(context: Context, name: str) -> tuple[dict[str, Any], Partial, Head]:
-    """What `classifier.json` says, the student's forward function, and its last layer."""
+    """Contents of `classifier.json`, the student's forward function, and its last layer."""
     directory = context.directory("train")
     for file in (train.CLASSIFIER, train.STUDENT):
         artifacts.verified(directory, file)
@@ -104,7 +104,7 @@ def _fitted_file(name: str) -> str:
 
 
 def _fitted(context: Context, name: str) -> tuple[dict[str, Any], State, np.ndarray]:
-    """Parameters, state and ID validation ood_scores as the report saved them."""
+    """Parameters, state and ID validation ood_scores that the report saved."""
     directory = context.directory("report")
     tensors = artifacts.read_tensors(artifacts.verified(directory, _fitted_file(name)))
     params = artifacts.read_json(artifacts.verified(directory, "parameters.json")).get(name, {})
@@ -116,7 +116,7 @@ def _fitted(context: Context, name: str) -> tuple[dict[str, Any], State, np.ndar
 def _fit(
     context: Context, score: Score, head: Head, forward: Partial
 ) -> tuple[State, Float[np.ndarray, " m"]]:
-    """State and ID validation ood_scores of a score that the run did not list."""
+    """State and ID validation ood_scores of a score that is not in the run's config."""
     _check_finished(context, "evaluate")
     for file in artifacts.output_hashes(context.directory("evaluate")):
         artifacts.verified(context.directory("evaluate"), file)

@@ -18,7 +18,7 @@ COLUMNS = ("path", "prediction", "confidence", "ood_score", "threshold", "is_ood
 
 
 def write(file: TextIO, detector: Detector, folder: Path, names: Sequence[str]) -> tuple[int, int]:
-    """Scores the named images, a row each; how many there were, and how many of them OOD."""
+    """Write a row for each image; return the number of images and how many of them are OOD."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(COLUMNS)
     threshold = repr(detector.threshold)
@@ -54,8 +54,8 @@ def write(file: TextIO, detector: Detector, folder: Path, names: Sequence[str]) 
 
 
 def _batches(detector, folder, names, tally, bar) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Full batches of decoded images (the last one may be less), whatever could not be read."""
-    size, kept, images = detector.batch_size, [], []
+    """(names, images) batches of the readable images, all full but the last."""
+    size, waiting, images = detector.batch_size, [], []
     with contextlib.closing(image_files.stream(folder, names, detector.image_shape)) as chunks:
         for chunk in chunks:
             for name, reason in chunk.unreadable:
@@ -64,14 +64,14 @@ def _batches(detector, folder, names, tally, bar) -> Iterator[tuple[list[str], n
             tally["unreadable"] += len(chunk.unreadable)
             tally["converted"] += chunk.converted
             bar.update(len(chunk.names) + len(chunk.unreadable))
-            kept += chunk.names
+            waiting += chunk.names
             images.append(chunk.images)
-            while len(kept) >= size:
+            while len(waiting) >= size:
                 together = np.concatenate(images)
-                yield kept[:size], together[:size]
-                kept, images = kept[size:], [together[size:]]
-    if kept:
-        yield kept, np.concatenate(images)
+                yield waiting[:size], together[:size]
+                waiting, images = waiting[size:], [together[size:]]
+    if waiting:
+        yield waiting, np.concatenate(images)
 
 
 def _warn(message: str) -> None:

@@ -1,4 +1,4 @@
-"""Metrics, the near/far protocol, search, intervals, tables, comparisons.
+"""Metrics, the near/far protocol, parameter search, bootstrap intervals, tables.
 
 Names are imported on first use, so that `oal_jax.evaluation.metrics` needs NumPy alone.
 """

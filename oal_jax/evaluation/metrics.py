@@ -1,14 +1,14 @@
 """OOD detection metrics: exact, in float64, ties included, all from one sort.
 
-OOD is the positive class and a higher score means more OOD. Tied scores are one threshold, as
-nothing can tell them apart. All values are shares in [0, 1]; tables show them in percent.
+OOD is the positive class and a higher score means more OOD. Tied scores share one threshold. All
+values are shares in [0, 1]; tables show them in percent.
 
-Two metrics go by the name FPR95 in the literature, and both are here:
-`fpr_at_95_ood_tpr` (OpenOOD v1.5 and the OAL code: share of ID rejected when 95 % of OOD is caught)
-and `fpr_at_95_id_tpr` (the classic one: share of OOD accepted when 95 % of ID is kept).
+The literature calls two metrics FPR95, and both are here: `fpr_at_95_ood_tpr` (OpenOOD v1.5 and the
+OAL code: share of ID rejected when 95 % of OOD is caught) and `fpr_at_95_id_tpr` (the classic one:
+share of OOD accepted when 95 % of ID is accepted).
 
-AUPR names mean what they say: in `aupr_in` ID is the positive class, in `aupr_out` OOD is. The
-official OAL code (and OpenOOD before it was mended) has the two names swapped.
+In `aupr_in` ID is the positive class, in `aupr_out` OOD is. The official OAL code and early
+versions of OpenOOD have the two names swapped.
 """
 
 from typing import NamedTuple
@@ -22,26 +22,26 @@ METRICS = ("auroc", "aupr_in", "aupr_out", "fpr_at_95_ood_tpr", "fpr_at_95_id_tp
 class Curve(NamedTuple):
     """Counts above every threshold, from above the highest score down to below the lowest.
 
-    Point i calls an input OOD where its score is among the i highest distinct ones. Point 0 calls
-    nothing OOD, the last point everything.
+    At point i an input counts as OOD where its score is among the i highest distinct ones: none at
+    point 0, all at the last point.
     """
 
-    ood_above: Float[np.ndarray, " t"]  # OOD inputs that are called OOD
-    id_above: Float[np.ndarray, " t"]  # ID inputs that are called OOD
+    ood_above: Float[np.ndarray, " t"]  # OOD inputs that count as OOD
+    id_above: Float[np.ndarray, " t"]  # ID inputs that count as OOD
 
     @property
     def ood_rate(self) -> Float[np.ndarray, " t"]:
-        """Share of OOD inputs called OOD: the true positive rate of the ROC curve."""
+        """Share of OOD inputs that count as OOD: the true positive rate of the ROC curve."""
         return self.ood_above / self.ood_above[-1]
 
     @property
     def id_rate(self) -> Float[np.ndarray, " t"]:
-        """Share of ID inputs called OOD: the false positive rate of the ROC curve."""
+        """Share of ID inputs that count as OOD: the false positive rate of the ROC curve."""
         return self.id_above / self.id_above[-1]
 
 
 def curve(id_scores, ood_scores) -> Curve:
-    """Sorts the ood_scores of both sets once and counts; everything else reads the counts.
+    """Counts above every threshold, from one sort of both sets' ood_scores.
 
     Args:
       id_scores: (n,) ood_scores of ID inputs.
@@ -63,7 +63,7 @@ def curve(id_scores, ood_scores) -> Curve:
 
 
 def ood_metrics(id_scores, ood_scores) -> dict[str, float]:
-    """All of `METRICS`, by name, as shares in [0, 1], from one sort.
+    """All `METRICS` by name, as shares in [0, 1], from one sort.
 
     Args:
       id_scores: (n,) ood_scores of ID inputs.
@@ -113,7 +113,7 @@ def fpr_at_95_ood_tpr(id_scores, ood_scores) -> float:
 
 
 def fpr_at_95_id_tpr(id_scores, ood_scores) -> float:
-    """Share of OOD accepted at the lowest threshold that keeps >= 95 % of ID (the classic FPR95).
+    """Share of OOD accepted at the lowest threshold that accepts >= 95 % of ID (classic FPR95).
 
     Arguments of `curve`.
     """
@@ -135,7 +135,7 @@ def id_accuracy(logits: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"])
 
 
 def checked(scores, name: str) -> Float[np.ndarray, " n"]:
-    """Scores as float64 with one axis; `ValueError`, with `name`, where empty or with a NaN."""
+    """Scores as float64 with one axis; a `ValueError` that names them if empty or with a NaN."""
     scores = np.asarray(scores, np.float64)
     if scores.ndim != 1 or not len(scores):
         raise ValueError(f"{name} must have one axis and at least one entry, got {scores.shape}")
@@ -146,12 +146,12 @@ def checked(scores, name: str) -> Float[np.ndarray, " n"]:
 
 def _aupr(hits: np.ndarray, misses: np.ndarray) -> float:
     """Trapezoid area; `hits` and `misses` count positives and negatives among the first ranks."""
-    # No rank taken: precision is 0 / 0, and by convention 1.
+    # At the first point precision is 0 / 0; by convention it is 1.
     precision = np.append(1.0, hits[1:] / (hits[1:] + misses[1:]))
     return float(np.trapezoid(precision, hits / hits[-1]))
 
 
 def _fpr_at_95_id_tpr(c: Curve) -> float:
-    kept = (c.id_above[-1] - c.id_above) / c.id_above[-1]
-    lowest = np.flatnonzero(kept >= 0.95)[-1]
+    accepted = (c.id_above[-1] - c.id_above) / c.id_above[-1]
+    lowest = np.flatnonzero(accepted >= 0.95)[-1]
     return float((c.ood_above[-1] - c.ood_above[lowest]) / c.ood_above[-1])

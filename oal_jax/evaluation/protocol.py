@@ -1,8 +1,8 @@
 """The protocol: fit a score on ID inputs, set its threshold, score all sets, compare with ID test.
 
-Near and far sets are what is reported. Validation sets choose hyper-parameters. Covariate-shifted
-ID sets ("csid": the ID classes under noise, in another style) are for two questions: how a score
-treats them, and how well near and far sets are told from all ID inputs together, shifted or not:
+Near and far sets are reported. Validation sets choose hyper-parameters. Covariate-shifted ID sets
+("csid": the ID classes under noise or in another style) answer two questions: how a score treats
+them, and how well it separates near and far sets from all ID inputs, shifted or not. The second is
 the full-spectrum setting of OpenOOD (Yang et al., arXiv 2204.05306, section 3).
 """
 
@@ -26,28 +26,28 @@ GROUPS = (*MEANS, CSID)
 
 
 class Inputs(NamedTuple):
-    """What is known of one set: outputs of the classifier, and more where something asks for it."""
+    """One set: the classifier's outputs, and its images and labels where they are needed."""
 
     outputs: post_hoc.Outputs
-    # Read only where a score moves the images along a gradient, and for pictures.
+    # Called only for scores that move the images along a gradient, and for pictures.
     images: Callable[[], np.ndarray] | None = None  # (n, h, w, c), uint8 or floats in [0, 1]
     labels: Int[np.ndarray, " n"] | None = None  # class indices; of ID and csid sets
 
 
 class Evaluation(NamedTuple):
-    """Everything that tables, the report and a detector need; dicts are keyed by score name."""
+    """Results for tables, the report and a detector. Dicts are keyed by score name."""
 
     rows: list[Row]  # near and far sets, then their means
     validation_rows: list[Row]  # validation sets, then their mean
     id_scores: dict[str, np.ndarray]  # ood_scores of ID test
     ood_scores: dict[str, dict[str, np.ndarray]]  # score -> near, far, validation set -> ood_scores
-    thresholds: dict[str, float]  # an input is OOD where its ood_score is above
+    thresholds: dict[str, float]  # an input with a higher ood_score is OOD
     states: dict[str, post_hoc.State]
     id_val_scores: dict[str, np.ndarray]  # ood_scores of ID validation, sorted
     csid_scores: dict[str, dict[str, np.ndarray]]  # score -> csid set -> ood_scores
-    csid_rows: list[Shifted]  # none where there are no csid sets, as the next
-    full_spectrum_rows: list[Row]  # as `rows`, against ID test and all csid sets together
-    params: dict[str, dict[str, Any]]  # what each score was made with, beside its defaults
+    csid_rows: list[Shifted]  # empty without csid sets
+    full_spectrum_rows: list[Row]  # as `rows`, against ID test and csid sets; empty without them
+    params: dict[str, dict[str, Any]]  # parameters of each score that differ from its defaults
 
 
 def evaluate(
@@ -64,19 +64,18 @@ def evaluate(
     batch_size: int = 512,
     mesh: Mesh | None = None,
 ) -> Evaluation:
-    """Runs the protocol.
+    """Run the protocol.
 
     Args:
       score_names: keys of `scores.SCORES`; no name twice.
-      id_train: what scores are fitted on, with labels; those with `fit_on="validation"` take
-        `id_val`.
-      id_val: what thresholds are set on, with labels.
-      id_test: what every OOD set is compared with, with labels.
+      id_train: labelled set to fit scores on, except those with `fit_on="validation"`.
+      id_val: labelled set for the thresholds, and for scores with `fit_on="validation"`.
+      id_test: labelled set that every OOD set is compared with.
       ood: the other sets by name, csid sets among them.
-      groups: "near", "far", "validation" or "csid" for each of them. Validation sets are for
-        choosing hyper-parameters: they get rows of their own and enter no near or far mean.
+      groups: "near", "far", "validation" or "csid" for each of `ood`. Validation sets have rows of
+        their own and enter no near or far mean.
       head: the last linear layer, for scores that read it.
-      forward: float images in [0, 1] to `Outputs`, for scores with `perturb`; those read the images
+      forward: float images in [0, 1] to `Outputs`, for scores with `perturb`; these read the images
         of all sets but `id_train`.
       params: parameters of scores, by score name.
       keep: share of ID validation inputs that a threshold keeps.
@@ -84,8 +83,8 @@ def evaluate(
       mesh: the devices; None for all.
 
     Raises:
-      UserError: an unknown score, a set without a group or called like a mean row, a NaN, missing
-        labels, a score that lacks the head, outputs, images or forward function.
+      UserError: an unknown score, a set without a group or with the name of a mean row, a NaN,
+        missing labels, or a missing head, output, image or forward function that a score needs.
     """
     params = params or {}
     _check_names(score_names, ood, groups, params)
@@ -144,10 +143,10 @@ def fit(
     head: post_hoc.Head | None,
     mesh: Mesh | None = None,
 ) -> post_hoc.State:
-    """`scores.fit` on the ID set that the score is meant to be fitted on.
+    """`scores.fit` on the ID set that `score.fit_on` names.
 
     Raises:
-      UserError: that set has no labels, or what `scores.fit` raises.
+      UserError: the set has no labels; and as `scores.fit`.
     """
     on_validation = score.fit_on == "validation"
     data, name = (id_val, "ID validation") if on_validation else (id_train, "ID train")
@@ -165,10 +164,10 @@ def apply(
     set_name: str,
     mesh: Mesh | None = None,
 ) -> Float[np.ndarray, " n"]:
-    """The ood_score of every input of a set, from its outputs, or from its images for `perturb`.
+    """The ood_score of every input of a set: from its outputs, or from its images for `perturb`.
 
     Raises:
-      UserError: a field, the images or `forward` are missing though the score needs them, or a NaN.
+      UserError: the score needs a field, the images or `forward`, which are missing; or a NaN.
     """
     if score.perturb is None:
         values = post_hoc.apply(score, state, data.outputs, batch_size, set_name, mesh)
@@ -194,15 +193,15 @@ def apply(
 
 
 def accuracy(data: Inputs) -> float:
-    """Percent of the inputs of a labelled set whose largest logit is that of their class."""
+    """Percentage of a labelled set's inputs whose largest logit is that of their class."""
     return 100 * id_accuracy(np.asarray(data.outputs.logits), data.labels)
 
 
 def threshold(id_val_scores: Float[np.ndarray, " n"], keep: float = 0.95) -> float:
     """The lowest ood_score that keeps at least the share `keep` of ID validation inputs.
 
-    An input is called OOD where its ood_score is *above* the threshold, so the threshold itself is
-    one of the scores and ties with it are kept.
+    An input is OOD where its ood_score is *above* the threshold. The threshold is one of the
+    scores, and inputs that tie with it are ID.
 
     Raises:
       ValueError: no scores, a NaN, or `keep` not in (0, 1].
@@ -210,15 +209,15 @@ def threshold(id_val_scores: Float[np.ndarray, " n"], keep: float = 0.95) -> flo
     scores = np.sort(np.asarray(id_val_scores).ravel())
     if not len(scores) or np.isnan(scores).any() or not 0 < keep <= 1:
         raise ValueError(f"no threshold from {len(scores)} scores (NaN?) with keep={keep}")
-    # The margin is against 0.95 * n coming out a hair above a whole number.
+    # 1e-9: rounding may bring 0.95 * n just above a whole number.
     return float(scores[max(int(np.ceil(keep * len(scores) - 1e-9)), 1) - 1])
 
 
 def rejected(evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """Score -> set -> percent of the set above the threshold; ID sets first, as "ID validation".
+    """Score -> set -> percentage of the set above the threshold; "ID validation", "ID test" first.
 
-    Of ID validation it is at most `100 * (1 - keep)`, by construction; how far ID test lies from
-    there says how well the threshold carries over.
+    For ID validation it is at most `100 * (1 - keep)` by construction. The difference to ID test
+    shows how well the threshold transfers.
     """
     shares = {}
     for name, limit in evaluation.thresholds.items():
@@ -230,10 +229,10 @@ def rejected(evaluation: Evaluation) -> dict[str, dict[str, float]]:
 
 
 def write_tables(folder: str | Path, evaluation: Evaluation) -> list[Path]:
-    """Writes the results into `folder`; returns the files.
+    """Write the results into `folder`; return the files.
 
-    `ood.csv`; `validation.csv`, `fullspectrum.csv` and `csid.csv` where there are such sets; one
-    `openood/SCORE.csv` a score in OpenOOD's layout.
+    `ood.csv`; `validation.csv`, `fullspectrum.csv` and `csid.csv` where there are such sets; for
+    each score `openood/SCORE.csv` in OpenOOD's layout.
     """
     folder = Path(folder)
     written = {"ood": evaluation.rows}
@@ -255,11 +254,11 @@ def write_tables(folder: str | Path, evaluation: Evaluation) -> list[Path]:
 
 
 def write_detectors(folder: str | Path, evaluation: Evaluation) -> list[Path]:
-    """Writes what a detector loads into `folder`; returns the files.
+    """Write into `folder` what `detection.load` reads; return the files.
 
-    `thresholds.json`: {score: threshold}; `parameters.json`: {score: {parameter: value}};
-    `detectors/SCORE.safetensors`: `state.KEY` for each key of the state, and `id_val_scores`,
-    sorted, float32, from which any other threshold can be set.
+    `thresholds.json`: {score: threshold}. `parameters.json`: {score: {parameter: value}}.
+    `detectors/SCORE.safetensors`: `state.KEY` for each key of the state, and the sorted float32
+    `id_val_scores`, from which any other threshold follows.
     """
     folder = Path(folder)
     paths = [folder / "thresholds.json", folder / "parameters.json"]

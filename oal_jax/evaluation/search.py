@@ -1,9 +1,8 @@
-"""Choosing the parameters of a score on validation OOD sets; test sets never enter.
+"""Choice of a score's parameters on validation OOD sets. Test sets never enter.
 
-Every value is tried with a score that is made and fitted anew, so a parameter that shapes the state
-(a number of components, a percentile) is searched as truly as one that only enters the formula.
-OpenOOD's search sets the attribute and goes on with the old state, which for such parameters
-compares a score with itself.
+The score is fitted again for every value, since parameters such as a number of components or a
+percentile enter the state. OpenOOD v1.5 sets the attribute but uses the old state, so for such
+parameters it compares a score with itself.
 """
 
 import itertools
@@ -53,8 +52,8 @@ def search(
       head, forward, batch_size, mesh: as for `protocol.evaluate`.
 
     Returns:
-      The parameters, the first of several equally good ones, and a `Trial` for each point; one that
-      the score refuses (a `k` above the number of inputs) says why.
+      The best parameters, the first of equally good ones; and a `Trial` for each point. A trial of
+      parameters that the score refuses, such as a `k` above the number of inputs, says why.
 
     Raises:
       UserError: an empty grid, no validation OOD sets, or every point is refused (first reason).
@@ -66,7 +65,7 @@ def search(
             "a search needs validation OOD sets and this benchmark has none; add some, or set"
             " evaluation.search=False"
         )
-    table = []
+    trials = []
     for values in itertools.product(*grid.values()):
         params = dict(zip(grid, values, strict=True))
         try:
@@ -78,15 +77,15 @@ def search(
                 for set_name, data in sets.items()
             )
         except UserError as error:
-            table.append(Trial(name, params, None, refusal=str(error)))
+            trials.append(Trial(name, params, None, refusal=str(error)))
             continue
         mean = float(np.mean([auroc(known, scores) for scores in unknown]))
-        table.append(Trial(name, params, 100 * mean))
-    tried = [trial for trial in table if trial.auroc is not None]
+        trials.append(Trial(name, params, 100 * mean))
+    tried = [trial for trial in trials if trial.auroc is not None]
     if not tried:
-        raise UserError(f"no value of the grid of {name} can be used: {table[0].refusal}")
+        raise UserError(f"no value of the grid of {name} can be used: {trials[0].refusal}")
     best = max(tried, key=lambda trial: trial.auroc)  # max keeps the first of equals
-    return best.params, [trial._replace(chosen=trial is best) for trial in table]
+    return best.params, [trial._replace(chosen=trial is best) for trial in trials]
 
 
 def describe(params: Mapping[str, Any]) -> str:
@@ -94,7 +93,7 @@ def describe(params: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in params.items())
 
 
-def write_search(path: str | Path, table: Sequence[Trial]) -> None:
-    """Writes `search.csv`: auroc in percent, empty where refused; chosen is 1 or 0. Atomic."""
-    lines = [(t.score, describe(t.params), t.auroc, int(t.chosen)) for t in table]
+def write_search(path: str | Path, trials: Sequence[Trial]) -> None:
+    """Write `search.csv`, atomically: auroc in percent, empty where refused; chosen is 1 or 0."""
+    lines = [(t.score, describe(t.params), t.auroc, int(t.chosen)) for t in trials]
     write_csv(path, lines, ("score", "parameters", "auroc", "chosen"))

@@ -19,7 +19,7 @@ _ID_SPLITS = {"id_train": "train", "id_val": "validation", "id_test": "test"}
 
 
 class Sets(NamedTuple):
-    """All that the protocol reads; images are read only where a score or a picture asks."""
+    """The sets of a run, as `protocol.evaluate` takes them. Images are read on demand."""
 
     id_train: Inputs
     id_val: Inputs
@@ -31,7 +31,7 @@ class Sets(NamedTuple):
 
 
 def groups(context: Context) -> dict[str, str]:
-    """OOD set to its group: near, far, validation or csid."""
+    """Group of each OOD set: near, far, validation or csid."""
     benchmark = context.benchmark
     return (
         dict.fromkeys(benchmark.near, "near")
@@ -42,8 +42,8 @@ def groups(context: Context) -> dict[str, str]:
 
 
 def run(context: Context) -> list[Path]:
-    """Write `outputs.safetensors`: `SET.FIELD` of every set, and `SET.labels` of labelled ones."""
-    # The report shows the features, whatever the scores read.
+    """Write `outputs.safetensors`: `SET.FIELD` of every set, `SET.labels` of labelled sets."""
+    # The report shows the features even if no score reads them.
     fields = post_hoc.needed(context.config.evaluation.scores) | {"features"}
     forward = make_forward(*_student(context), fields)
     forward = distributed.place_parameters(forward, context.mesh)
@@ -112,12 +112,12 @@ def _flat(name: str, outputs: Outputs) -> dict[str, np.ndarray]:
 
 
 def _unflat(name: str, tensors: Mapping[str, np.ndarray]) -> Outputs:
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for field in Outputs._fields:
         numbered = [key for key in tensors if key.startswith(f"{name}.{field}.")]
         if numbered:
             ordered = sorted(numbered, key=lambda key: int(key.rpartition(".")[2]))
-            found[field] = tuple(tensors[key] for key in ordered)
+            fields[field] = tuple(tensors[key] for key in ordered)
         else:
-            found[field] = tensors.get(f"{name}.{field}")
-    return Outputs(**found)
+            fields[field] = tensors.get(f"{name}.{field}")
+    return Outputs(**fields)
