@@ -165,10 +165,10 @@ def test_groups_of_the_config_replace_those_of_the_benchmark():
         ({"id_set": "mine", "near": ("a",), "far": ("b", "a")}, "'a' is in data.near and .*far"),
         ({"near": ("fashion",)}, "'fashion' is in data.id_set and in data.near"),
         ({"validation": ("mnist",)}, "'mnist' is in data.far and in data.validation"),
-        ({"source": "folder"}, "data.root is empty; data.source=folder"),
+        ({"source": "folder"}, "data.root is empty: data.source=folder"),
         ({"source": "imglists"}, "nearest: 'imglist'"),
         ({"on_corrupt": "ignore"}, "data.on_corrupt='ignore' is not one of error, skip"),
-        ({"image_size": -1}, "data.image_size=-1 must be 0 or greater"),
+        ({"image_size": -1}, "data.image_size=-1 must be at least 0"),
     ],
 )
 def test_wrong_config_is_one_line(data, message):

@@ -24,7 +24,7 @@ from oal_jax.data.stored import SetSpec, Subset, read_all, select
 from oal_jax.errors import UserError
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.scores import compute
-from oal_jax.stages import evaluate, features, generator, teacher
+from oal_jax.stages import evaluate, generator, teacher
 from oal_jax.stages import run as pipeline
 from oal_jax.stages.context import Context
 
@@ -283,54 +283,6 @@ def test_prompts_are_of_the_remaining_classes(tmp_path):
     assert len(words) == 7 and "trouser" not in words
 
 
-def stage(name):
-    return next(s for s in pipeline.STAGES if s.name == name)
-
-
-def seeded(tmp_path, seed, stages_seed):
-    config = Config(seed=seed, stages_seed=stages_seed)
-    return Context(config, tmp_path, distributed.make_mesh(), jax.random.key(seed))
-
-
-EARLY = ("teacher", "generator", "features", "outliers", "latents")
-
-
-def test_stages_before_the_training_are_those_of_their_own_seed(tmp_path):
-    plain, shared, other = (seeded(tmp_path, *seeds) for seeds in ((4, -1), (7, 4), (7, 5)))
-    for name in EARLY:
-        inputs = [pipeline.inputs_of(stage(name), c, set())["config"] for c in (plain, shared)]
-        assert inputs[0] == inputs[1]
-        assert pipeline.inputs_of(stage(name), other, set())["config"] != inputs[0]
-    train = [pipeline.inputs_of(stage("train"), c, set())["config"] for c in (shared, other)]
-    assert train[0] != train[1]
-    # The student sees the views whose teacher outputs are cached.
-    keys = [jax.random.key_data(features.view_key(c)).tolist() for c in (plain, shared, other)]
-    assert keys[0] == keys[1] != keys[2]
-    assert shared.prepared.key == plain.key and shared.prepared.config.seed == 4
-    assert plain.prepared is plain
-
-
-def test_stages_are_run_with_their_seed(tmp_path, monkeypatch):
-    seen = {}
-
-    def fake(path):
-        name = path.rpartition(".")[2]
-
-        class Module:
-            @staticmethod
-            def run(context):
-                seen[name] = context.config.seed, jax.random.key_data(context.key).tolist()
-                return []
-
-        return Module
-
-    monkeypatch.setattr(pipeline, "import_module", fake)
-    pipeline.run(Config(seed=7, stages_seed=4), tmp_path / "run")
-    four, seven = (jax.random.key_data(jax.random.key(s)).tolist() for s in (4, 7))
-    for name, found in seen.items():
-        assert found == ((4, four) if name in EARLY else (7, seven))
-
-
 def test_stages_are_taken_from_any_of_several_runs(tmp_path, monkeypatch):
     ran = []
 
@@ -346,14 +298,14 @@ def test_stages_are_taken_from_any_of_several_runs(tmp_path, monkeypatch):
         return Module
 
     monkeypatch.setattr(pipeline, "import_module", fake)
-    first, second = Config(stages_seed=1), Config(stages_seed=2)
+    first, second = Config(seed=1), Config(seed=2)
     pipeline.run(first, tmp_path / "a", only="features")
     pipeline.run(second, tmp_path / "b", only="features")
     ran.clear()
     places = [tmp_path / "a", tmp_path / "b"]
     pipeline.run(second, tmp_path / "c", only="features", reuse=places)
     assert ran == []
-    pipeline.run(Config(stages_seed=3), tmp_path / "d", only="features", reuse=places)
+    pipeline.run(Config(seed=3), tmp_path / "d", only="features", reuse=places)
     assert ran == ["teacher", "generator", "features"]
 
 

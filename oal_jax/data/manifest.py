@@ -1,14 +1,13 @@
-"""`python -m oal_jax.data.manifest --root DIR`: write down the sha256 of every file below DIR.
+"""`python -m oal_jax.data.manifest --root DIR`: write the sha256 of every file below DIR.
 
 DIR is a `data.root`, or one image set in it. The file is DIR/SHA256SUMS, in the form that
-`sha256sum --check` reads. Where there is one, sets are checked against it as they are read: image
-files one by one, the files of a TFDS set as wholes (once in a process: about a GB/s). What is
-missing, changed or new is an error that names the file. With --check, everything is checked at once
-and nothing is written.
+`sha256sum --check` reads. Once it is there, sets are checked against it when they are read: image
+files one by one, a TFDS set as a whole (once a process, at about a GB/s). A missing, changed or new
+file is an error that names it. --check checks all files and writes nothing.
 """
 
-import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,57 +19,53 @@ from oal_jax.errors import UserError
 from oal_jax.runtime import artifacts
 
 NAME = "SHA256SUMS"
-_DIGITS = frozenset("0123456789abcdef")
+_LINE = re.compile(r"(\\?)([0-9a-f]{64})  (.+)\n?")
+_REMEDY = f"get the file again, or write {NAME} again (python -m oal_jax.data.manifest)"
 
 
 class Manifest(NamedTuple):
-    """What the files below a directory were.
+    """The files below a directory.
 
     Attributes:
-      path: of the manifest itself.
-      digests: paths below its directory, with forward slashes, to the hexadecimal sha256.
+      path: the manifest itself.
+      digests: hexadecimal sha256 by path below its directory, with forward slashes.
     """
 
     path: Path
     digests: dict[str, str]
 
     def digest(self, path: Path) -> str:
-        """The sha256 that a file must have.
-
-        Raises:
-          UserError: the file was not there when the manifest was written.
-        """
+        """The sha256 that a file must have; `UserError` if it is not listed."""
         relative = path.relative_to(self.path.parent).as_posix()
         if relative not in self.digests:
-            raise UserError(f"{path} is not in {self.path}: {_remedy(self.path)}")
+            raise UserError(f"{path} is not in {self.path}: {_REMEDY}")
         return self.digests[relative]
 
-    def check_names(self, folder: Path, found: Sequence[Path]) -> None:
-        """Raise `UserError` where a file that is listed below a folder is gone; these are there."""
+    def check_names(self, folder: Path, present: Sequence[Path]) -> None:
+        """Raise `UserError` if a listed file below a folder is missing; `present` are not."""
         prefix = folder.relative_to(self.path.parent).as_posix() + "/"
         unseen = {name for name in self.digests if name.startswith(prefix)}
-        unseen -= {path.relative_to(self.path.parent).as_posix() for path in found}
+        unseen -= {path.relative_to(self.path.parent).as_posix() for path in present}
         for path in (self.path.parent / name for name in sorted(unseen)):
-            if not path.exists():  # what is there is no image
-                raise UserError(f"{path} is missing, {self.path} has it: {_remedy(self.path)}")
+            if not path.exists():  # a file that is no image may be there
+                raise UserError(f"{path} is missing, {self.path} has it: {_REMEDY}")
 
     def check(self, path: Path) -> None:
-        """Raise `UserError` where a file is not what it was; reads it once in a process."""
-        wanted = self.digest(path)
+        """Raise `UserError` if a file has changed. Reads each file once a process."""
+        expected = self.digest(path)
         try:
             stat = path.stat()
-            found = _sha256(path, stat.st_size, stat.st_mtime_ns)
+            digest = _sha256(path, stat.st_size, stat.st_mtime_ns)
         except OSError as error:
             raise UserError(
-                f"{path} cannot be read ({error.strerror}), {self.path} has it:"
-                f" {_remedy(self.path)}"
+                f"{path} cannot be read ({error.strerror}), {self.path} has it: {_REMEDY}"
             ) from error
-        if found != wanted:
+        if digest != expected:
             raise changed(path, self.path)
 
 
 def find(folder: Path, root: Path) -> Manifest | None:
-    """The manifest of a folder: the nearest one, in the folder itself or above, up to `root`.
+    """The nearest manifest: in the folder itself or above it, up to `root`. None: there is none.
 
     Raises:
       UserError: it can't be read.
@@ -93,69 +88,49 @@ def read(path: Path) -> Manifest:
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, start=1):
-                escaped = line.startswith("\\")
-                digest, separator, name = line[escaped:].rstrip("\n").partition("  ")
-                if not separator or len(digest) != 64 or not _DIGITS.issuperset(digest):
-                    raise UserError(f"{path}, line {number}: not 'SHA256  PATH': {_remedy(path)}")
-                digests[_unescaped(name) if escaped else name] = digest
+                match = _LINE.fullmatch(line)
+                if not match:
+                    raise UserError(f"{path}, line {number}: not 'SHA256  PATH': {_REMEDY}")
+                escaped, digest, name = match.groups()
+                if escaped:
+                    name = re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], name)
+                digests[name] = digest
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {_remedy(path)}") from error
+        raise UserError(f"{path} cannot be read ({error}): {_REMEDY}") from error
     return Manifest(path, digests)
 
 
 def write(root: Path) -> int:
-    """Writes ROOT/SHA256SUMS, whole or not at all; returns how many files it lists.
+    """Writes ROOT/SHA256SUMS; returns the number of files in it.
 
     Raises:
       UserError: no such folder, nothing in it, or a file that can't be read.
     """
     files = sorted(_files(root))
-    if not files:
-        raise UserError(f"{root} holds no files: give --root a directory of image sets")
-    target, draft = root / NAME, root / f".{NAME}.draft"
-    try:
-        with ThreadPoolExecutor() as threads, draft.open("w", encoding="utf-8", newline="\n") as to:
+    text = {"encoding": "utf-8", "newline": "\n"}
+    with artifacts.whole_file(root / NAME, "w", **text) as file, ThreadPoolExecutor() as threads:
+        try:
             for path, digest in zip(files, threads.map(artifacts.sha256, files), strict=True):
-                to.write(_line(digest, path.relative_to(root).as_posix()))
-        draft.replace(target)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise UserError(f"{error.filename or target}: {error.strerror}") from error
+                name = path.relative_to(root).as_posix()
+                escaped = name.replace("\\", "\\\\").replace("\n", "\\n")
+                mark = "\\" if escaped != name else ""
+                file.write(f"{mark}{digest}  {escaped}\n")
+        except OSError as error:
+            raise UserError(f"{error.filename} can't be read ({error.strerror})") from error
     return len(files)
 
 
-def check(root: Path) -> int:
-    """Reads every file that ROOT/SHA256SUMS lists; returns how many.
-
-    Raises:
-      UserError: there is no manifest, or a file is missing, changed or new; names the first.
-    """
-    if not (root / NAME).is_file():
-        raise UserError(f"no {root / NAME}: write it with python -m oal_jax.data.manifest")
-    manifest = read(root / NAME)
-    for path in sorted({*_files(root), *(root / name for name in manifest.digests)}):
-        manifest.check(path)
-    return len(manifest.digests)
-
-
 def changed(path: Path | str, manifest: Path | str) -> UserError:
-    """The error of a file that is not what it was."""
-    return UserError(f"{path} differs from its sha256 in {manifest}: {_remedy(manifest)}")
-
-
-def _remedy(manifest: Path | str) -> str:
-    return f"get the file anew, or write {NAME} anew (python -m oal_jax.data.manifest)"
+    """The error for a file that has changed."""
+    return UserError(f"{path} differs from its sha256 in {manifest}: {_REMEDY}")
 
 
 @cache
 def _sha256(path: Path, size: int, changed_ns: int) -> str:
-    """Of a file of this size and time of change: another one is hashed anew."""
-    return artifacts.sha256(path)
+    return artifacts.sha256(path)  # once for a file of this size and time of change
 
 
 def _files(root: Path) -> Iterator[Path]:
-    if not root.is_dir():
-        raise UserError(f"{root} is no folder: give --root a directory of image sets")
     for parent, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
@@ -163,29 +138,23 @@ def _files(root: Path) -> Iterator[Path]:
                 yield Path(parent, name)
 
 
-def _line(digest: str, name: str) -> str:
-    """As sha256sum writes it: names with a backslash or a newline are escaped, and marked."""
-    escaped = name.replace("\\", "\\\\").replace("\n", "\\n")
-    mark = "\\" if escaped != name else ""
-    return f"{mark}{digest}  {escaped}\n"
-
-
-def _unescaped(name: str) -> str:
-    return name.replace("\\\\", "\0").replace("\\n", "\n").replace("\0", "\\")
-
-
 def run(argv: Sequence[str]) -> None:
-    """Parse the arguments, write or check, say what was done."""
-    parser = argparse.ArgumentParser(
-        prog="python -m oal_jax.data.manifest",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Parse the arguments; write or check the manifest; print a line about it."""
+    from oal_jax.runtime.command import BareParser
+
+    parser = BareParser("python -m oal_jax.data.manifest", __doc__)
     parser.add_argument("--root", type=Path, required=True, help="directory of image sets")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     args = parser.parse_args(argv[1:])
-    count = check(args.root) if args.check else write(args.root)
-    print(f"{count} files {'are as in' if args.check else 'are in'} {args.root / NAME}")
+    if not any(_files(args.root)):
+        raise UserError(f"{args.root} holds no files: give --root a directory of image sets")
+    if not args.check:
+        print(f"{write(args.root)} files are in {args.root / NAME}")
+        return
+    manifest = read(args.root / NAME)
+    for path in sorted({*_files(args.root), *(args.root / name for name in manifest.digests)}):
+        manifest.check(path)
+    print(f"{len(manifest.digests)} files are as in {args.root / NAME}")
 
 
 if __name__ == "__main__":
