@@ -67,7 +67,7 @@ def boundary_outliers(
     Args:
       queue_size: unit features kept a class. Sampling waits until every queue is full.
       neighbour, boundary_points, anchors, sigma, candidates, per_anchor: `k`, `count`,
-        `anchors`, `sigma`, `noise_rows` and `keep` of `outliers.knn.sample_class`.
+        `anchors`, `sigma`, `noise_rows` and `per_anchor` of `outliers.knn.sample_class`.
       refresh: steps for which outliers are used before new ones are sampled; 1 is as
         published. Sampling costs about K * queue_size * (queue_size + candidates) * d
         multiplications, for small nets more than the training step.
@@ -96,7 +96,7 @@ def boundary_outliers(
                 anchors=anchors,
                 sigma=sigma,
                 noise_rows=candidates,
-                keep=per_anchor,
+                per_anchor=per_anchor,
                 repeats=1,
                 selection="top",
             )

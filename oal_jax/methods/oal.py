@@ -47,10 +47,10 @@ def energy(
 
     Feature outliers `outlier` (B, T) reach the student's head through the feature projector.
     Latents `outlier_latent` (B, h, w, c) reach it through a latent projector, which regresses the
-    student's features from the latents of ID images (`latent`). Mapped outliers carry no gradient
-    to either projector, and the feature projector's batch statistics never see one. Images
-    `outlier_image` (m, h, w, c) pass through the whole student beside the ID images, and so does
-    their gradient. Without any outliers the ID side alone is trained, with scale and offset fixed.
+    student's features from the latents of ID images (`latent`). Outliers train neither projector,
+    and the batch statistics of the feature projector never include one. Images `outlier_image`
+    (m, h, w, c) pass through the whole student beside the ID images, and train all of it. Without
+    outliers only the ID term is trained, with scale and offset held fixed.
 
     Args:
       latent_shape: (h, w, c) of a latent, or None where there are no latent outliers.

@@ -52,7 +52,7 @@ def sampling(outliers: Outliers) -> dict[str, Any]:
         "anchors": knn.anchors,
         "sigma": knn.sigma,
         "noise_rows": knn.noise_rows,
-        "keep": knn.per_anchor,
+        "per_anchor": knn.per_anchor,
         "repeats": knn.repeats,
         "selection": "reference" if outliers.official_code else "top",
     }

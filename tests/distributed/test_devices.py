@@ -506,7 +506,7 @@ def steps_of_methods(mesh, names) -> dict[str, list[float]]:
 
 def outliers_of_a_class():
     rows = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
-    sizes = {"k": 5, "count": 8, "anchors": 4, "noise_rows": 16, "keep": 2, "repeats": 2}
+    sizes = {"k": 5, "count": 8, "anchors": 4, "noise_rows": 16, "per_anchor": 2, "repeats": 2}
     return knn.sample_class(KEY, ops.unit(rows), sigma=0.1, selection="top", **sizes)
 
 
