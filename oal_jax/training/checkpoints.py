@@ -1,15 +1,11 @@
 """Checkpoints of a training state: Orbax behind one small class, asynchronous and atomic.
 
-Every process writes its shards, and reads what it needs, of a directory that all of them share.
+All processes share the directory. Each writes its shards and reads those that it needs.
 """
 
-import gc
+import functools
 import logging
 import sys
-import time
-import traceback
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +19,32 @@ _LOGGER = logging.getLogger("absl")
 
 
 class _Damaged(Exception):
-    """A checkpoint cannot be read; the message is the reason, one line."""
+    """A checkpoint can't be read. The message is the reason in one line."""
 
 
 class Checkpoints:
-    """The last few states of one run, or all, in a directory of their own."""
+    """States of one training in a directory of their own."""
 
     def __init__(self, directory: Path, keep: int = 2):
-        """Open (and create) `directory`; leftovers of an interrupted save are deleted.
+        """Open or create `directory`, and delete what an interrupted save left.
 
-        Of the checkpoints the newest `keep` stay, 0 for all.
+        The newest `keep` checkpoints stay; 0 for all.
         """
         self.directory = directory.absolute()
+        _silence_cut_off_threads()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep or None, create=True, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
-        self._until_closed = ExitStack()
-        self._until_closed.enter_context(_no_stray_tracebacks())
 
     def save(self, state: Any) -> None:
-        """Write the state under its step; returns before the bytes are on disk."""
+        """Start to write the state under its step."""
         # Orbax may swallow an interruption, and the training would go on.
         with preemption.interrupt_after():
             self._manager.save(int(state.step), args=ocp.args.StandardSave(state))
 
     def latest(self) -> int | None:
-        """Step of the newest checkpoint, if there is one."""
+        """Step of the newest checkpoint; None without one."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
@@ -57,12 +52,12 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def restore(self, like: Any) -> Any | None:
-        """The newest state that can be read whole, placed and sharded as `like`; None if none is.
+        """The newest state that can be read, placed and sharded as `like`; None without one.
 
-        A damaged newest checkpoint is deleted, with a warning, for the one before it.
+        Damaged checkpoints after it are deleted with a warning.
 
         Raises:
-          UserError: there are checkpoints, and none of them can be read.
+          UserError: there are checkpoints, and none can be read.
         """
         steps = self.steps()
         damaged = []
@@ -73,7 +68,7 @@ class Checkpoints:
                 _LOGGER.warning("checkpoint %d is damaged, trying the one before: %s", step, reason)
                 damaged.append(step)
                 continue
-            for later in damaged:  # in the way of the save that is due at that step again
+            for later in damaged:  # training reaches these steps again and saves there
                 self._manager.delete(later)
             return state
         if steps:
@@ -87,12 +82,12 @@ class Checkpoints:
         """The state of one step, placed and sharded as `like`.
 
         Raises:
-          UserError: there is no checkpoint of that step, or it cannot be read.
+          UserError: there is no checkpoint of that step, or it can't be read.
         """
         steps = self.steps()
         if step not in steps:
-            there = ", ".join(map(str, steps)) or "none"
-            raise UserError(f"{self.directory} has no checkpoint of step {step}; it has: {there}")
+            known = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"{self.directory} has no checkpoint of step {step}; it has: {known}")
         try:
             return self._read(step, like)
         except _Damaged as reason:
@@ -112,37 +107,25 @@ class Checkpoints:
         return state
 
     def close(self) -> None:
-        """Wait for writes that are under way, then let go of the directory."""
-        with self._until_closed:
-            try:
-                self._manager.wait_until_finished()
-            finally:
-                self._manager.close()
+        """Wait for writes under way, then close the directory."""
+        try:
+            self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
 
 
-@contextmanager
-def _no_stray_tracebacks() -> Iterator[None]:
-    """Leave only the exception itself of a read or write that failed.
+@functools.cache
+def _silence_cut_off_threads() -> None:
+    """Leave only the exception of a read or write that failed; once, for the whole process.
 
-    Orbax also logs it with a traceback from its thread, and abandons its other reads and writes,
-    which then complain of a closed event loop: pages that would hide the one line to be read.
+    Orbax's threads print it again with tracebacks, and later complain of a closed event loop: pages
+    that would hide the command's one line.
     """
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and "orbax" in record.pathname)
+    before = sys.unraisablehook
 
     def hook(unraisable) -> None:
-        frames = traceback.extract_tb(unraisable.exc_traceback)
-        if not any("orbax" in f.filename or "asyncio" in f.filename for f in frames):
+        if str(unraisable.exc_value) != "Event loop is closed":
             before(unraisable)
 
-    before = sys.unraisablehook
     sys.unraisablehook = hook
-    _LOGGER.addFilter(wanted)
-    try:
-        yield
-    finally:
-        time.sleep(0.1)  # until the threads of what was abandoned have said it
-        gc.collect()
-        sys.unraisablehook = before
-        _LOGGER.removeFilter(wanted)
+    _LOGGER.addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
