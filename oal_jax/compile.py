@@ -44,10 +44,12 @@ def run(argv: Sequence[str]) -> None:
     from oal_jax.aot import costs, programs
     from oal_jax.runtime import distributed
 
-    topology = topologies.describe(args.topology)
-    mesh = distributed.make_mesh(config.mesh.model, topology.devices)
+    devices = topologies.devices_of(args.topology)
+    mesh = distributed.make_mesh(config.mesh.model, devices)
     program = programs.make(args.stage, config, mesh)
-    print(json.dumps({"stage": args.stage, **costs.measure(program, topology)}))
+    memory_bytes = topologies.MEMORY.get(topologies.split(args.topology)[0])
+    measured = costs.measure(program, len(devices), memory_bytes)
+    print(json.dumps({"topology": args.topology, "stage": args.stage, **measured}))
 
 
 if __name__ == "__main__":

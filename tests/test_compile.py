@@ -15,7 +15,7 @@ from PIL import Image
 
 from oal_jax import compile as command
 from oal_jax import main
-from oal_jax.aot import costs, programs, topologies
+from oal_jax.aot import costs, programs
 from oal_jax.config import Config, Data
 from oal_jax.config.smoke import shrink
 from oal_jax.runtime import distributed
@@ -198,8 +198,7 @@ def test_a_program_that_the_compiler_finds_too_large_does_not_fit():
             return SimpleNamespace(jaxpr=traced.jaxpr, lower=lambda: lowered)
 
     program = programs.Program(TooLarge(), (jnp.zeros((4, 4)),), batch=1)
-    topology = topologies.Topology("v5e:2x2", [None] * 4, 2**34)
-    measured = costs.measure(program, topology)
+    measured = costs.measure(program, devices=4, memory_bytes=2**34)
     assert measured["fits"] is False and measured["peak_bytes"] is None
     assert measured["flops_per_device"] == 2 * 4**3 / 4
     assert "Ran out of memory" in measured["compiler"]
@@ -243,7 +242,7 @@ def test_samples_and_features_need_no_messages(stage):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--topology", "v9:2x2", *FASHION), ("'v9:2x2'", "'v6e:2x2'", "h100:8")),
+        (("--topology", "v9:2x2", *FASHION), ("'v9:2x2'", "v6e:2x2", "h100:8")),
         (("--topology", "v5e", *FASHION), ("'v5e'", "'v5e:2x2'")),
         (("--topology", "h100:2x4", *FASHION), ("'h100:2x4'", "'h100:8'")),
         (("--topology", "cpu:4", "--stage", "trian", *FASHION), ("trian", "latents")),

@@ -15,21 +15,25 @@ import jax
 import numpy as np
 
 from oal_jax.aot.programs import Program
-from oal_jax.aot.topologies import Topology
 
 
-def measure(program: Program, topology: Topology) -> dict[str, Any]:
-    """Compile a program for a topology; returns its costs for JSON, see `oal_jax.compile`."""
-    devices, steps = len(topology.devices), program.steps_per_call
+def measure(program: Program, devices: int, memory_bytes: int | None) -> dict[str, Any]:
+    """Compile a program and return its costs for JSON; `oal_jax.compile` explains the keys.
+
+    Args:
+      program: with arguments that are placed on a mesh of the devices.
+      devices: number of devices.
+      memory_bytes: memory of a device that a program may use; None if unknown.
+    """
+    steps = program.steps_per_call
     traced = program.function.trace(*program.arguments)
     costs = {
-        "topology": topology.name,
         "devices": devices,
         "batch": program.batch,
         "steps_per_call": steps,
         "flops_per_device": flops(traced.jaxpr) / steps / devices,
         "host_calls": host_calls(traced.jaxpr),
-        "memory_bytes": topology.memory_bytes,
+        "memory_bytes": memory_bytes,
         **dict.fromkeys(("argument_bytes", "temp_bytes", "peak_bytes", "fits", "collectives")),
     }
     try:
@@ -42,7 +46,7 @@ def measure(program: Program, topology: Topology) -> dict[str, Any]:
         kind: {name: value / steps for name, value in numbers.items()}
         for kind, numbers in collectives(compiled.as_text()).items()
     }
-    return costs | memory(compiled.memory_analysis(), topology.memory_bytes)
+    return costs | memory(compiled.memory_analysis(), memory_bytes)
 
 
 def memory(stats: Any, available: int | None) -> dict[str, Any]:
@@ -134,7 +138,7 @@ def collectives(text: str) -> dict[str, Counter[str]]:
         entry = name if is_entry else entry
 
     def visit(name: str, times: int) -> None:
-        for line in bodies[name].splitlines():
+        for line in bodies.get(name, "").splitlines():
             if message := _MESSAGE.search(line):
                 numbers = sent.setdefault(message["kind"], Counter())
                 numbers.update({"count": times, "bytes": times * _result_bytes(message)})
@@ -158,10 +162,12 @@ def _iterations(line: str, bodies: Mapping[str, str]) -> int:
 
 def _result_bytes(message: re.Match[str]) -> int:
     """Bytes of a message's result on one device; its type is "f32[2,3]{1,0}", or a tuple."""
-    sizes = [
+    arrays = _ARRAY.findall(message["type"])
+    if message["start"] and message["kind"] != "all-reduce":
+        # The tuple holds operands, results and scalar counters.
+        arrays = [array for array in arrays if array[1]]
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(
         int(bits or 8) * math.prod(int(n) for n in shape.split(",") if n) // 8
-        for bits, shape in _ARRAY.findall(message["type"])
-    ]
-    if message["start"] and message["kind"] in ("all-gather", "collective-permute"):
-        return max(sizes)  # the tuple holds the operand, the result and counters
-    return sum(sizes)
+        for bits, shape in arrays
+    )

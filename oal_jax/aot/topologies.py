@@ -4,17 +4,14 @@ libtpu and XLA's CUDA plugin know the chips that they compile for, so a program 
 8 H100 compiles on a machine that has neither. Nothing runs there.
 """
 
-import difflib
 import importlib.util
 import os
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 from oal_jax.errors import UserError
 
 EXAMPLES = ("v4:2x2x1", "v5e:2x2", "v5e:16x16", "v5p:2x2x1", "v6e:2x2", "h100:8", "cpu:8")
-_TPU_SIZE, _SIZE = r"[1-9]\d*(x[1-9]\d*)+", r"[1-9]\d*"
-
 
 # Bytes of a device that a program may use. TPUs: HBM capacity per chip, from "System architecture"
 # of cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e. H100: JAX's allocator takes three quarters of
@@ -31,8 +28,7 @@ MEMORY = {
 # 9.0 (CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"), the
 # numbers of the card, and the library versions that JAX's CUDA 12 wheels ask for.
 _H100 = """
-platform_name: "CUDA"
-device_description_str: "NVIDIA H100 80GB HBM3"
+platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
 dnn_version_info { major: 9 minor: 8 patch: 0 }
 gpu_device_info {
   name: "NVIDIA H100 80GB HBM3" device_vendor: "NVIDIA Corporation"
@@ -43,26 +39,12 @@ gpu_device_info {
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   shared_memory_per_core: 233472 shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  l2_cache_size: 52428800 memory_bandwidth: 3350000000000 device_memory_size: 80000000000
+  shared_memory_per_block_optin: 232448 l2_cache_size: 52428800
+  memory_bandwidth: 3350000000000 device_memory_size: 80000000000
   driver_version: "12.8.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0"
   dnn_version: "9.8.0"
 }
 """
-
-
-class Topology(NamedTuple):
-    """Devices of one kind.
-
-    Attributes:
-      name: as the user wrote it.
-      devices: to make a mesh of.
-      memory_bytes: what a program may use of a device's memory; None for CPUs.
-    """
-
-    name: str
-    devices: list[Any]
-    memory_bytes: int | None
 
 
 def prepare(name: str) -> None:
@@ -81,10 +63,12 @@ def prepare(name: str) -> None:
     else:
         _require(name, "libtpu", "tpu")
         # Without these, libtpu asks the network for its host's name and type, and locks the chips.
-        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-        os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-        os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-256"
-        os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+        os.environ |= {
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-256",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+        }
 
 
 def _require(name: str, module: str, extra: str) -> None:
@@ -107,19 +91,16 @@ def split(name: str) -> tuple[str, str]:
     """
     kind, _, size = name.partition(":")
     if kind not in (*MEMORY, "cpu"):
-        nearest = difflib.get_close_matches(name, EXAMPLES, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"--topology '{name}' is unknown; nearest: '{nearest}'; known: {', '.join(EXAMPLES)},"
-            " and other sizes of these"
-        )
-    if not re.fullmatch(_TPU_SIZE if kind.startswith("v") else _SIZE, size):
+        raise UserError(f"--topology '{name}' is unknown; give one such as {', '.join(EXAMPLES)}")
+    form = r"[1-9]\d*(x[1-9]\d*)+" if kind.startswith("v") else r"[1-9]\d*"
+    if not re.fullmatch(form, size):
         example = next(e for e in EXAMPLES if e.startswith(f"{kind}:"))
         raise UserError(f"--topology '{name}' needs a size of the form of '{example}'")
     return kind, size
 
 
-def describe(name: str) -> Topology:
-    """The devices of a topology. Call `prepare(name)` first.
+def devices_of(name: str) -> list[Any]:
+    """The devices of a topology, to make a mesh of. Call `prepare(name)` first.
 
     Raises:
       UserError: the compiler for these devices knows no slice of that size.
@@ -132,7 +113,7 @@ def describe(name: str) -> Topology:
         devices = jax.devices("cpu")
         if len(devices) < int(size):
             raise UserError(f"--topology '{name}': JAX has started with {len(devices)} devices")
-        return Topology(name, devices[: int(size)], None)
+        return devices[: int(size)]
     if kind == "h100":  # the devices of one node
         arguments = {"platform": "cuda", "topology": f"1x{size}x1", "target_config": _H100}
     else:
@@ -140,7 +121,6 @@ def describe(name: str) -> Topology:
     if kind == "v4":  # as on an attached v4, the two cores of a chip are one device
         arguments["chip_config_name"] = "megacore"
     try:
-        description = topologies.get_topology_desc(topology_name=name, **arguments)
+        return list(topologies.get_topology_desc(topology_name=name, **arguments).devices)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology '{name}': {str(error).splitlines()[0]}") from None
-    return Topology(name, list(description.devices), MEMORY[kind])
