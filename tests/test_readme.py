@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from oal_jax.config.schema import SCORES
+from oal_jax.config import SCORES, Config, flatten
+from oal_jax.config.methods import SECTIONS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -76,6 +77,24 @@ def test_named_configs_and_modules_exist(page):
     assert not [path for path in paths if not (path.is_dir() or path.with_suffix(".py").is_file())]
 
 
-def test_every_score_is_named():
-    readme, page = README.read_text("utf-8"), (ROOT / "docs/scores.md").read_text("utf-8")
-    assert not [name for name in SCORES if f"`{name}`" not in readme or f"`{name}`" not in page]
+def test_every_score_and_method_is_named():
+    readme = README.read_text("utf-8")
+    for names_of_kind, page in ((SCORES, "scores.md"), (SECTIONS, "methods.md")):
+        text = (ROOT / "docs" / page).read_text("utf-8")
+        assert not [n for n in names_of_kind if f"`{n}`" not in readme or f"`{n}`" not in text]
+
+
+def test_named_config_keys_exist():
+    """Keys set by a command, or named as a whole; the pages about the past name removed ones."""
+    keys = flatten(Config())
+    for page in PAGES:
+        if page.name in ("CHANGELOG.md", "latent_outliers.md", "performance.md"):
+            continue
+        text = page.read_text("utf-8")
+        named = re.findall(r"--config\.([a-z_]+(?:\.[a-z_]+)*)=", text)
+        named += re.findall(rf"`((?:{'|'.join(vars(Config()))})\.[a-z_.]+)(?:=[^`]*)?`", text)
+        assert not [key for key in named if key not in keys and not is_section(key, keys)], page
+
+
+def is_section(key: str, keys) -> bool:
+    return any(known.startswith(f"{key}.") for known in keys)
