@@ -44,7 +44,7 @@ CONSTRAINT = "constraint.json"  # of stage `estimate_loss`
 
 
 def student(config: Config, num_classes: int) -> Any:
-    """The student's architecture, for images of the ID set's mean and standard deviation."""
+    """The student's network; it normalises images by the ID set's mean and standard deviation."""
     s, (mean, std) = config.student, moments(config.data.id_set)
     common = {"num_classes": num_classes, "depth": s.depth, "affine_bn": s.affine_bn}
     common |= {"mean": mean, "std": std, "dtype": jnp.dtype(s.dtype), "remat": s.remat}
@@ -88,12 +88,12 @@ def assemble(
         start_loss=estimate.get("unmasked"),
         ce_transform=None,
     )
-    given = config.method.um.constraint
-    return registry.build(parts, given if given >= 0 else estimate.get("constraint"))
+    constraint = config.method.um.constraint
+    return registry.build(parts, constraint if constraint >= 0 else estimate.get("constraint"))
 
 
 def make_plan(config: Config, examples: int) -> loop.Plan:
-    """Length and rhythm of the student's training."""
+    """Length of the student's training, and how often it logs and saves."""
     t = config.train
     return loop.Plan(examples, t.batch_size, t.epochs, t.log_every, t.checkpoint_every)
 
@@ -125,9 +125,10 @@ def check_batches(config: Config, mesh: Mesh) -> None:
 
 
 def run(context: Context) -> list[Path]:
-    """Train; write `student.safetensors` (and in it the groups that map outliers, if any).
+    """Train; write `student.safetensors` and `classifier.json`.
 
-    `classifier.json` says what the student takes and gives, for those who have no data set.
+    The weights file also has the groups that map outliers, if the method has some. The card has the
+    image shape, the class names and the architecture, for readers without the data set.
     """
     config, mesh, directory = context.config, context.mesh, context.directory("train")
     accumulate = config.train.accumulate
@@ -173,8 +174,8 @@ def run(context: Context) -> list[Path]:
     state = averaged(state)
     path = directory / STUDENT
     # Queues and multipliers of a method are for resuming alone: they stay in the checkpoints.
-    kept = {group: s for group, s in state.model_state.items() if group in state.params}
-    tree = {"params": finish(state.params), "state": kept}
+    statistics = {group: s for group, s in state.model_state.items() if group in state.params}
+    tree = {"params": finish(state.params), "state": statistics}
     flat = {".".join(k): distributed.to_host(v) for k, v in flatten_dict(tree).items()}
     artifacts.write_tensors(path, flat)
     card = directory / CLASSIFIER
@@ -190,10 +191,10 @@ def run(context: Context) -> list[Path]:
 
 
 def _architecture(net: Any) -> dict[str, Any]:
-    """Name and fields of a linen module: for readers outside of this package."""
+    """Name and fields of a linen module, for readers outside of this package."""
     fields = {f.name: getattr(net, f.name) for f in dataclasses.fields(net)}
-    for left_out in ("parent", "name", "num_classes", "remat"):
-        del fields[left_out]
+    for name in ("parent", "name", "num_classes", "remat"):
+        del fields[name]
     fields["dtype"] = jnp.dtype(net.dtype).name
     return {"name": type(net).__name__.lower(), **fields}
 
@@ -221,8 +222,8 @@ def start(context: Context, net: Any, data: ImageSet | Streamed) -> tuple[dict, 
     """(params, model_state) of the student of `train.start`.
 
     Raises:
-      UserError: it is not there, or it is not `net`, tensor by tensor, or was trained on other
-        classes or images than `data`: nothing goes on from weights that are random in part.
+      UserError: it is missing, differs from `net` in a tensor, or was trained on other classes or
+        images than `data`. So no training starts from partly random weights.
     """
     path = start_file(context.config)
     if not path.is_file():
@@ -230,36 +231,36 @@ def start(context: Context, net: Any, data: ImageSet | Streamed) -> tuple[dict, 
             f"config train.start={context.config.train.start}: there is no {path}; give the"
             " directory of a finished run"
         )
-    card = path.with_name(CLASSIFIER)
-    said = artifacts.read_json(card) if card.exists() else {}
-    classes = said.get("class_names")
+    card_path = path.with_name(CLASSIFIER)
+    card = artifacts.read_json(card_path) if card_path.exists() else {}
+    classes = card.get("class_names")
     if classes is not None and classes != list(data.class_names):
         raise UserError(
             f"{path} knows other classes than {data.name}: {len(classes)} such as"
             f" '{classes[0]}', not {len(data.class_names)} such as '{data.class_names[0]}'"
         )
     params, model_state = _read(path)
-    found = params.get("student", {}), model_state.get("student", {})
+    saved = params.get("student", {}), model_state.get("student", {})
     image = jnp.zeros((1, *data.image_shape))
-    wanted = base.split_variables(jax.eval_shape(net.init, context.key, image))
-    shapes = [_shapes(*variables) for variables in (found, wanted)]
-    for name in sorted(shapes[0].keys() | shapes[1].keys()):
-        have, want = (known.get(name) for known in shapes)
-        if have != want:
+    expected = base.split_variables(jax.eval_shape(net.init, context.key, image))
+    saved_shapes, expected_shapes = _shapes(*saved), _shapes(*expected)
+    for name in sorted(saved_shapes.keys() | expected_shapes.keys()):
+        if saved_shapes.get(name) != expected_shapes.get(name):
             raise UserError(
-                f"{path} has a student of another size than this config's: tensor {name} has"
-                f" shape {have}, not {want}; see student.*"
+                f"{path} has a student of another size than this config's: tensor {name} has shape"
+                f" {saved_shapes.get(name)}, not {expected_shapes.get(name)}; see student.*"
             )
-    # Strides leave no trace in the shapes. Dropout and precision are no part of what was trained.
+    # Strides leave no trace in the shapes. Dropout and precision may differ: no weight depends on
+    # them.
     now = {"image_shape": data.image_shape, **_architecture(net)}
-    before = {"image_shape": said.get("image_shape"), **said.get("architecture", {})}
+    before = {"image_shape": card.get("image_shape"), **card.get("architecture", {})}
     for name, value in json.loads(json.dumps(now)).items():
-        if said and name not in ("dropout", "dtype") and before.get(name, value) != value:
+        if card and name not in ("dropout", "dtype") and before.get(name, value) != value:
             raise UserError(
                 f"{path} has another architecture than this config's: {name} is"
                 f" {before[name]}, not {value}; see student.* and data.*"
             )
-    return found
+    return saved
 
 
 def _shapes(params: dict, rest: dict) -> dict[str, tuple[int, ...]]:
@@ -268,8 +269,8 @@ def _shapes(params: dict, rest: dict) -> dict[str, tuple[int, ...]]:
 
 
 def _check_collapse(accuracy: float, classes: int, step: int, plan: loop.Plan) -> None:
-    # Past a third of the training a sound run is far above twice the rate of guessing; the
-    # first hundred steps say nothing.
+    # Past a third of the training a sound run is far above twice the accuracy of guessing. The
+    # first hundred steps are too noisy to tell.
     if step > max(100, plan.steps / 3) and accuracy < 2 / classes:
         raise loop.TrainingFailed(
             f"student: collapsed, validation accuracy {accuracy:.1%} at step {step};"
