@@ -18,16 +18,16 @@ SCORE = "energy"
 BASELINE = "kd"
 
 
-def _oal(source: str = "knn", micl: str = "energy", image_share: float = 0.0) -> Case:
+def _oal(source: str = "knn", objective: str = "energy", image_share: float = 0.0) -> Case:
     outliers = {"outliers.source": source, "outliers.image_share": image_share}
-    return Case({"method.name": "oal", "method.micl": micl, **outliers})
+    return Case({"method.name": "oal", "method.oal.objective": objective, **outliers})
 
 
 CASES = {
     "ce": Case({"method.name": "ce"}),
     "kd": Case({"method.name": "kd"}),
-    "oal-reference": _oal(micl="reference"),
-    "oal-alternate": _oal(micl="alternate"),
+    "oal-club": _oal(objective="club"),
+    "oal-club-alternate": _oal(objective="club_alternate"),
     "oal-knn": _oal("knn"),
     "oal-diffusion": _oal("diffusion"),
     "oal-random": _oal("random"),

@@ -31,7 +31,7 @@ from benchmarks import timing
 from benchmarks.job import CASE, RECIPE, configs
 from benchmarks.plots import draw as draw
 from benchmarks.timing import Job
-from oal_jax.config import Latents
+from oal_jax.config import Config
 
 SHIPPED = Path(oal_jax.__file__).parent / "pretrained" / "weights" / "fashion_sd"
 _TOKENS = 77
@@ -60,16 +60,17 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _recipes(args: argparse.Namespace) -> dict[str, Latents]:
-    """The config of the sampling by recipe."""
-    recipes = {n: c.latents for n, c in configs(smoke=False).items() if n in RECIPE.values()}
-    for latents in recipes.values():
-        latents.chunk, latents.steps = args.latents, args.steps or latents.steps
+def _recipes(args: argparse.Namespace) -> dict[str, Config]:
+    """Config by recipe, with the flags' number of latents and steps."""
+    recipes = {n: c for n, c in configs(smoke=False).items() if n in RECIPE.values()}
+    for config in recipes.values():
+        config.latents.chunk = args.latents
+        config.latents.steps = args.steps or config.latents.steps
     return recipes
 
 
 def _inputs(batch: int, shape: Sequence[int], tokens: int, width: int) -> list[np.ndarray]:
-    """Noise (B, c, h, w), and text states (B, L, d) with and without the prompt."""
+    """Noise (B, *shape), and text states (B, L, d) with and without the prompt."""
     rng = np.random.default_rng(0)
     shapes = [(batch, *shape), *[(batch, tokens, width)] * 2]
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
@@ -98,11 +99,11 @@ def _our_jobs(args: argparse.Namespace) -> list[Job]:
     inputs = jax.device_put(_inputs(count, sd.latent_shape, *sizes))
     step = _jitted_step(apply_unet, params, inputs)
     jobs = [Job("step", "jax", step, items=count)]
-    for name, recipe in _recipes(args).items():
-        ids, mask, empty = conditioning.class_tokens(sd, words, create.PROMPT, recipe.injection)
-        denoise = samplers.make_sampler(
-            apply_unet, sd.schedule, recipe.sampler, recipe.steps, recipe.guidance
-        )
+    for name, config in _recipes(args).items():
+        mode = "first_piece" if config.outliers.official_code else "all_pieces"
+        ids, mask, empty = conditioning.class_tokens(sd, words, create.PROMPT, mode)
+        c = config.latents
+        denoise = samplers.make_sampler(apply_unet, sd.schedule, c.sampler, c.steps, c.guidance)
 
         @jax.jit
         def sample(params, key, ids=ids, mask=mask, empty=empty, denoise=denoise):
@@ -147,7 +148,7 @@ def _our_large_step(args: argparse.Namespace) -> Callable[[], Any]:
     params = jax.tree.map(
         lambda s: jax.device_put(0.02 * rng.standard_normal(s.shape, np.float32)), shapes
     )
-    inputs = jax.device_put(_inputs(args.batch, (4, 64, 64), _TOKENS, unet.cross_attention_dim))
+    inputs = jax.device_put(_inputs(args.batch, (64, 64, 4), _TOKENS, unet.cross_attention_dim))
     return _jitted_step(partial(flax_models.apply_unet, unet), params, inputs)
 
 

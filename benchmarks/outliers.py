@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks import timing
 from benchmarks.plots import draw as draw
 from benchmarks.timing import Job
-from oal_jax.config import Knn
+from oal_jax.config import Knn, Outliers
 
 _SIZES = {
     "repeats": 1,
@@ -70,17 +70,17 @@ def make_features(sizes: dict[str, int]) -> np.ndarray:
     return (features / np.linalg.norm(features, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def make_config(sizes: dict[str, int], selection: str) -> Knn:
+def make_config(sizes: dict[str, int], *, official_code: bool = False) -> Outliers:
     """The sampling's config: as many boundary points as anchors, and the published noise."""
-    return Knn(
+    knn = Knn(
         features_per_class=sizes["features"],
         neighbour=sizes["neighbour"],
-        boundary=sizes["anchors"],
+        boundary_points=sizes["anchors"],
         anchors=sizes["anchors"],
         noise_rows=sizes["noise_rows"],
         repeats=sizes["repeats"],
-        selection=selection,
     )
+    return Outliers(knn=knn, official_code=official_code)
 
 
 def ours(sizes: dict[str, int]) -> Callable[[], Any]:
@@ -90,12 +90,12 @@ def ours(sizes: dict[str, int]) -> Callable[[], Any]:
     from oal_jax.outliers.knn import sample_class
     from oal_jax.stages.outliers import sampling
 
-    knn, key = make_config(sizes, "top"), jax.random.key(0)
+    options, key = sampling(make_config(sizes)), jax.random.key(0)
     classes = jax.device_put(list(make_features(sizes)))
 
     def job() -> Any:
         outliers = [
-            sample_class(jax.random.fold_in(key, c), features, **sampling(knn))
+            sample_class(jax.random.fold_in(key, c), features, **options)
             for c, features in enumerate(classes)
         ]
         return jax.block_until_ready(outliers)
@@ -110,12 +110,12 @@ def theirs(sizes: dict[str, int], form: str, device: str) -> Callable[[], Any]:
     from benchmarks.torch_twin import forms, outliers
 
     how, torch_device = forms.FORMS[form].knn, torch.device(device)
-    knn = make_config(sizes, "reference" if form == "reference" else "top")
+    config = make_config(sizes, official_code=form == "reference")
     classes = torch.from_numpy(make_features(sizes)).to(torch_device)
     random = torch.Generator().manual_seed(0)
 
     def job() -> Any:
-        sampled = [outliers.sample_class(features, knn, how, random) for features in classes]
+        sampled = [outliers.sample_class(features, config, how, random) for features in classes]
         forms.synchronise(torch_device)
         return sampled
 

@@ -46,14 +46,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "ce": {"method.name": "ce"},
     "um": {"method.name": "um"},
     "umap": {"method.name": "umap"},
-    "umap-free": {"method.name": "umap", "method.freeze": False},
+    "umap-free": {"method.name": "umap", "method.umap.freeze": False},
     "logitnorm": {"method.name": "logitnorm"},
     "oe": {"method.name": "oe"},
     "energy": {"method.name": "energy"},
     "woods": {"method.name": "woods"},
     # With their loss from the first step, as later in a training.
-    "vos": {"method.name": "vos", "method.virtual.start": 0.0},
-    "npos": {"method.name": "npos", "method.virtual.start": 0.0},
+    "vos": {"method.name": "vos", "method.vos.start": 0.0},
+    "npos": {"method.name": "npos", "method.npos.start": 0.0},
 }
 # Recipe of suite `job`, and whether the networks are large.
 OAL = {
@@ -176,7 +176,7 @@ def oal_problem(recipe: str, large: bool, args: argparse.Namespace) -> Problem:
         "label": rng.integers(0, classes, size).astype(np.int32),
         "outlier": normal(config.teacher.width),
     }
-    if config.method.micl == "energy":
+    if config.method.oal.objective == "energy":
         batch |= {"outlier_latent": normal(side, side, 4), "latent": normal(side, side, 4)}
     else:
         batch["outlier_latent"] = normal(side)
@@ -193,10 +193,9 @@ def ours(problem: Problem) -> Callable[[], None]:
     """
     config, classes, batch = problem
     net = train.student(config, classes)
-    arrays = batch | {"latents": batch.get("outlier_latent", ())}
-    estimated = {"unmasked": 0.5, "constraint": 0.5}
+    estimate = {"unmasked": 0.5, "constraint": 0.5}
     method = train.assemble(
-        config, net, problem.image_shape, arrays, estimated, problem.plan.examples
+        config, net, problem.image_shape, batch, estimate, problem.plan.examples
     )
     key, steps = jax.random.key(0), problem.plan.steps
     optimizer = train.make_optimizer(config, list(jax.eval_shape(method.init, key)[0]), steps)

@@ -57,31 +57,51 @@ def test_jax_runs_alone_without_torch(suite, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("suite", "flags", "cases"),
-    [
-        ("latents", ["--latents=8", "--steps=2"], ["step", "default", "reference"]),
-        ("step", [f"--cases={','.join(step.METHODS)}"], list(step.METHODS)),
-        ("step", ["--cases=oal,oal-teacher"], ["oal", "oal-teacher"]),
-    ],
-)
-def test_the_jax_half_of_larger_suites(suite, flags, cases, tmp_path):
-    rows = rows_of(suite, [*flags, "--frameworks=jax", "--runs=1"], tmp_path)
-    assert [row["case"] for row in rows] == cases
-    if cases[0] == step.BASELINE:
-        assert all(row["ratios"].keys() == {step.BASELINE} for row in rows[1:])
+def test_the_jax_half_of_the_latents_suite(tmp_path):
+    rows = rows_of(
+        "latents", ["--latents=4", "--steps=2", "--frameworks=jax", "--runs=1"], tmp_path
+    )
+    assert [row["case"] for row in rows] == ["step", "default", "reference"]
+
+
+@pytest.mark.slow
+def test_the_jax_half_of_the_step_suite(tmp_path, monkeypatch):
+    """On tiny networks: two methods against the baseline, and OAL with the teacher in the step."""
+    lines = [
+        "from oal_jax.config import Config",
+        "def get_config():",
+        "    config = Config()",
+        "    config.student.width, config.train.batch_size = 4, 16",
+        "    npos = config.method.npos",
+        "    npos.queue_size, npos.neighbour, npos.boundary_points = 8, 4, 4",
+        "    return config",
+    ]
+    (tmp_path / "tiny.py").write_text("\n".join(lines))
+
+    def tiny_recipes(*, smoke):
+        recipes = job.configs(smoke=smoke)
+        for config in recipes.values():
+            config.student.width, config.train.batch_size, config.teacher.depth = 4, 16, 1
+        return recipes
+
+    monkeypatch.setattr(step, "configs", tiny_recipes)
+    names = ["umap", "npos", "oal-teacher"]
+    flags = [f"--config={tmp_path / 'tiny.py'}", f"--cases={','.join(names)}"]
+    rows = rows_of("step", [*flags, "--frameworks=jax", "--runs=1"], tmp_path)
+    assert [row["case"] for row in rows] == [step.BASELINE, *names]
+    assert all(row["ratios"].keys() == {step.BASELINE} for row in rows[1:3])
 
 
 @pytest.mark.slow
 def test_the_jax_side_of_the_job(tmp_path):
-    flags = ["--recipes=default", "--frameworks=jax", "--runs=1", "--smoke", "--warm-cache"]
-    (row,) = rows_of("job", flags, tmp_path)
-    assert list(row["stages"]) == [
-        *("teacher", "generator", "features", "outliers", "latents", "train", "evaluate", "score")
-    ]
-    assert 0 < row["compile_s"] < row["median_s"]
-    assert row["quality"].keys() == {"near", "far", "ID acc"}
-    assert all(0 < value <= 100 for (value,) in row["quality"].values())
+    args, outputs = timing.make_parser("job", "").parse_args([]), {}
+    args.warm_cache = False
+    job.our_job("default", job.configs(smoke=True)["default"], tmp_path, args, outputs).run()
+    summary = job.summary(outputs["jax", "default"])
+    assert summary["stages"].keys() >= {"features", "latents", "train", "evaluate", "score"}
+    assert 0 < summary["compile_s"] < sum(summary["stages"].values())
+    assert summary["quality"].keys() == {"near", "far", "ID acc"}
+    assert all(0 < value <= 100 for (value,) in summary["quality"].values())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import ablation, cases, methods, run
+from benchmarks import ablation, cases, methods, run, step
 from oal_jax.config import Config, flatten, unflatten
 from oal_jax.config.rules import validate
 from oal_jax.errors import UserError
@@ -52,6 +52,11 @@ def test_every_case_is_a_valid_config(suite, tmp_path):
         validate(config)
         assert config.method.name == name.split("-")[0].split("+")[0]
         assert not case.start or case.start in suite.CASES
+
+
+def test_every_step_is_of_a_valid_config(tmp_path):
+    for changes in step.METHODS.values():
+        validate(unflatten(flatten(Config()) | changes | {"train.start": str(tmp_path)}))
 
 
 def test_the_table_of_methods_pairs_seeds_with_the_control():

@@ -1,6 +1,7 @@
-"""The PyTorch twin of the benchmarks: it does the job that ours does, number by number."""
+"""Parity of the benchmarks' PyTorch twin with this package, and whole runs of the twin."""
 
 import functools
+import json
 from pathlib import Path
 
 import jax
@@ -9,9 +10,8 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import oal_jax
-from oal_jax.config import Config, Knn, Latents
+from oal_jax.config import Config, Knn, Latents, Outliers
 from oal_jax.generator import conditioning, create, samplers, stable_diffusion
-from oal_jax.methods import registry
 from oal_jax.models.normalise import moments
 from oal_jax.models.resnet import ResNet
 from oal_jax.models.vit import VisionTransformer
@@ -23,7 +23,7 @@ from oal_jax.training.state import init_state, make_train_step
 
 pytestmark = [
     pytest.mark.parity,
-    # PyTorch's and diffusers' own warnings are not ours to mend.
+    # Warnings of PyTorch and diffusers do not fail these tests.
     pytest.mark.filterwarnings("default"),
 ]
 
@@ -32,6 +32,7 @@ MOMENTS = moments("fashion")
 TOLERANCE = 1e-4
 SHAPE, CLASSES, BATCH, STEPS = (28, 28, 1), 8, 32, 100
 LATENT = (8, 8, 4)
+LATENT_SOURCES = ("diffusion", "random")  # of outliers, of the energy objective
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def pixels(torch, images: np.ndarray):
 
 
 def moved(variables, key):
-    """Statistics that are no longer the initial ones, so that they count."""
+    """Statistics that differ from the initial ones, so that a test can see them."""
     leaves, tree = jax.tree.flatten(variables)
     keys = jax.random.split(key, len(leaves))
     noise = [0.2 * jax.random.uniform(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
@@ -67,8 +68,8 @@ def test_the_student_has_our_outputs(torch, stem):
     twin = Twin(3, CLASSES, (net.mean, net.std), depth=18, width=8, stem=stem).eval()
     load_ours(twin, flat(variables["params"]) | flat(variables["batch_stats"]))
     with torch.no_grad():
-        found = twin(pixels(torch, images))
-    for ours, theirs in zip(net.apply(variables, images), found, strict=True):
+        outputs = twin(pixels(torch, images))
+    for ours, theirs in zip(net.apply(variables, images), outputs, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
 
 
@@ -90,14 +91,14 @@ def test_the_shipped_teacher_has_our_outputs(torch):
         np.testing.assert_allclose(a, b, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def experiment(micl: str, source: str, image_share: float) -> Config:
+def experiment(objective: str, source: str, image_share: float) -> Config:
     config = Config()
-    config.method.micl, config.outliers.source = micl, source
+    config.method.oal.objective, config.outliers.source = objective, source
     config.outliers.image_share = image_share
     config.student.width, config.train.batch_size = 8, BATCH
-    # So that the energy loss has its weight, and no part of the update is too small to tell.
-    config.method.ramp_start, config.method.ramp_end = -1.0, 0.0
-    config.train.warmup, config.train.club_rate = 0.0, 0.01
+    # The energy loss has its full weight, and every part of the update is large enough to test.
+    config.method.oal.ramp_start, config.method.oal.ramp_end = -1.0, 0.0
+    config.train.warmup, config.method.oal.club_rate = 0.0, 0.01
     return config
 
 
@@ -115,12 +116,11 @@ def draw(config: Config) -> dict[str, np.ndarray]:
         "teacher_logits": 3 * normal(BATCH, CLASSES),
         "teacher_features": normal(BATCH, width),
     }
-    feature, latent = registry.SOURCES[config.outliers.source]
-    if config.method.micl == "reference":
+    if config.method.oal.objective == "club":
         return batch | {"outlier": normal(BATCH, width), "outlier_latent": normal(BATCH, 8)}
-    if feature:
+    if config.outliers.source != "none":
         batch["outlier"] = normal(BATCH, width)
-    if latent:
+    if config.outliers.source in LATENT_SOURCES:
         batch |= {"outlier_latent": normal(BATCH, *LATENT), "latent": normal(BATCH, *LATENT)}
     if config.outliers.image_share:
         count = round(config.outliers.image_share * BATCH)
@@ -130,25 +130,25 @@ def draw(config: Config) -> dict[str, np.ndarray]:
 
 def in_torch(torch, batch):
     """The same batch in PyTorch's layout."""
-    found = {}
+    tensors = {}
     for name, array in batch.items():
         tensor = torch.from_numpy(array)
-        found[name] = tensor.permute(0, 3, 1, 2).contiguous() if array.ndim == 4 else tensor
-    return found | {"label": found["label"].long()}
+        tensors[name] = tensor.permute(0, 3, 1, 2).contiguous() if array.ndim == 4 else tensor
+    return tensors | {"label": tensors["label"].long()}
 
 
 @functools.cache
-def ours(micl: str, source: str, image_share: float):
+def ours(objective: str, source: str, image_share: float):
     """Config, batch, state before and after a step of ours, and its metrics."""
-    config = experiment(micl, source, image_share)
+    config = experiment(objective, source, image_share)
     net = train.student(config, CLASSES)
-    shapes = {"latents": (1, *LATENT), "outlier_latent": (1, 8)}
-    method = registry.make(registry.Parts(config, net, SHAPE, shapes, STEPS, 10, None, None), None)
+    batch = draw(config)
+    steps_an_epoch = STEPS // config.train.epochs
+    method = train.assemble(config, net, SHAPE, batch, {}, steps_an_epoch * BATCH)
     key = jax.random.key(0)
     optimizer = train.make_optimizer(config, list(jax.eval_shape(method.init, key)[0]), STEPS)
     state = init_state(method, optimizer, key)
     state = state.replace(model_state=moved(state.model_state, named(key, "moved")))
-    batch = draw(config)
     after, metrics = jax.jit(make_train_step(method, optimizer, key))(state, batch)
     return config, batch, state, after, metrics
 
@@ -156,9 +156,10 @@ def ours(micl: str, source: str, image_share: float):
 def twin_of(torch, config, state, club: str):
     from benchmarks.torch_twin.losses import Oal
 
-    latent = (8,) if config.method.micl == "reference" else (LATENT[2], *LATENT[:2])
-    if config.method.micl == "energy" and not registry.SOURCES[config.outliers.source][1]:
-        latent = None
+    latent = (8,)
+    if config.method.oal.objective == "energy":
+        has_latents = config.outliers.source in LATENT_SOURCES
+        latent = (LATENT[2], *LATENT[:2]) if has_latents else None
     twin = Oal(config, SHAPE[2], CLASSES, MOMENTS, latent, club)
     load(twin, state)
     return twin.train()
@@ -166,10 +167,10 @@ def twin_of(torch, config, state, club: str):
 
 def tensors_of(state) -> dict[str, np.ndarray]:
     """Parameters and batch statistics of all groups by their paths."""
-    found = flat(state.params)
+    tensors = flat(state.params)
     for group, rest in state.model_state.items():
-        found |= {f"{group}.{k}": v for k, v in flat(rest.get("batch_stats", {})).items()}
-    return found
+        tensors |= {f"{group}.{k}": v for k, v in flat(rest.get("batch_stats", {})).items()}
+    return tensors
 
 
 def load(twin, state) -> None:
@@ -186,19 +187,19 @@ CASES = [
     ("energy", "knn", 0.0),
     ("energy", "none", 0.0),
     ("energy", "none", 0.25),
-    ("reference", "diffusion", 0.0),
+    ("club", "diffusion", 0.0),
 ]
 
 
 @pytest.mark.parametrize("club", ["pairs", "linear"])
-@pytest.mark.parametrize(("micl", "source", "image_share"), CASES)
-def test_every_term_of_the_loss_agrees(torch, micl, source, image_share, club):
-    config, batch, state, _, metrics = ours(micl, source, image_share)
+@pytest.mark.parametrize(("objective", "source", "image_share"), CASES)
+def test_every_term_of_the_loss_agrees(torch, objective, source, image_share, club):
+    config, batch, state, _, metrics = ours(objective, source, image_share)
     twin = twin_of(torch, config, state, club)
-    weight = torch.tensor(config.method.energy)
+    weight = torch.tensor(config.method.oal.energy_weight)
     loss, terms = twin(in_torch(torch, batch), weight)
     expected = {"ce", "kd_logits", "kd_features"}
-    expected |= {k for k in metrics if k in ("adapter_error",)}
+    expected |= {k for k in metrics if k == "latent_projector_error"}
     expected |= {k for k in metrics if k.startswith("energy_")}
     expected |= {f"club_{n}" for n in ("outlier", "outlier_latent") if f"club_{n}" in metrics}
     assert set(terms) == expected
@@ -210,34 +211,34 @@ def test_every_term_of_the_loss_agrees(torch, micl, source, image_share, club):
 
 
 @pytest.mark.parametrize(
-    ("micl", "source", "image_share", "how"),
+    ("objective", "source", "image_share", "how"),
     [
         *((*case, how) for case in CASES for how in ("reference", "tuned")),
         ("energy", "random", 0.25, "compiled"),
-        ("reference", "diffusion", 0.0, "compiled"),
+        ("club", "diffusion", 0.0, "compiled"),
     ],
 )
-def test_a_step_leaves_our_parameters(torch, micl, source, image_share, how):
+def test_a_step_leaves_our_parameters(torch, objective, source, image_share, how):
     from benchmarks import timing
     from benchmarks.torch_twin import forms, training
     from benchmarks.torch_twin.models import from_ours
 
     if how == "compiled" and not timing.can_compile("cpu"):
         pytest.skip("no C++ compiler")
-    config, batch, state, after, _ = ours(micl, source, image_share)
+    config, batch, state, after, _ = ours(objective, source, image_share)
     form = forms.make("reference" if how == "reference" else "tuned", eager=how != "compiled")
     twin = twin_of(torch, config, state, form.club)
     training.make_step(twin, None, config, form, STEPS)(in_torch(torch, batch))
-    found = twin.state_dict()
+    state_dict = twin.state_dict()
     before = from_ours(tensors_of(state))
-    for name, wanted in from_ours(tensors_of(after)).items():
+    for name, expected in from_ours(tensors_of(after)).items():
         if name.endswith("running_var"):
-            continue  # PyTorch's is of n - 1, ours of n
+            continue  # PyTorch divides by n - 1, we by n
         np.testing.assert_allclose(
-            wanted, found[name], atol=TOLERANCE, rtol=TOLERANCE, err_msg=name
+            expected, state_dict[name], atol=TOLERANCE, rtol=TOLERANCE, err_msg=name
         )
-    moved_most = max(float((found[n] - before[n]).abs().max()) for n in before)
-    assert moved_most > 100 * TOLERANCE
+    largest = max(float((state_dict[n] - before[n]).abs().max()) for n in before)
+    assert largest > 100 * TOLERANCE
 
 
 def class_features(rng, count=60, width=16) -> np.ndarray:
@@ -256,29 +257,30 @@ def test_the_same_outliers_are_selected_from_the_same_noise(torch, how, selectio
     features = class_features(rng)
     noise = 0.5 * rng.normal(size=(40, 16)).astype(np.float32)
     edge = np.asarray(knn.boundary(features, 20, 12))
-    found = outliers.boundary(torch.from_numpy(features), 20, 12, how)
-    np.testing.assert_array_equal(edge, found)
+    their_edge = outliers.boundary(torch.from_numpy(features), 20, 12, how)
+    np.testing.assert_array_equal(edge, their_edge)
     ours = knn.candidate_distances(features[edge], noise, features, 20)
     anchors = torch.from_numpy(features[edge])
     bank, rows = torch.from_numpy(features), torch.from_numpy(noise)
     theirs = outliers.DISTANCES[how](anchors, rows, bank, 20)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    kept = knn.SELECTIONS[selection](ours, 2)
-    np.testing.assert_array_equal(kept, outliers.select(theirs, 2, selection))
+    chosen = knn.SELECTIONS[selection](ours, 2)
+    np.testing.assert_array_equal(chosen, outliers.select(theirs, 2, selection))
 
 
 def test_a_class_gives_as_many_unit_outliers_as_ours(torch):
     from benchmarks.torch_twin import outliers
 
     features = class_features(np.random.default_rng(1))
-    sizes = Knn(neighbour=20, boundary=12, anchors=10, noise_rows=40, keep=3, repeats=2, sigma=0.3)
+    sizes = {"neighbour": 20, "boundary_points": 12, "anchors": 10, "noise_rows": 40}
+    config = Outliers(knn=Knn(**sizes, per_anchor=3, repeats=2, sigma=0.3))
     random = torch.Generator().manual_seed(0)
-    found = outliers.sample_class(torch.from_numpy(features), sizes, "products", random)
-    assert found.shape == (2 * 10 * 3, 16)
-    np.testing.assert_allclose(found.norm(dim=1), 1, atol=1e-6)
-    # Candidates that are kept lie further from the class than its own points do.
+    sampled = outliers.sample_class(torch.from_numpy(features), config, "products", random)
+    assert sampled.shape == (2 * 10 * 3, 16)
+    np.testing.assert_allclose(sampled.norm(dim=1), 1, atol=1e-6)
+    # Outliers lie further from the class than its own points do.
     own = knn.kth_distance(features, features, 20)
-    assert knn.kth_distance(found.numpy(), features, 20).mean() > own.mean()
+    assert knn.kth_distance(sampled.numpy(), features, 20).mean() > own.mean()
 
 
 @pytest.fixture(scope="module")
@@ -297,20 +299,20 @@ def test_outliers_enter_the_prompt_where_ours_do(torch, generators, injection):
     (sd, params), twin = generators
     words = create.FASHION_CLASSES
     ids, mask, _ = conditioning.class_tokens(sd, words, diffusion.PROMPT, injection)
-    found = diffusion.injection_mask(twin, words, injection)
-    np.testing.assert_array_equal(mask, found)
+    their_mask = diffusion.injection_mask(twin, words, injection)
+    np.testing.assert_array_equal(mask, their_mask)
     norms = np.linalg.norm(conditioning.token_embeddings(sd, params, words), axis=1)
     np.testing.assert_allclose(norms, diffusion.token_norms(twin, words), rtol=1e-5)
     vectors = np.random.default_rng(0).normal(size=(len(words), 128)).astype(np.float32)
     ours = conditioning.encode_with_injection(sd, params, ids, mask, vectors)
     with torch.no_grad():
         tokens, rows = torch.tensor(ids).long(), torch.from_numpy(vectors)
-        theirs = diffusion.encode(twin, tokens, found, rows)
+        theirs = diffusion.encode(twin, tokens, their_mask, rows)
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
-        if injection == "first_piece":  # the official way: a row of the table is overwritten
+        if injection == "first_piece":  # as the official code: overwrite a row of the table
             table = twin.text_encoder.get_input_embeddings().weight
             before = table.clone()
-            token = diffusion._pieces(twin, words[1])[0]
+            token = diffusion.token_ids(twin, words[1])[0]
             one = diffusion.encode_by_table(twin, tokens[1:2], token, rows[1])
             np.testing.assert_allclose(ours[1:2], one, atol=TOLERANCE)
             assert torch.equal(before, table)
@@ -349,7 +351,7 @@ def test_images_are_encoded_and_latents_decoded_as_ours(torch, generators):
     np.testing.assert_allclose(ours, decoded.permute(0, 2, 3, 1), atol=1e-3)
 
 
-def test_shifts_and_flips_are_those_that_were_drawn(torch):
+def test_augmented_images_are_shifted_and_flipped_copies(torch):
     from benchmarks.torch_twin import data
 
     images = np.random.default_rng(0).integers(0, 256, (5, *SHAPE), np.uint8)
@@ -357,8 +359,8 @@ def test_shifts_and_flips_are_those_that_were_drawn(torch):
     draws = data.Draws((2, 5), Config().data, torch.device("cpu"), random)
     indices, views = torch.tensor([3, 0, 4, 3]), torch.tensor([0, 1, 1, 1])
     tensor = data.as_tensor(images, torch.device("cpu"))
-    found = draws.augment(tensor[indices], indices, views)
-    for row, index, view in zip(found, indices, views, strict=True):
+    augmented = draws.augment(tensor[indices], indices, views)
+    for row, index, view in zip(augmented, indices, views, strict=True):
         padded = np.pad(images[index, :, :, 0], 2)
         top, left = draws.moves[view, index]
         cut = padded[top : top + 28, left : left + 28]
@@ -369,18 +371,40 @@ def test_shifts_and_flips_are_those_that_were_drawn(torch):
 
 @pytest.mark.parametrize("form", ["reference", "tuned", "shortcuts"])
 def test_the_whole_job_runs(torch, form, tmp_path):
-    """On tiny sizes and without the compiler; all stages, and metrics of every near and far set."""
+    """Tiny sizes without the compiler: all stages, and metrics of every near and far set."""
     pytest.importorskip("faiss" if form == "reference" else "diffusers")
     from benchmarks import job, timing
 
-    args = timing.parser("job").parse_args(["--twin-eager", "--device=cpu"])
-    args.smoke, args.warm_cache, results = True, False, {}
-    made = job._theirs(form, job.configs(smoke=True), tmp_path, args, results)
-    made.run()
-    ((found,),) = results.values()
-    assert list(found["stages"]) == [
+    flags = ["--twin-eager", "--device=cpu"]
+    args, outputs = timing.make_parser("job", "").parse_args(flags), {}
+    args.smoke, args.warm_cache = True, False
+    job.their_job(form, job.configs(smoke=True), tmp_path, args, outputs).run()
+    ((output,),) = outputs.values()
+    assert list(output["stages"]) == [
         *("data", "features", "outliers", "latents", "train", "evaluate")
     ]
-    assert found["metrics"].keys() == {"id", "sandal", "bag", "mnist", "letters", "photos"}
-    assert all(0 <= sets["auroc"] <= 1 for n, sets in found["metrics"].items() if n != "id")
-    assert found["compile_s"] == 0
+    assert output["metrics"].keys() == {"id", "sandal", "bag", "mnist", "letters", "photos"}
+    assert all(0 <= sets["auroc"] <= 1 for n, sets in output["metrics"].items() if n != "id")
+    assert output["compile_s"] == 0
+
+
+@pytest.mark.parametrize(
+    ("suite", "flags"),
+    [
+        ("scores", ["--train=200", "--test=100", "--width=32"]),
+        ("features", ["--cases=shipped", "--batch=1", "--twin-eager"]),
+        ("outliers", ["--classes=2", "--features=400", "--width=16", "--anchors=8"]),
+        ("step", ["--cases=oal", "--twin-eager"]),
+        ("latents", ["--latents=4", "--steps=2", "--twin-eager"]),
+    ],
+)
+def test_suites_compare_with_torch(torch, suite, flags, tmp_path):
+    pytest.importorskip({"scores": "pytorch_ood", "outliers": "faiss"}.get(suite, "timm"))
+    from benchmarks import run
+
+    output = tmp_path / "results.json"
+    run.main(["run", f"--suite={suite}", f"--output={output}", "--runs=1", *flags])
+    rows = json.loads(output.read_text())
+    assert {row["framework"] for row in rows} == {"jax", "torch"}
+    theirs = [row for row in rows if row["framework"] == "torch"]
+    assert all(row["ratios"] and row["versions"]["torch"] for row in theirs)

@@ -1,4 +1,4 @@
-"""OAL in PyTorch, written from the paper and a description of its code: what ours is timed against.
+"""OAL in PyTorch, written from the paper: the parity reference and the rival in timings.
 
-Nothing in this folder imports JAX, so that a run of the twin starts as a PyTorch program does.
+Nothing in this folder imports JAX, so a run of the twin starts as a PyTorch program does.
 """

@@ -1,4 +1,4 @@
-"""Batches of augmented images: made on the device, or an image at a time by a DataLoader."""
+"""Batches of augmented images, made on the device or one image at a time by a DataLoader."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from oal_jax.config import Data
 
 
 def as_tensor(images: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 (n, h, w, c) of the host as uint8 (n, c, h, w) of the device."""
+    """Host images uint8 (n, h, w, c) as a device tensor uint8 (n, c, h, w)."""
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous()
 
 
@@ -22,12 +22,13 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 class Draws:
-    """How images are shifted and flipped; of a view, an image always is the same.
+    """Random shifts and flips, fixed for each pair of view and image.
 
     Args:
-      shape: views and images.
-      data: says how far images are shifted, and whether they are flipped.
-      random: on the host.
+      shape: number of views, number of images.
+      data: the largest shift, and whether images are flipped.
+      device: of the draws.
+      random: generator on the host.
     """
 
     def __init__(
@@ -39,21 +40,21 @@ class Draws:
         self.moves, self.flips = moves.to(device), flips.to(device)
 
     def augment(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
-        """Images (b, c, h, w) uint8 of these indices, in these views: float32 in [0, 1]."""
+        """Views of images (b, c, h, w) uint8 with these indices, as float32 in [0, 1]."""
         (_, _, height, width), s = images.shape, self.shift
         padded = functional.pad(images, (s, s, s, s))
         across, down = (torch.arange(n, device=images.device) for n in (width, height))
         moves, flips = self.moves[views, indices], self.flips[views, indices]
         across = torch.where(flips[:, None], width - 1 - across, across)
         rows, columns = moves[:, :1] + down, moves[:, 1:] + across
-        channels, whole = padded.shape[1], padded.shape[3]
-        picked = padded.gather(2, rows[:, None, :, None].expand(-1, channels, -1, whole))
+        channels, padded_width = padded.shape[1], padded.shape[3]
+        picked = padded.gather(2, rows[:, None, :, None].expand(-1, channels, -1, padded_width))
         picked = picked.gather(3, columns[:, None, None].expand(-1, channels, height, -1))
         return to_unit(picked)
 
 
 class _Augmented(Dataset):
-    """An image at a time, augmented anew whenever it is asked for: (image, index)."""
+    """One randomly augmented image and its index at a time."""
 
     def __init__(self, images: np.ndarray, data: Data) -> None:
         self.images, self.data = as_tensor(images, torch.device("cpu")), data
@@ -67,18 +68,18 @@ class _Augmented(Dataset):
             image = image.flip(2)
         top, left = torch.randint(2 * s + 1, (2,)).tolist()
         padded = functional.pad(image, (s, s, s, s))
-        cut = padded[:, top : top + image.shape[1], left : left + image.shape[2]]
-        return to_unit(cut), index
+        crop = padded[:, top : top + image.shape[1], left : left + image.shape[2]]
+        return to_unit(crop), index
 
 
 def make_loader(images: np.ndarray, data: Data, size: int, workers: int) -> DataLoader:
-    """Shuffled batches of whole size, (images, indices) on the host, by worker processes."""
+    """Shuffled full batches (images, indices) on the host, made by worker processes."""
     return DataLoader(
         _Augmented(images, data), size, shuffle=True, drop_last=True, num_workers=workers
     )
 
 
 def orders(count: int, size: int, random: torch.Generator) -> Iterator[Tensor]:
-    """The indices of each whole batch of one epoch."""
+    """Indices of each full batch of one epoch."""
     order = torch.randperm(count, generator=random)
     return iter(order[: count // size * size].view(-1, size))

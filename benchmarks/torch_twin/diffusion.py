@@ -1,4 +1,4 @@
-"""Stable Diffusion by diffusers and transformers: outliers enter as token embeddings."""
+"""Stable Diffusion by diffusers and transformers, with outliers injected as token embeddings."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,20 +10,20 @@ from torch.nn import functional
 
 from benchmarks.torch_twin import forms
 from benchmarks.torch_twin.forms import Form
-from oal_jax.config import Latents
+from oal_jax.config import Config, Latents
 from oal_jax.errors import UserError
 
 PROMPT = "A high-quality image of the {}"
 
 
 class Generator(NamedTuple):
-    """A Stable Diffusion in float32, in evaluation mode."""
+    """A Stable Diffusion model in float32 and evaluation mode."""
 
     tokenizer: Any
     text_encoder: nn.Module
     unet: nn.Module
     vae: nn.Module
-    schedule: dict[str, Any]  # the content of scheduler_config.json
+    schedule: dict[str, Any]  # content of scheduler_config.json
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -40,7 +40,7 @@ def load(directory: Path, device: torch.device) -> Generator:
     def read(cls: Any, part: str) -> nn.Module:
         options = {"torch_dtype": torch.float32, "use_safetensors": True}
         if cls is not CLIPTextModel:
-            options["low_cpu_mem_usage"] = False  # else diffusers wants another package for it
+            options["low_cpu_mem_usage"] = False  # True needs the package accelerate
         return (
             cls.from_pretrained(directory / part, **options).to(device).eval().requires_grad_(False)
         )
@@ -55,7 +55,7 @@ def load(directory: Path, device: torch.device) -> Generator:
 
 
 def make_scheduler(schedule: dict[str, Any], sampler: str) -> Any:
-    """diffusers' scheduler of a sampler's name."""
+    """The diffusers scheduler of one of our samplers."""
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
     if sampler == "pndm":
@@ -67,29 +67,30 @@ def make_scheduler(schedule: dict[str, Any], sampler: str) -> Any:
     )
 
 
-def _pieces(generator: Generator, word: str) -> list[int]:
+def token_ids(generator: Generator, word: str) -> list[int]:
+    """Token ids of a word alone."""
     return generator.tokenizer(word, add_special_tokens=False).input_ids
 
 
-def _ids(generator: Generator, texts: Sequence[str]) -> Tensor:
+def _prompt_ids(generator: Generator, texts: Sequence[str]) -> Tensor:
     length = generator.text_encoder.config.max_position_embeddings
-    found = generator.tokenizer(list(texts), padding="max_length", max_length=length)
-    return torch.tensor(found.input_ids, device=generator.text_encoder.device)
+    tokens = generator.tokenizer(list(texts), padding="max_length", max_length=length)
+    return torch.tensor(tokens.input_ids, device=generator.text_encoder.device)
 
 
 def token_norms(generator: Generator, words: Sequence[str]) -> Tensor:
-    """Norm of the row that is replaced first, of each class word."""
+    """Norm of the embedding of each word's first token."""
     table = generator.text_encoder.get_input_embeddings().weight
-    rows = torch.tensor([_pieces(generator, w)[0] for w in words], device=table.device)
+    rows = torch.tensor([token_ids(generator, w)[0] for w in words], device=table.device)
     return table[rows].norm(dim=1)
 
 
 def injection_mask(generator: Generator, words: Sequence[str], injection: str) -> Tensor:
-    """Where the outlier enters the prompt of each class, (K, L)."""
-    ids = _ids(generator, [PROMPT.format(w) for w in words])
+    """Mask (K, L) of the prompt positions that the outlier replaces, for each class."""
+    ids = _prompt_ids(generator, [PROMPT.format(w) for w in words])
     mask = torch.zeros_like(ids, dtype=torch.bool)
     for row, word in enumerate(words):
-        pieces = torch.tensor(_pieces(generator, word), device=ids.device)
+        pieces = torch.tensor(token_ids(generator, word), device=ids.device)
         if injection == "first_piece":
             mask[row] = ids[row] == pieces[0]
             continue
@@ -103,7 +104,7 @@ def injection_mask(generator: Generator, words: Sequence[str], injection: str) -
 def encode(
     generator: Generator, ids: Tensor, mask: Tensor | None = None, vectors: Tensor | None = None
 ) -> Tensor:
-    """Text states (B, L, d); with a mask, `vectors` (B, d) in place of the embeddings there."""
+    """Text states (B, L, d). `vectors` (B, d) replace the token embeddings under the mask."""
     table = generator.text_encoder.get_input_embeddings()
 
     def replace(module, args, output):
@@ -118,20 +119,23 @@ def encode(
 
 
 def encode_by_table(generator: Generator, ids: Tensor, token: int, vector: Tensor) -> Tensor:
-    """As the official code: a row of the table is overwritten, and restored afterwards."""
+    """Text states with a row of the embedding table overwritten, as the official code does."""
     table = generator.text_encoder.get_input_embeddings().weight
-    before = table[token].clone()
+    original = table[token].clone()
     table[token] = vector
     try:
         return generator.text_encoder(ids).last_hidden_state
     finally:
-        table[token] = before
+        table[token] = original
 
 
 def make_predict(
     unet: Callable[..., Any], states: Tensor, guidance: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """`(latents, time) -> noise` with classifier-free guidance; `states` are (2 B, L, d)."""
+    """`(latents, time) -> noise` with classifier-free guidance.
+
+    `states` (2 B, L, d) are those of the empty prompt, then those of the prompts.
+    """
 
     def predict(x: Tensor, time: Tensor) -> Tensor:
         if guidance == 1:
@@ -146,7 +150,7 @@ def make_predict(
 def denoise(
     unet: Callable[..., Any], schedule: dict[str, Any], latents: Latents, x: Tensor, states: Tensor
 ) -> Tensor:
-    """All steps of the sampler, from noise to latents."""
+    """Latents from noise, by all steps of the sampler."""
     predict = make_predict(unet, states, latents.guidance)
     scheduler = make_scheduler(schedule, latents.sampler)
     scheduler.set_timesteps(latents.steps, device=x.device)
@@ -159,33 +163,35 @@ def sample(
     generator: Generator,
     unet: Callable[..., Any],
     form: Form,
-    latents: Latents,
+    config: Config,
     words: Sequence[str],
     pool: Tensor,
     labels: Tensor,
     random: torch.Generator,
 ) -> Tensor:
-    """A latent of each label, conditioned by an outlier of its class from `pool` (K, n, d).
+    """A latent for each label, conditioned on an outlier of its class from `pool` (K, n, d).
 
-    `unet` is the generator's, as the form runs it. The form says how many are sampled at once, and
-    whether they are decoded.
+    `unet` is the generator's, compiled as the form says. The form also says how many latents a call
+    samples, and whether they are decoded.
     """
     device = pool.device
-    found = [torch.empty((0, *generator.latent_shape), device=device)]
-    prompts, empty = _ids(generator, [PROMPT.format(w) for w in words]), _ids(generator, [""])
-    mask = injection_mask(generator, words, latents.injection)
+    sampled = [torch.empty((0, *generator.latent_shape), device=device)]
+    prompts = _prompt_ids(generator, [PROMPT.format(w) for w in words])
+    empty = _prompt_ids(generator, [""])
+    injection = "first_piece" if config.outliers.official_code else "all_pieces"
+    mask, latents = injection_mask(generator, words, injection), config.latents
     per_call = form.samples_per_call or latents.chunk
-    if form.samples_per_call:  # all samples of a call are of one class and one outlier
+    if form.samples_per_call:  # a call samples one class
         labels = labels.sort().values
     with forms.inference(form, device):
         for start in range(0, len(labels), per_call):
             chunk = labels[start : start + per_call]
             count = len(chunk)
-            if not form.samples_per_call:  # a last chunk is filled up: one shape, one program
+            if not form.samples_per_call:  # fill up the last chunk: one shape, one program
                 chunk = functional.pad(chunk, (0, per_call - count))
-            if form.samples_per_call and latents.injection == "first_piece":
+            if form.samples_per_call and injection == "first_piece":
                 row = torch.randint(pool.shape[1], (1,), generator=random)
-                token = _pieces(generator, words[chunk[0]])[0]
+                token = token_ids(generator, words[chunk[0]])[0]
                 vector = pool[chunk[0], row[0]]
                 cond = encode_by_table(generator, prompts[chunk], token, vector)
             else:
@@ -197,8 +203,8 @@ def sample(
             x = denoise(unet, generator.schedule, latents, x, torch.cat([uncond, cond]))
             if form.decode:
                 decode(generator, x)
-            found.append(x[:count].float())
-    return torch.cat(found).clone()
+            sampled.append(x[:count].float())
+    return torch.cat(sampled).clone()
 
 
 def decode(generator: Generator, latents: Tensor) -> Tensor:
@@ -208,10 +214,10 @@ def decode(generator: Generator, latents: Tensor) -> Tensor:
 
 
 def encode_images(generator: Generator, images: Tensor) -> Tensor:
-    """Latents of images (B, c, h, w) in [0, 1], which are centred on a black square."""
+    """Latents of images (B, c, h, w) in [0, 1], centred on a black square."""
     config = generator.vae.config
     side = generator.unet.config.sample_size * 2 ** (len(config.block_out_channels) - 1)
-    across, down = side - images.shape[3], side - images.shape[2]
-    edges = (across // 2, across - across // 2, down // 2, down - down // 2)
+    columns, rows = side - images.shape[3], side - images.shape[2]
+    edges = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
     padded = functional.pad(images, edges) * 2 - 1
     return generator.vae.encode(padded).latent_dist.mean * config.scaling_factor

@@ -1,4 +1,4 @@
-"""The forms of the twin: one recipe as the official code runs it, and as fast as PyTorch can."""
+"""Forms of the twin: the recipe as the official code runs it, and as fast as PyTorch can run it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,17 +11,18 @@ from oal_jax.errors import UserError
 
 
 class Form(NamedTuple):
-    """How the job is run. What is computed is for the config to say, but for the last two.
+    """How the job runs. What it computes follows from the config, except where a field says more.
 
     Attributes:
-      compile: torch.compile, and convolutions with the channels last.
-      dtype: of products and convolutions (autocast); losses are float32.
-      per_image: augmentation an image at a time, in the workers of a DataLoader.
-      club: "pairs" makes a (B, B, d) tensor of CLUB's negative term, "linear" does not.
+      compile: use torch.compile and channels-last convolutions.
+      dtype: autocast type of products and convolutions. Losses are float32.
+      per_image: augment one image at a time in the workers of a DataLoader.
+      club: "pairs" computes CLUB's negative term on a (B, B, d) tensor, "linear" without it.
       knn: a key of `outliers.DISTANCES`.
-      samples_per_call: latents sampled at once, all with one outlier; 0: latents.chunk, one each.
-      decode: every latent is decoded to pixels, which nothing reads.
-      augmented_features: outliers start from features of augmented images.
+      samples_per_call: latents in a call, all with the same outlier. 0: `latents.chunk`, with an
+        outlier each.
+      decode: decode every latent to pixels, which nothing reads.
+      augmented_features: compute the features of outliers from augmented images.
     """
 
     compile: bool = False
@@ -38,17 +39,14 @@ _TUNED = Form(
     compile=True, per_image=False, club="linear", knn="matmul", samples_per_call=0, decode=False
 )
 FORMS = {
-    # As the official code does it.
-    "reference": Form(),
-    # The same recipe without what is needless.
-    "tuned": _TUNED,
-    # For configs that cache the teacher's views: with our ways to compute less.
-    "shortcuts": _TUNED._replace(knn="products", augmented_features=False),
+    "reference": Form(),  # as the official code
+    "tuned": _TUNED,  # the same recipe without needless work
+    "shortcuts": _TUNED._replace(knn="products", augmented_features=False),  # as ours
 }
 
 
 def make(name: str, *, eager: bool = False, dtype: str = "float32") -> Form:
-    """The form of a name; `dtype` is for the fast forms, `eager` leaves the compiler out."""
+    """The form of a name. `dtype` applies to compiled forms; `eager` turns the compiler off."""
     form = FORMS[name]
     if form.compile:
         form = form._replace(dtype=getattr(torch, dtype))
@@ -56,31 +54,29 @@ def make(name: str, *, eager: bool = False, dtype: str = "float32") -> Form:
 
 
 def check(config: Config) -> None:
-    """Raise `UserError` for a config that the twin has no code for."""
+    """Raise `UserError` for a config that the twin does not implement."""
     method, student = config.method, config.student
-    if method.name != "oal" or method.micl not in ("energy", "reference") or method.um:
+    objective = method.oal.objective
+    if method.name != "oal" or objective == "club_alternate" or method.unleash:
         raise UserError(
-            f"the PyTorch twin does OAL with micl energy or reference, not method.name="
-            f"{method.name}, method.micl={method.micl}, method.um={method.um}"
+            "the PyTorch twin implements OAL with the objectives energy and club, not method.name="
+            f"{method.name}, method.oal.objective={objective}, method.unleash={method.unleash}"
         )
     if sees_images(config) and config.outliers.images == "decoded":
-        raise UserError(
-            "the PyTorch twin's outlier images are those of a set, not outliers.images="
-            f"{config.outliers.images}"
-        )
+        raise UserError("the PyTorch twin has no outlier images from outliers.images=decoded")
     if student.architecture != "resnet" or student.depth not in (18, 34) or not student.affine_bn:
         raise UserError("the PyTorch twin's student is a ResNet-18 or ResNet-34 with affine norms")
 
 
 def prepare(form: Form, device: torch.device) -> None:
-    """The settings of the process: PyTorch's own for float32 products, or XLA's on a GPU."""
+    """Set the process's float32 precision: TF32 for compiled forms on a GPU, as XLA; else full."""
     torch.backends.cudnn.benchmark = True
     fast = form.compile and device.type == "cuda"
     torch.set_float32_matmul_precision("high" if fast else "highest")
 
 
 def compiled(form: Form, function: Any) -> Any:
-    """A module or function as the form runs it; a module's convolutions get channels last."""
+    """A module or function, compiled if the form says so, with channels-last convolutions."""
     if not form.compile:
         return function
     if isinstance(function, torch.nn.Module):
@@ -89,7 +85,7 @@ def compiled(form: Form, function: Any) -> Any:
 
 
 def images_as(form: Form, images: torch.Tensor) -> torch.Tensor:
-    """A batch (B, c, h, w) in the memory layout of the form."""
+    """A batch (B, c, h, w) in the form's memory layout."""
     if form.compile:
         return images.contiguous(memory_format=torch.channels_last)
     return images.contiguous()
@@ -97,13 +93,13 @@ def images_as(form: Form, images: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def inference(form: Form, device: torch.device) -> Iterator[None]:
-    """Where no gradient is needed."""
+    """A context without gradients, in the form's precision."""
     with torch.inference_mode() if form.compile else torch.no_grad(), autocast(form, device):
         yield
 
 
 def autocast(form: Form, device: torch.device) -> torch.autocast:
-    """Products and convolutions in the form's type."""
+    """A context with products and convolutions in the form's type."""
     return torch.autocast(device.type, form.dtype, enabled=form.dtype != torch.float32)
 
 

@@ -1,9 +1,9 @@
-"""The whole OAL job in PyTorch: teacher features, k-NN outliers, latents, student, evaluation.
+"""The whole of OAL in PyTorch: teacher features, k-NN outliers, latents, student, evaluation.
 
-    python -m benchmarks.torch_twin.job JOB.json OUTPUT.json
+    python -m benchmarks.torch_twin.job REQUEST.json OUTPUT.json
 
-JOB.json has `config` (a resolved config of ours, flat), `moments` (mean and standard deviation of
-the pixels), `form`, `device`, `dtype`, `eager`. OUTPUT.json gets `stages` (name to seconds),
+REQUEST.json holds `config` (one of our configs, flat), `moments` (mean and standard deviation of
+the pixels), `form`, `device`, `dtype` and `eager`. OUTPUT.json gets `stages` (name to seconds),
 `compile_s` and `metrics`.
 """
 
@@ -33,7 +33,7 @@ from oal_jax.evaluation.metrics import ood_metrics
 from oal_jax.runtime import artifacts, startup
 
 _WEIGHTS = Path(oal_jax.__file__).parent / "pretrained" / "weights"
-# Where outliers come from, by outliers.source: features, latents.
+# Where features and latents of outliers come from, by outliers.source of the energy objective.
 _SOURCES = {
     "knn": ("pool", None),
     "diffusion": ("pool", "pool"),
@@ -43,7 +43,7 @@ _SOURCES = {
 
 
 class Job:
-    """One run of the job; a method a stage, in order, each leaving what the next ones read."""
+    """One run of the job. Each stage is a method, and leaves what the next stages read."""
 
     def __init__(
         self,
@@ -53,6 +53,8 @@ class Job:
         device: torch.device,
     ) -> None:
         forms.check(config)
+        self.uses_energy = config.method.oal.objective == "energy"
+        self.sources = _SOURCES[config.outliers.source] if self.uses_energy else ("pool", "pool")
         self.config, self.form, self.moments, self.device = config, form, moments, device
         self.random = torch.Generator().manual_seed(config.seed)
         torch.manual_seed(config.seed)
@@ -78,7 +80,7 @@ class Job:
             d.source, name, split, root=d.root or None, limit=limit, id_set=d.id_set
         )
 
-    def _exposed(self) -> np.ndarray:
+    def _outlier_set(self) -> np.ndarray:
         name, shape = self.config.outliers.images, self.train_set.image_shape
         if name == PROCEDURAL:
             return procedural.draw(procedural.size_of(shape, self._limit), shape)
@@ -89,7 +91,7 @@ class Job:
         return batching.Draws(shape, self.config.data, self.device, self.random)
 
     def features(self) -> None:
-        """The teacher; unit features of each class; with cached views, its outputs on them."""
+        """Load the teacher; compute unit features of each class and outputs on cached views."""
         t, per_class = self.config.teacher, self.config.outliers.knn.features_per_class
         shape, classes = self.train_set.images.shape[1:], len(self.train_set.class_names)
         sizes = {n: getattr(t, n) for n in ("patch", "width", "depth", "heads", "mlp_ratio")}
@@ -97,24 +99,24 @@ class Job:
         shipped = artifacts.read_tensors(_WEIGHTS / "fashion_teacher.safetensors")
         load_ours(self.teacher.vit, shipped, t.patch)
         look = forms.compiled(self.form, self.teacher)
-        if self.form.per_image:  # the whole training set, as it comes out of the loader
-            found, order = [], []
+        if self.form.per_image:  # the whole training set, in the order of the loader
+            batches, order = [], []
             for images, indices in self._loader(128):
-                found.append(self._outputs(look, images.to(self.device))[1])
+                batches.append(self._outputs(look, images.to(self.device))[1])
                 order.append(indices)
-            features, order = torch.cat(found), torch.cat(order)
+            features, order = torch.cat(batches), torch.cat(order)
         else:
             order = torch.arange(len(self.labels))
             if self.form.augmented_features:
                 order = torch.randperm(len(order), generator=self.random)
-            of_order = self.labels[order.to(self.device)]
-            first = [(of_order == c).nonzero()[:per_class, 0].cpu() for c in range(classes)]
+            labels = self.labels[order.to(self.device)]
+            first = [(labels == c).nonzero()[:per_class, 0].cpu() for c in range(classes)]
             order = order[torch.cat(first)]
             draws = self._draws(1) if self.form.augmented_features else None
             features = self._in_batches(look, order, draws)[1]
-        of_order = self.labels[order.to(self.device)]
-        self.of_class = [
-            functional.normalize(features[of_order == c][:per_class]) for c in range(classes)
+        labels = self.labels[order.to(self.device)]
+        self.class_features = [
+            functional.normalize(features[labels == c][:per_class]) for c in range(classes)
         ]
         if t.views:
             self.views = self._draws(t.views)
@@ -136,7 +138,7 @@ class Job:
     def _in_batches(
         self, look: nn.Module, order: Tensor, draws: batching.Draws | None, view: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Outputs for the training images `order`; the last batch is filled up: one program."""
+        """Outputs for the training images in `order`. Full batches only: one program."""
         size, parts = self.config.evaluation.batch_size, []
         order = order.to(self.device)
         for chunk in functional.pad(order, (0, -len(order) % size)).split(size):
@@ -148,33 +150,33 @@ class Job:
         return logits, features
 
     def outliers(self) -> None:
-        """Boundary outliers of every class, at the norm of its word's embedding: (K, n, T)."""
-        knn = self.config.outliers.knn
-        given = self.config.generator.directory
-        where = Path(given).expanduser() if given else _WEIGHTS / "fashion_sd"
-        self.generator = diffusion.load(where, self.device)
-        found = [
-            outliers.sample_class(of_class, knn, self.form.knn, self.random)
-            for of_class in self.of_class
+        """Sample the outlier pool (K, n, T), scaled to the norm of each class's embedding."""
+        configured = self.config.generator.directory
+        directory = Path(configured).expanduser() if configured else _WEIGHTS / "fashion_sd"
+        self.generator = diffusion.load(directory, self.device)
+        if "pool" not in self.sources:
+            return
+        sampled = [
+            outliers.sample_class(features, self.config.outliers, self.form.knn, self.random)
+            for features in self.class_features
         ]
         norms = diffusion.token_norms(self.generator, self.train_set.class_names)
-        self.pool = torch.stack(found) * norms[:, None, None]
+        self.pool = torch.stack(sampled) * norms[:, None, None]
 
     def latents(self) -> None:
-        """Outlier latents (N, C, h, w); and those of the ID images, where the loss reads them."""
-        latents = self.config.latents
-        labels = torch.arange(len(self.pool)).repeat(latents.per_class)
-        self.sampled = diffusion.sample(
-            self.generator,
-            forms.compiled(self.form, self.generator.unet),
-            self.form,
-            latents,
-            self.train_set.class_names,
-            self.pool,
-            labels,
-            self.random,
-        )
-        if self.config.method.micl == "energy" and _SOURCES[self.config.outliers.source][1]:
+        """Sample outlier latents (N, C, h, w) and encode ID images, where the loss reads them."""
+        if self.sources[1] == "pool":
+            self.sampled = diffusion.sample(
+                self.generator,
+                forms.compiled(self.form, self.generator.unet),
+                self.form,
+                self.config,
+                self.train_set.class_names,
+                self.pool,
+                torch.arange(len(self.pool)).repeat(self.config.latents.per_class),
+                self.random,
+            )
+        if self.uses_energy and self.sources[1]:
             parts = []
             encode = forms.compiled(
                 self.form, lambda images: diffusion.encode_images(self.generator, images)
@@ -189,23 +191,20 @@ class Job:
             self.id_latents = torch.cat(parts)
 
     def train(self) -> None:
-        """The student, with its accuracy on the validation images after every epoch."""
+        """Train the student, and print its validation accuracy after every epoch."""
         config, form = self.config, self.form
         t = config.train
         steps = len(self.labels) // t.batch_size * t.epochs
-        energy = config.method.micl == "energy"
-        latent_shape: tuple[int, ...] | None = tuple(self.sampled.shape[1:])
-        if not energy:  # mean over channels, then over the height, as the official code
+        latent_shape = self.generator.latent_shape if self.sources[1] else None
+        if not self.uses_energy:  # the mean over channels and height, as in the official code
             self.sampled = self.sampled.mean((1, 2))
             latent_shape = tuple(self.sampled.shape[1:])
-        elif not _SOURCES[config.outliers.source][1]:
-            latent_shape = None
-        channels, classes = self.pixels.shape[1], len(self.pool)
+        channels, classes = self.pixels.shape[1], len(self.train_set.class_names)
         oal = Oal(config, channels, classes, self.moments, latent_shape, form.club)
         self.oal = oal.to(self.device)
         self.outlier_images = None
         if sees_images(config):
-            self.outlier_images = batching.as_tensor(self._exposed(), self.device)
+            self.outlier_images = batching.as_tensor(self._outlier_set(), self.device)
         look = None if config.teacher.views else self.teacher
         step = training.make_step(self.oal, look, config, form, steps)
         self.look = forms.compiled(form, self.oal.student)
@@ -237,41 +236,38 @@ class Job:
     def _batch(self, images: Tensor, indices: Tensor) -> training.Batch:
         config, count = self.config, self.config.method.outlier_batch or len(indices)
         batch = {"image": images, "label": self.labels[indices]}
-        features = self.pool.flatten(0, 1)
-        if config.method.micl != "energy":
-            outlier, latent = (self._rows(pool, count) for pool in (features, self.sampled))
-            return batch | {"outlier": outlier, "outlier_latent": latent}
-        of_features, of_latents = _SOURCES[config.outliers.source]
-        if of_features:
-            batch["outlier"] = self._outliers(of_features, features, count)
-        if of_latents:
-            batch["outlier_latent"] = self._outliers(of_latents, self.sampled, count)
+        feature_source, latent_source = self.sources
+        if feature_source == "pool":
+            batch["outlier"] = self._rows(self.pool.flatten(0, 1), count)
+        elif feature_source == "random":
+            batch["outlier"] = self._normal(count, config.teacher.width)
+        if latent_source == "pool":
+            batch["outlier_latent"] = self._rows(self.sampled, count)
+        elif latent_source == "random":
+            batch["outlier_latent"] = self._normal(count, *self.generator.latent_shape)
+        if latent_source and self.uses_energy:
             batch["latent"] = self.id_latents[indices]
         if self.outlier_images is not None:
             share = config.outliers.image_share
-            batch["outlier_image"] = self._shown(max(1, round(share * len(indices))))
+            batch["outlier_image"] = self._outlier_images(max(1, round(share * len(indices))))
         return batch
 
-    def _shown(self, count: int) -> Tensor:
-        """So many outlier images, augmented anew."""
+    def _outlier_images(self, count: int) -> Tensor:
+        """`count` random outlier images, freshly augmented."""
         rows = torch.arange(count, device=self.device)
         draws = batching.Draws((1, count), self.config.data, self.device, self.random)
         return draws.augment(self._rows(self.outlier_images, count), rows, torch.zeros_like(rows))
 
     def _rows(self, pool: Tensor, count: int) -> Tensor:
-        """Random rows of a pool, no row twice where there are enough."""
+        """Random rows of a pool, without repetition if the pool is large enough."""
         if len(pool) < count:
             rows = torch.randint(len(pool), (count,), generator=self.random)
         else:
             rows = torch.randperm(len(pool), generator=self.random)[:count]
         return pool[rows.to(pool.device)]
 
-    def _outliers(self, kind: str, pool: Tensor, count: int) -> Tensor:
-        if kind == "pool":
-            rows = self._rows(pool, count)
-        else:
-            rows = torch.randn((count, *pool.shape[1:]), generator=self.random).to(self.device)
-        return functional.normalize(rows) if pool.ndim == 2 else rows  # features are directions
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.random).to(self.device)
 
     def _student_logits(self, images: np.ndarray) -> np.ndarray:
         self.oal.eval()
@@ -284,7 +280,7 @@ class Job:
         return np.concatenate(parts)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Metrics of the energy score for every near and far set, and the ID accuracy."""
+        """Metrics of the energy score for each near and far set, and the ID accuracy."""
 
         def scores(data: ImageSet) -> np.ndarray:
             return -torch.from_numpy(self._student_logits(data.images)).logsumexp(1).numpy()
@@ -292,10 +288,10 @@ class Job:
         test = self._images("test")
         logits = self._student_logits(test.images)
         id_scores = -torch.from_numpy(logits).logsumexp(1).numpy()
-        found = {"id": {"accuracy": float(np.mean(logits.argmax(1) == test.labels))}}
+        metrics = {"id": {"accuracy": float(np.mean(logits.argmax(1) == test.labels))}}
         for name in (*self.benchmark.near, *self.benchmark.far):
-            found[name] = ood_metrics(id_scores, scores(self._images("test", name)))
-        return found
+            metrics[name] = ood_metrics(id_scores, scores(self._images("test", name)))
+        return metrics
 
 
 def run(
@@ -304,7 +300,7 @@ def run(
     moments: tuple[Sequence[float], Sequence[float]],
     device: torch.device,
 ) -> dict[str, Any]:
-    """All stages: their seconds, those of torch.compile among them, and the metrics."""
+    """Run all stages. Returns their seconds, the compiler's seconds, and the metrics."""
     forms.prepare(form, device)
     start = time.perf_counter()
     job = Job(config, form, moments, device)
@@ -319,20 +315,20 @@ def run(
 
 
 def _compile_seconds() -> float:
-    """What torch.compile took in this process: forward frames and the backward passes."""
+    """Seconds of torch.compile in this process, for forward and backward passes."""
     from torch._dynamo.utils import calculate_time_spent
 
     return calculate_time_spent()["total_wall_time"]
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read JOB.json, run, write OUTPUT.json."""
-    order = json.loads(Path(argv[1]).read_text())
+    """Run once: read REQUEST.json (`argv[1]`), write OUTPUT.json (`argv[2]`)."""
+    request = json.loads(Path(argv[1]).read_text())
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    startup.keep_freed_memory()  # PyTorch gains by it too
-    form = forms.make(order["form"], eager=order["eager"], dtype=order["dtype"])
-    config, device = unflatten(order["config"]), torch.device(order["device"])
-    Path(argv[2]).write_text(json.dumps(run(config, form, order["moments"], device)))
+    startup.keep_freed_memory()  # faster for PyTorch too
+    form = forms.make(request["form"], eager=request["eager"], dtype=request["dtype"])
+    config, device = unflatten(request["config"]), torch.device(request["device"])
+    Path(argv[2]).write_text(json.dumps(run(config, form, request["moments"], device)))
 
 
 if __name__ == "__main__":

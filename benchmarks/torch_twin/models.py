@@ -1,4 +1,4 @@
-"""The networks in PyTorch, with the names of timm and torchvision, and our weights for them."""
+"""The networks in PyTorch with timm's and torchvision's names, and a reader of our weights."""
 
 import itertools
 import re
@@ -13,7 +13,7 @@ from torch.nn import functional
 _STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 _STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False), "small": (3, 2, False)}
 
-# Paths in our files to the names of timm and torchvision.
+# Path in our files to the name in timm and torchvision.
 _NAMES = (
     (re.compile(r"\bblocks_(\d+)"), r"blocks.\1"),
     (re.compile(r"\bmlp_fc"), "mlp.fc"),
@@ -21,20 +21,20 @@ _NAMES = (
     (re.compile(r"\b(layer\d)_(\d+)"), r"\1.\2"),
     (re.compile(r"\bdownsample_conv\b"), "downsample.0"),
     (re.compile(r"\bdownsample_bn\b"), "downsample.1"),
-    # A norm's scale, not that of the energy loss.
+    # The scale of a norm, but not of the energy loss.
     (re.compile(r"\b(kernel|(?<!\benergy\.)scale)$"), "weight"),
     (re.compile(r"\b(mean|var)$"), r"running_\1"),
 )
 
 
 def from_ours(tensors: Mapping[str, np.ndarray], patch: int = 0) -> dict[str, Tensor]:
-    """Tensors of a module as our files have them, as a `state_dict`.
+    """The `state_dict` of a module from the tensors of one of our files.
 
     Args:
       tensors: path, joined by dots, to the array.
-      patch: of a Vision Transformer: its patches are a dense layer with us, a convolution here.
+      patch: patch size of a Vision Transformer, whose dense patch layer becomes a convolution.
     """
-    found = {}
+    state = {}
     for path, array in tensors.items():
         name, array = path, np.asarray(array, np.float32)
         for pattern, replacement in _NAMES:
@@ -44,18 +44,18 @@ def from_ours(tensors: Mapping[str, np.ndarray], patch: int = 0) -> dict[str, Te
         if path.endswith("kernel"):
             axes = (3, 2, 0, 1) if array.ndim == 4 else (1, 0)
             array = array.transpose(axes)
-        found[name] = torch.from_numpy(np.array(array))
-    return found
+        state[name] = torch.from_numpy(np.array(array))
+    return state
 
 
 def load_ours(module: nn.Module, tensors: Mapping[str, np.ndarray], patch: int = 0) -> None:
-    """Put weights as our files have them into a module: all of them, and nothing else."""
+    """Load all tensors of one of our files into a module. Raises if the names differ."""
     counters = {n: t for n, t in module.state_dict().items() if n.endswith("num_batches_tracked")}
     module.load_state_dict(from_ours(tensors, patch) | counters)
 
 
 class Normalise(nn.Module):
-    """Images (B, c, h, w) in [0, 1] to zero mean and unit variance, a value a channel or one."""
+    """Images (B, c, h, w) in [0, 1] to zero mean and unit variance, a channel or overall."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Normalise(nn.Module):
 
 
 class Teacher(nn.Module):
-    """timm's Vision Transformer: images in [0, 1] to (logits, class token after the last norm)."""
+    """timm's Vision Transformer, from images in [0, 1] to (logits, normalised class token)."""
 
     def __init__(
         self,
@@ -85,10 +85,10 @@ class Teacher(nn.Module):
         super().__init__()
         from timm.models.vision_transformer import VisionTransformer
 
-        height, across, channels = image_shape
+        height, image_width, channels = image_shape
         self.normalise = Normalise(*moments)
         self.vit = VisionTransformer(
-            img_size=(height, across),
+            img_size=(height, image_width),
             patch_size=patch,
             in_chans=channels,
             num_classes=classes,
@@ -99,21 +99,21 @@ class Teacher(nn.Module):
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Float32, whatever autocast does between."""
+        """Logits and features, in float32 under any autocast."""
         features = self.vit.forward_features(self.normalise(images))
         features = self.vit.forward_head(features, pre_logits=True)
         return self.vit.head(features).float(), features.float()
 
 
 class IdNorm(nn.BatchNorm2d):
-    """Training statistics, and so the running ones, are those of the first `rows` images."""
+    """BatchNorm whose statistics, also the running ones, come from the first `rows` images."""
 
     def __init__(self, channels: int, rows: int) -> None:
         super().__init__(channels)
         self.rows = rows
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised maps, those of the other images by the same statistics."""
+        """All images, normalised by the statistics of the first `rows`."""
         if not self.training:
             return super().forward(x)
         images = x[: self.rows].float()
@@ -127,11 +127,11 @@ class IdNorm(nn.BatchNorm2d):
         return (x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(x.dtype)
 
 
-Norm = Callable[[int], nn.Module]  # of so many channels
+Norm = Callable[[int], nn.Module]  # number of channels to a layer
 
 
 class _Block(nn.Module):
-    """Two 3 x 3 convolutions and a residual."""
+    """Residual block of two 3 x 3 convolutions."""
 
     def __init__(self, before: int, channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -151,9 +151,9 @@ class _Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The student: images in [0, 1] to (logits, global average of the last map).
+    """The student, from images in [0, 1] to (logits, global average of the last map).
 
-    With `id_rows` a training batch is so many ID images and then outliers (see `IdNorm`).
+    A training batch is `id_rows` ID images, then outliers (see `IdNorm`). 0: ID images only.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Float32, whatever autocast does between."""
+        """Logits and features, in float32 under any autocast."""
         x = functional.relu(self.bn1(self.conv1(self.normalise(images))))
         if self.pool:
             x = functional.max_pool2d(x, 3, 2, 1)
@@ -197,8 +197,8 @@ class ResNet(nn.Module):
         return self.fc(features).float(), features.float()
 
 
-class Projector(nn.Module):
-    """DT: BatchNorm, Linear, ReLU, BatchNorm, from the teacher's to the student's features."""
+class FeatureProjector(nn.Module):
+    """DT, from teacher to student features: BatchNorm, Linear, ReLU, BatchNorm."""
 
     def __init__(self, teacher_width: int, width: int) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class Projector(nn.Module):
         self.bn2 = nn.BatchNorm1d(width)
 
     def forward(self, x: Tensor, train: bool) -> Tensor:
-        """`train`: by the batch, whose statistics the running ones follow."""
+        """Projected features. `train` normalises by the batch and updates running statistics."""
 
         def norm(layer: nn.BatchNorm1d, x: Tensor) -> Tensor:
             running = layer.running_mean, layer.running_var
@@ -218,8 +218,8 @@ class Projector(nn.Module):
         return norm(self.bn2, functional.relu(self.linear(norm(self.bn1, x))))
 
 
-class LatentAdapter(nn.Module):
-    """Latents (B, c, h, w) to student features: strided convolutions, then two dense layers."""
+class LatentProjector(nn.Module):
+    """A, from latents (B, c, h, w) to student features: strided convolutions, two dense layers."""
 
     def __init__(self, latent_shape: tuple[int, int, int], width: int, hidden: int = 64) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ class LatentAdapter(nn.Module):
         self.fc2 = nn.Linear(2 * width, width)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """A student feature a latent."""
+        """Student features (B, width)."""
         x = latents
         for name in ("conv1", "conv2", *self.downs):
             x = functional.gelu(self.get_submodule(name)(x), approximate="tanh")
@@ -245,7 +245,7 @@ class LatentAdapter(nn.Module):
 
 
 class GaussianPredictor(nn.Module):
-    """CLUB's q(y | x): mean, and log-variance through a tanh."""
+    """CLUB's q(y | x), a Gaussian with mean and tanh-bounded log-variance."""
 
     def __init__(self, inputs: int, width: int, mean_hidden: Sequence[int]) -> None:
         super().__init__()

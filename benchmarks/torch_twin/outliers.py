@@ -6,24 +6,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from oal_jax.config import Knn
+from oal_jax.config import Outliers
 
+# (anchors, noise, features, k) to squared distances (anchors, noise rows): from each unit
+# candidate, an anchor plus a noise row, to its k-th nearest feature.
 Distances = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 def by_faiss(anchors: Tensor, noise: Tensor, bank: Tensor, k: int) -> Tensor:
-    """All candidates stacked, and faiss' full list of k neighbours: as the official code."""
+    """Distances from all candidates stacked, by faiss' full list of k neighbours (official)."""
     import faiss
 
     index = faiss.IndexFlatL2(bank.shape[1])
     index.add(bank.cpu().numpy())
     candidates = functional.normalize((anchors[:, None] + noise[None]).flatten(0, 1))
-    found, _ = index.search(candidates.cpu().numpy(), k)
-    return torch.from_numpy(found[:, -1]).to(bank.device).view(len(anchors), len(noise))
+    distances, _ = index.search(candidates.cpu().numpy(), k)
+    return torch.from_numpy(distances[:, -1]).to(bank.device).view(len(anchors), len(noise))
 
 
 def by_matmul(anchors: Tensor, noise: Tensor, bank: Tensor, k: int) -> Tensor:
-    """The same distances by a matrix product and one order statistic, an anchor at a time."""
+    """Distances by a matrix product and one order statistic, one anchor at a time."""
     blocks = []
     for anchor in anchors:
         products = functional.normalize(anchor[None] + noise) @ bank.T
@@ -32,16 +34,16 @@ def by_matmul(anchors: Tensor, noise: Tensor, bank: Tensor, k: int) -> Tensor:
 
 
 def by_products(anchors: Tensor, noise: Tensor, bank: Tensor, k: int) -> Tensor:
-    """Without candidates: products with anchors and with noise, added, and lengths divided out."""
-    of_anchors, of_noise = anchors @ bank.T, noise @ bank.T
+    """Distances without candidates: sums of anchor and noise products, divided by the length."""
+    anchor_products, noise_products = anchors @ bank.T, noise @ bank.T
     squares = (anchors**2).sum(1)[:, None] + (noise**2).sum(1)[None]
     length = (squares + 2 * anchors @ noise.T).sqrt()
-    kth = torch.stack([_kth_largest(a[None] + of_noise, k) for a in of_anchors])
+    kth = torch.stack([_kth_largest(a[None] + noise_products, k) for a in anchor_products])
     return 2 - 2 * kth / length
 
 
 def _kth_largest(values: Tensor, k: int) -> Tensor:
-    if values.is_cuda:  # selection by radix; on CPU kthvalue partitions, in parallel over rows
+    if values.is_cuda:  # a radix selection; on CPU kthvalue partitions rows in parallel
         return values.topk(k, dim=1, sorted=False).values.amin(1)
     return values.kthvalue(values.shape[1] - k + 1, dim=1).values
 
@@ -54,32 +56,35 @@ DISTANCES: dict[str, Distances] = {
 
 
 def boundary(features: Tensor, k: int, count: int, how: str) -> Tensor:
-    """Rows of the `count` unit features furthest from their k-th neighbour, themselves counted."""
-    nothing = torch.zeros(1, features.shape[1], device=features.device)
-    return DISTANCES[how](features, nothing, features, k)[:, 0].topk(count).indices
+    """Indices of the `count` unit features furthest from their k-th neighbour, self included."""
+    no_noise = torch.zeros(1, features.shape[1], device=features.device)
+    return DISTANCES[how](features, no_noise, features, k)[:, 0].topk(count).indices
 
 
 def select(distances: Tensor, keep: int, selection: str) -> Tensor:
-    """Noise rows that are kept of each anchor, (anchors, keep); `distances` are (anchors, rows).
+    """Noise rows to keep for each anchor, (anchors, keep), from distances (anchors, noise rows).
 
-    "reference" views the flat list as (rows, anchors) and so ranks an anchor by the distances of
-    candidates of others, as the official code.
+    "reference" reads the flat list as (noise rows, anchors) and so ranks an anchor by distances of
+    other anchors' candidates, as the official code does.
     """
     if selection == "reference":
         return distances.flatten().view(distances.shape[1], -1).topk(keep, dim=0).indices.T
     return distances.topk(keep, dim=1).indices
 
 
-def sample_class(features: Tensor, knn: Knn, how: str, generator: torch.Generator) -> Tensor:
-    """Unit-norm outliers of a class of unit features, (repeats * anchors * keep, d)."""
-    device, found = features.device, []
-    edge = features[boundary(features, knn.neighbour, knn.boundary, how)]
+def sample_class(
+    features: Tensor, config: Outliers, how: str, generator: torch.Generator
+) -> Tensor:
+    """Unit outliers (repeats * anchors * per_anchor, d) of a class with these unit features."""
+    device, outliers, knn = features.device, [], config.knn
+    selection = "reference" if config.official_code else "top"
+    edge = features[boundary(features, knn.neighbour, knn.boundary_points, how)]
     for _ in range(knn.repeats):
         order = torch.randperm(len(edge), generator=generator)[: knn.anchors]
         anchors = edge[order.to(device)]
         noise = torch.randn(knn.noise_rows, features.shape[1], generator=generator)
         noise = knn.sigma * noise.to(device)
         distances = DISTANCES[how](anchors, noise, features, knn.neighbour)
-        rows = select(distances, knn.keep, knn.selection)
-        found.append(functional.normalize((anchors[:, None] + noise[rows]).flatten(0, 1)))
-    return torch.cat(found)
+        rows = select(distances, knn.per_anchor, selection)
+        outliers.append(functional.normalize((anchors[:, None] + noise[rows]).flatten(0, 1)))
+    return torch.cat(outliers)

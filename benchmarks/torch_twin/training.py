@@ -1,4 +1,4 @@
-"""One training step of the twin: teacher (or what is cached of it), loss, SGD."""
+"""One training step of the twin: teacher or its cached outputs, loss, SGD."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,6 @@ from benchmarks.torch_twin import forms
 from benchmarks.torch_twin.forms import Form
 from benchmarks.torch_twin.losses import Oal, Terms
 from oal_jax.config import Config
-from oal_jax.config import Train as TrainConfig
 
 Batch = dict[str, Tensor]
 Step = Callable[[Batch], Terms]
@@ -18,28 +17,29 @@ _IMAGES = ("image", "outlier_image")
 
 
 def multiplier(steps: int, warmup: float, floor: float) -> Callable[[int], float]:
-    """Of all learning rates, at a step: linear warm-up, then a cosine down to `floor`."""
+    """Learning-rate factor by step: linear warm-up, then a cosine down to `floor`."""
     warm = round(warmup * steps)
 
-    def at(step: int) -> float:
+    def factor(step: int) -> float:
         if step < warm:
             return (1 + (warm - 1) * step / warm) / warm
-        share = min(1.0, (step - warm) / max(1, steps - warm))
-        return floor + (1 - floor) * (1 + math.cos(math.pi * share)) / 2
+        progress = min(1.0, (step - warm) / max(1, steps - warm))
+        return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
 
-    return at
+    return factor
 
 
 def make_optimizer(
-    oal: Oal, train: TrainConfig, form: Form
+    oal: Oal, config: Config, form: Form
 ) -> tuple[torch.optim.SGD, dict[str, list[nn.Parameter]]]:
-    """SGD with a rate a group and weight decay on every tensor; and the tensors of each group."""
+    """SGD with a rate a group and weight decay on all tensors, and the tensors of each group."""
+    train, method = config.train, config.method
     rates = {
         "student": train.learning_rate,
-        "projector": train.projector_rate,
-        "adapter": train.adapter_rate,
-        "club": train.club_rate,
-        "energy": train.energy_rate,
+        "projector": method.kd.projector_rate,
+        "adapter": method.oal.latent_projector_rate,
+        "club": method.oal.club_rate,
+        "energy": method.oal.energy_rate,
     }
     groups = {name: list(child.parameters()) for name, child in oal.named_children()}
     optimizer = torch.optim.SGD(
@@ -53,41 +53,43 @@ def make_optimizer(
 
 
 def make_step(oal: Oal, teacher: nn.Module | None, config: Config, form: Form, steps: int) -> Step:
-    """A function that takes the next step on a batch; without a teacher its outputs are given."""
-    train, method = config.train, config.method
+    """A function that takes the next step. Without a teacher, batches hold its cached outputs."""
+    train, options = config.train, config.method.oal
     device = next(oal.parameters()).device
-    optimizer, groups = make_optimizer(oal, train, form)
+    optimizer, groups = make_optimizer(oal, config, form)
     rate = multiplier(steps, train.warmup, train.floor)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    clipped = [
-        [p for name, tensors in groups.items() if (name == "club") == apart for p in tensors]
-        for apart in (False, True)
+    # CLUB's gradients are clipped by their own norm, all others by a common one.
+    clip_groups = [
+        [p for name, tensors in groups.items() if (name == "club") == is_club for p in tensors]
+        for is_club in (False, True)
     ]
     loss_of = forms.compiled(form, oal)
     look = forms.compiled(form, teacher.eval()) if teacher is not None else None
-    start, end = method.ramp_start * steps, method.ramp_end * steps
-    done = 0
+    start, end = options.ramp_start * steps, options.ramp_end * steps
+    steps_taken = 0
 
     def step(batch: Batch) -> Terms:
-        nonlocal done
-        shown = {n: forms.images_as(form, batch[n]) for n in _IMAGES if n in batch}
-        batch = batch | shown
+        nonlocal steps_taken
+        batch = batch | {n: forms.images_as(form, batch[n]) for n in _IMAGES if n in batch}
         if look is not None:
             with forms.inference(form, device):
                 outputs = look(batch["image"])
-            # Copies: what inference mode makes can't be part of a gradient.
+            # Copies, because tensors made in inference mode cannot enter a gradient.
             batch["teacher_logits"], batch["teacher_features"] = (o.clone() for o in outputs)
-        ramp = min(1.0, max(0.0, (done - start) / max(end - start, 1.0)))
+        ramp = min(1.0, max(0.0, (steps_taken - start) / max(end - start, 1.0)))
         with forms.autocast(form, device):
-            loss, terms = loss_of(batch, torch.full((), method.energy * ramp, device=device))
+            loss, terms = loss_of(
+                batch, torch.full((), options.energy_weight * ramp, device=device)
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if train.clip:
-            for tensors in filter(None, clipped):
+            for tensors in filter(None, clip_groups):
                 nn.utils.clip_grad_norm_(tensors, train.clip)
         optimizer.step()
         schedule.step()
-        done += 1
+        steps_taken += 1
         return {name: value.detach() for name, value in terms.items()} | {"loss": loss.detach()}
 
     return step
