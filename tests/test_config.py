@@ -10,6 +10,7 @@ from oal_jax.config.methods import SECTIONS
 from oal_jax.config.rules import validate
 from oal_jax.config.smoke import shrink
 from oal_jax.errors import UserError
+from oal_jax.methods import registry
 from oal_jax.methods.registry import METHODS
 from oal_jax.scores import SCORES
 
@@ -118,6 +119,7 @@ def test_sizes_of_outliers_fit_one_another(section, small, large):
     "settings",
     [
         {"method.name": "um"},
+        {"method.name": "umap"},
         {"method.unleash": True},
         {"method.name": "woods"},
         {"method.name": "oal", "method.oal.objective": "club"},
@@ -126,9 +128,19 @@ def test_sizes_of_outliers_fit_one_another(section, small, large):
 )
 def test_a_loss_of_the_whole_batch_is_not_accumulated(settings):
     flat = flatten(Config()) | settings | {"train.start": "somewhere"}
-    validate(unflatten(flat))
+    registry.check(unflatten(flat))
     with pytest.raises(UserError, match=r"train\.accumulate"):
-        validate(unflatten(flat | {"train.accumulate": 2}))
+        registry.check(unflatten(flat | {"train.accumulate": 2}))
+
+
+@pytest.mark.parametrize("name", ["oe", "energy", "woods", "oal"])
+def test_no_method_trains_on_images_that_it_is_evaluated_on(name):
+    settings = unflatten({"method.name": name, "outliers.image_share": 0.1})
+    registry.check(settings)
+    for images in ("fashion", "sandal", "letters", "val_noise"):
+        settings.outliers.images = images
+        with pytest.raises(UserError, match=f"outliers.images='{images}'"):
+            registry.check(settings)
 
 
 def test_a_config_comes_back_from_its_flat_form():

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from oal_jax.config import Config, sees_images
+from oal_jax.config import Config
 from oal_jax.errors import UserError
 
 
@@ -62,7 +62,7 @@ def check(config: Config) -> None:
             "the PyTorch twin implements OAL with the objectives energy and club, not method.name="
             f"{method.name}, method.oal.objective={objective}, method.unleash={method.unleash}"
         )
-    if sees_images(config) and config.outliers.images == "decoded":
+    if config.outliers.image_share > 0 and config.outliers.images == "decoded":
         raise UserError("the PyTorch twin has no outlier images from outliers.images=decoded")
     if student.architecture != "resnet" or student.depth not in (18, 34) or not student.affine_bn:
         raise UserError("the PyTorch twin's student is a ResNet-18 or ResNet-34 with affine norms")

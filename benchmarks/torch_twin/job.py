@@ -26,7 +26,7 @@ from benchmarks.torch_twin import diffusion, forms, outliers, training
 from benchmarks.torch_twin.forms import Form
 from benchmarks.torch_twin.losses import Oal
 from benchmarks.torch_twin.models import Teacher, load_ours
-from oal_jax.config import PROCEDURAL, Config, benchmarks, sees_images, unflatten
+from oal_jax.config import PROCEDURAL, Config, benchmarks, unflatten
 from oal_jax.data import procedural, sources
 from oal_jax.data.sources import ImageSet
 from oal_jax.evaluation.metrics import ood_metrics
@@ -203,7 +203,7 @@ class Job:
         oal = Oal(config, channels, classes, self.moments, latent_shape, form.club)
         self.oal = oal.to(self.device)
         self.outlier_images = None
-        if sees_images(config):
+        if config.outliers.image_share > 0:
             self.outlier_images = batching.as_tensor(self._outlier_set(), self.device)
         look = None if config.teacher.views else self.teacher
         step = training.make_step(self.oal, look, config, form, steps)

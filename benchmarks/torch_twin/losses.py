@@ -12,7 +12,7 @@ from benchmarks.torch_twin.models import (
     LatentProjector,
     ResNet,
 )
-from oal_jax.config import Config, sees_images
+from oal_jax.config import Config
 
 Terms = dict[str, Tensor]
 _CLUB_HIDDEN = {"outlier": (256,), "outlier_latent": (32, 16, 256)}
@@ -80,7 +80,7 @@ class Oal(nn.Module):
         super().__init__()
         s, self.options = config.student, config.method
         sizes = {"depth": s.depth, "width": s.width, "stem": s.stem}
-        id_rows = config.train.batch_size if sees_images(config) else 0
+        id_rows = config.train.batch_size if config.outliers.image_share > 0 else 0
         self.student = ResNet(channels, classes, moments, **sizes, id_rows=id_rows)
         width, teacher_width = self.student.feature_width, config.teacher.width
         self.projector = FeatureProjector(teacher_width, width)

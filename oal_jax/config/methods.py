@@ -191,7 +191,6 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "npos": ("npos",),
 }
 FINE_TUNINGS = ("um", "umap", "woods")  # methods that need a trained start
-EXPOSURES = ("oe", "energy", "woods")  # methods that always see outlier images
 
 
 @dataclass

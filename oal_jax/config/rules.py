@@ -8,7 +8,7 @@ from oal_jax.config import hub_names
 from oal_jax.config.benchmarks import resolve, split_names
 from oal_jax.config.methods import FINE_TUNINGS
 from oal_jax.config.options import value_problem
-from oal_jax.config.schema import DECODED, Config, sees_images, unknown_key
+from oal_jax.config.schema import Config, unknown_key
 from oal_jax.errors import UserError
 
 STREAMED = ("tfds", "imglist", "folder")  # values of data.source
@@ -107,19 +107,6 @@ def _outliers(config: Config) -> Iterator[str]:
         config.outliers.knn, "outliers.knn", ("boundary_points", "features_per_class")
     )
     yield from _at_most(config.outliers.knn, "outliers.knn", ("per_anchor", "noise_rows"))
-    images = config.outliers.images
-    if not sees_images(config) or images == DECODED:
-        return
-    data = config.data
-    benchmark = resolve(
-        data.id_set, data.near, data.far, data.validation, data.csid, data.leave_out
-    )
-    for group, names in benchmark._asdict().items():
-        if images == names or (group != "id_set" and images in names):
-            yield (
-                f"config outliers.images='{images}' is the {group} set of the benchmark; train on"
-                " other images, such as 'procedural'"
-            )
 
 
 def _at_most(section: Any, path: str, names: tuple[str, str]) -> Iterator[str]:
@@ -151,7 +138,7 @@ def _method(config: Config) -> Iterator[str]:
 
 
 def _accumulated(config: Config) -> Iterator[str]:
-    """Microbatches are even, and the loss is a mean over examples, which they add up to."""
+    """Microbatches are of equal size."""
     count, method = config.train.accumulate, config.method
     if count == 1:
         return
@@ -165,18 +152,6 @@ def _accumulated(config: Config) -> Iterator[str]:
                 f"config {path}={size} is not divisible by train.accumulate={count};"
                 f" use for example {max(1, size // count) * count}"
             )
-    objective = method.oal.objective
-    needs_whole_batch = {
-        f"method.oal.objective='{objective}'": method.name == "oal" and objective != "energy",
-        "method.npos.contrastive_weight": (
-            method.name == "npos" and method.npos.contrastive_weight > 0
-        ),
-        f"method.name='{method.name}'": method.name == "woods",
-        "method.unleash=True": method.unleash,
-        f"method.name='{method.name}', Unleashing Mask,": method.name in ("um", "umap"),
-    }
-    for name in (name for name, needed in needs_whole_batch.items() if needed):
-        yield f"config {name} needs the whole batch at once: train.accumulate={count} must be 1"
 
 
 def _evaluation(config: Config) -> Iterator[str]:

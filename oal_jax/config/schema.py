@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from oal_jax.config.methods import EXPOSURES, Method
+from oal_jax.config.methods import Method
 from oal_jax.config.options import option
 from oal_jax.config.outliers import Latents, Outliers
 
@@ -283,13 +283,6 @@ def reference_faults(config: Config) -> Config:
         outliers=dataclasses.replace(config.outliers, official_code=True),
         method=dataclasses.replace(config.method, oal=oal),
     )
-
-
-def sees_images(config: Config) -> bool:
-    """Whether the method trains on `outliers.images`."""
-    m = config.method
-    shown = m.name == "oal" and m.oal.objective == "energy" and config.outliers.image_share > 0
-    return m.name in EXPOSURES or shown
 
 
 def unleashed(config: Config) -> bool:

@@ -8,7 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from oal_jax.config import Config, sees_images, unleashed
+from oal_jax.config import Config, unleashed
+from oal_jax.errors import UserError
 from oal_jax.methods import (
     ce,
     kd,
@@ -62,6 +63,8 @@ class Recipe(NamedTuple):
       teacher: whether the batches hold the teacher's outputs.
       reads_start_loss: whether it reads the mean cross-entropy of the start.
       label_every: the student sees the labels of every n-th ID image.
+      whole_batch: the setting that makes the loss a function of batch means, so that microbatches
+        do not add up to it; empty where it is a mean over examples.
       objective: what the report calls the method's objective; empty where there is one only.
       map_outliers: `oal.map_outliers` where the method maps outliers to student features.
     """
@@ -72,6 +75,7 @@ class Recipe(NamedTuple):
     teacher: bool = False
     reads_start_loss: bool = False
     label_every: int = 1
+    whole_batch: Callable[[Config], str] = lambda config: ""
     objective: Callable[[Config], str] = lambda config: ""
     map_outliers: Callable[[Config], Callable | None] = lambda config: None
 
@@ -84,6 +88,21 @@ def build(parts: Parts, constraint: float | None) -> Method:
     transform = unleashing_mask.transform(constraint, parts.config.method.um.beta)
     method = recipe.build(parts._replace(ce_transform=transform))
     return unleashing_mask.with_constraint(method, constraint)
+
+
+def check(config: Config) -> None:
+    """Raise `UserError` where the method can't be trained as the config says.
+
+    A pool checks its own options when it is made.
+    """
+    recipe = recipe_of(config)
+    recipe.pools(config)
+    whole = "method.unleash=True" if config.method.unleash else recipe.whole_batch(config)
+    if whole and config.train.accumulate > 1:
+        raise UserError(
+            f"config {whole} needs the whole batch at once:"
+            f" train.accumulate={config.train.accumulate} must be 1"
+        )
 
 
 def recipe_of(config: Config) -> Recipe:
@@ -176,7 +195,7 @@ def _oal_pools(config: Config) -> tuple[OutlierPool, ...]:
         "none": lambda: (),
     }
     outliers = of_source[config.outliers.source]()
-    if sees_images(config):
+    if config.outliers.image_share:
         outliers += (pools.images(config, config.outliers.image_share),)
     return outliers
 
@@ -196,6 +215,15 @@ def _oal_objective(config: Config) -> str:
     if objective != "energy":
         return objective
     return f"energy, {config.outliers.source} outliers"
+
+
+def _oal_whole_batch(config: Config) -> str:
+    objective = config.method.oal.objective
+    return "" if objective == "energy" else f"method.oal.objective='{objective}'"
+
+
+def _by_name(config: Config) -> str:
+    return f"method.name='{config.method.name}'"
 
 
 def _oal_map(config: Config) -> Callable | None:
@@ -240,14 +268,15 @@ METHODS: dict[str, Recipe] = {
         _oal_pools,
         _oal_rates,
         teacher=True,
+        whole_batch=_oal_whole_batch,
         objective=_oal_objective,
         map_outliers=_oal_map,
     ),
     "pixel": Recipe(
         _pixel, lambda config: (pools.decoded_latents(config),), _projector_rate, teacher=True
     ),
-    "um": Recipe(_cross_entropy),
-    "umap": Recipe(_masked),
+    "um": Recipe(_cross_entropy, whole_batch=_by_name),
+    "umap": Recipe(_masked, whole_batch=_by_name),
     "logitnorm": Recipe(
         lambda parts: logitnorm.normalised_cross_entropy(
             *parts.student, **parts.options("logitnorm")
@@ -265,9 +294,14 @@ METHODS: dict[str, Recipe] = {
         lambda config: {"energy": config.method.woods.energy_rate},
         reads_start_loss=True,
         label_every=2,
+        whole_batch=_by_name,
     ),
     "vos": Recipe(_vos, rates=lambda config: {"energy": config.method.vos.energy_rate}),
     "npos": Recipe(
-        _npos, rates=lambda config: {"discriminator": config.method.npos.discriminator_rate}
+        _npos,
+        rates=lambda config: {"discriminator": config.method.npos.discriminator_rate},
+        whole_batch=lambda config: (
+            "method.npos.contrastive_weight" if config.method.npos.contrastive_weight else ""
+        ),
     ),
 }

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
 from oal_jax.config import DECODED, PROCEDURAL, Config
+from oal_jax.config.benchmarks import resolve
 from oal_jax.data import procedural
 from oal_jax.data.augment import augment
 from oal_jax.data.info import DatasetInfo
@@ -201,14 +202,31 @@ def images(config: Config, share: float = 0.0) -> OutlierPool:
 
     Args:
       share: outlier images per step as a fraction of the ID batch; 0: `method.outlier_batch`.
+
+    Raises:
+      UserError: they are a set that the detector is evaluated on, or the ID set.
     """
     if config.outliers.images == DECODED:
         return decoded_latents(config, share)
+    _check_not_evaluated(config)
 
     def draw(arrays, d: Draw) -> Array:
         return _augmented(config, arrays["outlier_image"], "outlier_image", d, share)
 
     return OutlierPool("outlier_image", draw, (), outlier_images, _images_shape)
+
+
+def _check_not_evaluated(config: Config) -> None:
+    name, data = config.outliers.images, config.data
+    benchmark = resolve(
+        data.id_set, data.near, data.far, data.validation, data.csid, data.leave_out
+    )
+    for group, names in benchmark._asdict().items():
+        if name == names or (group != "id_set" and name in names):
+            raise UserError(
+                f"config outliers.images='{name}' is the {group} set of the benchmark; train on"
+                " other images, such as 'procedural'"
+            )
 
 
 def wild_mixture(config: Config) -> OutlierPool:

@@ -71,6 +71,9 @@ def ready(config: Config) -> Config:
     if config.smoke:
         config = shrink(config)
         validate(config)
+    from oal_jax.methods import registry
+
+    registry.check(config)
     if config.data.stream:
         from oal_jax.stages.batches import check_streamed
 
