@@ -231,14 +231,6 @@ def test_drawn_outliers_are_not_sent_between_devices():
     assert list(printed["collectives"]) == ["all-reduce"] and printed["host_calls"] == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["latents", "features"])
-def test_samples_and_features_need_no_messages(stage):
-    printed = run("--topology", "cpu:8", "--stage", stage)
-    assert printed["collectives"] == {} and printed["host_calls"] == []
-    assert printed["flops_per_device"] > 0
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

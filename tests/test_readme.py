@@ -1,5 +1,6 @@
 """The README's example runs, and what the pages name and link to exists."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -77,6 +78,24 @@ def test_named_configs_and_modules_exist(page):
     assert not [path for path in paths if not (path.is_dir() or path.with_suffix(".py").is_file())]
 
 
+def test_the_functions_of_the_architecture_exist():
+    text = prose(ROOT / "docs/architecture.md")
+    folders = [path.name for path in (ROOT / "oal_jax").iterdir() if path.is_dir()]
+    named = re.findall(rf"`((?:{'|'.join(folders)})\.\w+(?:\.\w+)+)`", text)
+    assert len(named) > 30 and not [name for name in named if not defined(name)]
+
+
+def defined(name: str) -> bool:
+    """Whether `FOLDER.MODULE.NAME[.METHOD]` is a function, a class or a method."""
+    folder, module, *names_inside = name.split(".")
+    path = ROOT / "oal_jax" / folder / f"{module}.py"
+    node = ast.parse(path.read_text("utf-8")) if path.is_file() else None
+    for inside in names_inside:
+        children = [n for n in getattr(node, "body", ()) if getattr(n, "name", "") == inside]
+        node = children[0] if children else None
+    return node is not None
+
+
 def test_every_score_and_method_is_named():
     readme = README.read_text("utf-8")
     for names_of_kind, page in ((SCORES, "scores.md"), (SECTIONS, "methods.md")):
@@ -85,10 +104,12 @@ def test_every_score_and_method_is_named():
 
 
 def test_named_config_keys_exist():
-    """Keys set by a command, or named as a whole; the pages about the past name removed ones."""
+    """Keys set by a command, or named as a whole."""
     keys = flatten(Config())
+    # The first three name removed keys, the last modules.
+    others = ("CHANGELOG.md", "latent_outliers.md", "performance.md", "architecture.md")
     for page in PAGES:
-        if page.name in ("CHANGELOG.md", "latent_outliers.md", "performance.md"):
+        if page.name in others:
             continue
         text = page.read_text("utf-8")
         named = re.findall(r"--config\.([a-z_]+(?:\.[a-z_]+)*)=", text)

@@ -112,18 +112,16 @@ def _train(context: Context) -> Program:
         streamed=config.data.stream,
     )
     if config.data.stream:
-        source = _placed(_images(size, info) | {"index": _ints(size)}, distributed.over_data(mesh))
+        batch = {"image": _images(size, info), "label": _ints(size), "index": _ints(size)}
+        source = _placed(batch, distributed.over_data(mesh))
     else:
         source = _replicated(_ints(plan.steps_per_epoch, size), mesh)
     arguments = _placed(state, shardings), _replicated(arrays, mesh), source
     return Program(step, arguments, size, steps_per_call)
 
 
-def _images(count: int, info: DatasetInfo) -> dict[str, Any]:
-    return {
-        "image": jax.ShapeDtypeStruct((count, *info.image_shape), jnp.uint8),
-        "label": _ints(count),
-    }
+def _images(count: int, info: DatasetInfo) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count, *info.image_shape), jnp.uint8)
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:
@@ -134,10 +132,10 @@ def _features(context: Context) -> Program:
     """The teacher's forward pass on one batch of stage `features`."""
     config, info = context.config, known_info(context.config.data)
     rows = rows_per_batch(config.evaluation.batch_size, context.mesh)
-    images = jax.ShapeDtypeStruct((rows, *info.image_shape), jnp.uint8)
     net, fields = teacher.model(config, info.num_classes), ("features",)
     forward = make_forward(net, teacher.abstract_variables(config, info), fields)
-    arguments = _replicated((forward, images), context.mesh)
+    images = _placed(_images(rows, info), distributed.over_data(context.mesh))
+    arguments = _replicated(forward, context.mesh), images
     return Program(jitted(frozenset(fields)), arguments, rows)
 
 
@@ -152,11 +150,11 @@ def _latents(context: Context) -> Program:
     length = sd.text_encoder.config.max_position_embeddings
     arguments = (
         params,
-        jax.ShapeDtypeStruct((classes, length), jnp.int32),
+        _ints(classes, length),
         jax.ShapeDtypeStruct((classes, length), jnp.bool_),
-        jax.ShapeDtypeStruct((1, length), jnp.int32),
+        _ints(1, length),
         jax.ShapeDtypeStruct((rows, sd.text_width), jnp.float32),
-        jax.ShapeDtypeStruct((rows,), jnp.int32),
+        _ints(rows),
         jax.ShapeDtypeStruct((rows,), jnp.uint32),
     )
     sample = latents.sampling(context, sd)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from oal_jax import compile as command
@@ -45,6 +46,20 @@ def test_a_step_sends_sums_and_no_activations():
     # first convolution alone have five times as many bytes as these.
     assert list(sent) == ["all-reduce"]
     assert params <= sent["all-reduce"]["bytes"] < params + 10_000
+
+
+@pytest.mark.parametrize("stage", ["features", pytest.param("latents", marks=pytest.mark.slow)])
+def test_devices_share_the_rows_of_a_stage(stage):
+    config = shrink(Config(smoke=True))
+    per_row = []
+    for devices in (1, 4):
+        mesh = distributed.make_mesh(devices=jax.devices()[:devices])
+        program = programs.make(stage, config, mesh)
+        compiled = program.function.lower(*program.arguments).compile()
+        assert not costs.collectives(compiled.as_text())
+        assert not costs.host_calls(program.function.trace(*program.arguments).jaxpr)
+        per_row.append(compiled.cost_analysis()["flops"] / program.batch)
+    assert per_row[1] == pytest.approx(per_row[0] / 4, rel=0.1)
 
 
 def test_a_batch_that_devices_cannot_share_is_one_line(capsys, monkeypatch):
