@@ -15,8 +15,7 @@ from oal_jax.runtime import startup
 from oal_jax.runtime.command import Parser, guard
 
 PLATFORMS = ("cpu", "cuda", "tpu", "rocm")
-FORMAT = "oal_jax detector"
-MODEL = "model.json"
+FORMAT, MODEL = "oal_jax detector", "model.json"
 
 
 def run(argv: Sequence[str]) -> None:
@@ -27,10 +26,13 @@ def run(argv: Sequence[str]) -> None:
         "--platforms", default="cpu,cuda,tpu", help=f"some of {','.join(PLATFORMS)}, with commas"
     )
     args = parser.parse_args(argv[1:])
-    platforms = check_platforms(args.platforms.split(","))
+    platforms = tuple(dict.fromkeys(name.strip() for name in args.platforms.split(",")))
+    for name in platforms:
+        if name not in PLATFORMS:
+            raise UserError(f"platform '{name}' is unknown; known: {', '.join(PLATFORMS)}")
     _check_output(args.output)
     startup.use_compilation_cache()
-    # JAX starts only once the arguments are known to be right.
+    # These import JAX, so only after the arguments are checked.
     from oal_jax.detection import exported, load
     from oal_jax.stages import run as pipeline
 
@@ -39,26 +41,17 @@ def run(argv: Sequence[str]) -> None:
     print(f"detector by {detector.score.name}, {size / 1e6:.1f} MB: {args.output}")
 
 
-def check_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
-    """Names that `jax.export` knows, none twice; `UserError` for another."""
-    names = [name.strip() for name in platforms]
-    for name in names:
-        if name not in PLATFORMS:
-            raise UserError(f"platform '{name}' is unknown; known: {', '.join(PLATFORMS)}")
-    return tuple(dict.fromkeys(names))
-
-
 def _check_output(output: Path) -> None:
-    """Only an empty folder, or one that this command wrote, may be replaced."""
+    """Refuse a folder with files, unless this command wrote it."""
     if not output.exists():
         return
     if not output.is_dir():
         raise UserError(f"--output {output} is a file; give a folder")
     try:
-        ours = json.loads((output / MODEL).read_text("utf-8"))["format"] == FORMAT
+        replaceable = json.loads((output / MODEL).read_text("utf-8"))["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours and any(output.iterdir()):
+        replaceable = not any(output.iterdir())
+    if not replaceable:
         raise UserError(f"--output {output} holds other files; give an empty or a new folder")
 
 

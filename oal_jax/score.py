@@ -3,9 +3,9 @@
 Columns: path (below FOLDER), prediction (name of the class), confidence (largest softmax
 probability), ood_score (higher = more OOD), threshold, is_ood (ood_score above the threshold).
 
-Every image in FOLDER and below is upright by its EXIF tag, resized on its shorter side, cropped in
-the centre, and gets the channels of the model. Files that can't be read are listed on stderr; the
-rest is scored. Exit codes as those of `oal_jax.main`.
+Images in FOLDER and below are turned upright by their EXIF tag, resized on the shorter side,
+cropped in the centre and converted to the model's channels. Files that can't be read are listed on
+stderr, and the rest is scored. Exit codes as those of `oal_jax.main`.
 """
 
 import sys
@@ -30,26 +30,26 @@ def run(argv: Sequence[str]) -> None:
     startup.use_compilation_cache()
     from oal_jax.data import image_files
 
-    found = image_files.find(args.images)
-    if not found.names:
-        others = f", only {found.others} other files" if found.others else ""
+    files = image_files.find(args.images)
+    if not files.names:
+        others = f", only {files.others} other files" if files.others else ""
         raise UserError(f"{args.images} holds no image files{others}")
     # Names that are not UTF-8 come out as the bytes that they are.
     text = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
     with artifacts.whole_file(args.output, "w", **text) as file:
-        # JAX starts only once the arguments are known to be right.
+        # This imports JAX, so only after the arguments are checked.
         from oal_jax.detection import load, score_folder
 
         detector = load.load(args.workdir, args.score, args.keep_id, args.batch_size)
         start = time.monotonic()
-        count, ood = score_folder.write(file, detector, args.images, found.names)
+        count, ood = score_folder.write(file, detector, args.images, files.names)
         seconds = time.monotonic() - start
     print(
         f"{count} images, {ood} of them OOD ({ood / count:.1%}) by {detector.score.name} above"
         f" {detector.threshold:.6g}; {seconds:.1f} s, {count / seconds:.0f} images/s: {args.output}"
     )
-    if found.others:
-        print(f"{found.others} other files in {args.images} are not images by their names")
+    if files.others:
+        print(f"{files.others} other files in {args.images} are not images by their names")
 
 
 if __name__ == "__main__":

@@ -26,10 +26,9 @@ def initialize(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-    *,
     detect: bool = False,
-    join_timeout: int = JOIN_TIMEOUT,
-    heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
+    join_timeout: int | None = None,
+    heartbeat_timeout: int | None = None,
 ) -> None:
     """Join the other processes of a run. Without arguments, does nothing.
 
@@ -41,13 +40,15 @@ def initialize(
       num_processes: number of processes of the run.
       process_id: number of this process, from 0.
       detect: read all three from the cluster: a TPU pod, SLURM, Open MPI, Kubernetes.
-      join_timeout: seconds in which all processes must join.
+      join_timeout: seconds in which all processes must join; default `JOIN_TIMEOUT`.
       heartbeat_timeout: seconds of silence after which another process counts as dead and this one
-        ends with exit code 1.
+        ends with exit code 1; default `HEARTBEAT_TIMEOUT`.
 
     Raises:
       UserError: some of the three are missing or impossible, or no cluster is detected.
     """
+    join_timeout = JOIN_TIMEOUT if join_timeout is None else join_timeout
+    heartbeat_timeout = HEARTBEAT_TIMEOUT if heartbeat_timeout is None else heartbeat_timeout
     for name, seconds in (("join", join_timeout), ("heartbeat", heartbeat_timeout)):
         if seconds < 1:
             raise UserError(f"--{name}-timeout {seconds} must be at least 1 second")
