@@ -226,7 +226,7 @@ def test_command_for_eight_virtual_devices():
 
 @pytest.mark.slow
 def test_drawn_outliers_are_not_sent_between_devices():
-    options = ("--config.method.micl=reference", "--config.outliers.source=diffusion")
+    options = ("--config.method.oal.objective=club", "--config.outliers.source=diffusion")
     printed = run("--topology", "cpu:8", *options)
     assert list(printed["collectives"]) == ["all-reduce"] and printed["host_calls"] == []
 
