@@ -1,10 +1,10 @@
-"""Which image sets an OOD benchmark consists of.
+"""The image sets of each OOD benchmark.
 
 Near-OOD sets resemble the in-distribution (ID) classes, far-OOD sets do not (OpenOOD,
 arXiv 2210.07242). Covariate-shifted ID sets show the ID classes in another style or quality;
-full-spectrum detection counts them as ID (arXiv 2204.05306). The validation OOD sets choose
-hyper-parameters and share no image with the near and far sets. Those of `fashion` share no family
-with them either; those of OpenOOD v1.5 (arXiv 2306.09301) are held-out images of one of them.
+full-spectrum detection counts them as ID (arXiv 2204.05306). The validation OOD sets are for
+choosing hyper-parameters and share no image with the near and far sets. Those of `fashion` are of
+other kinds too; those of OpenOOD v1.5 (arXiv 2306.09301) are held-out images of one of these sets.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from oal_jax.errors import UserError
 
-NO_SETS = ("none",)  # given for a group: it is empty, whatever the benchmark says
-# The images of the ID classes that are left out (`oal_jax.data.leave_out`), by group.
+NO_SETS = ("none",)  # empties a group of the benchmark
+# Sets of the ID classes that `data.leave_out` takes out, by group.
 LEFT_OUT = {"near": "left_out", "validation": "val_left_out"}
 
 
@@ -21,8 +21,8 @@ class Benchmark(NamedTuple):
     """Names of image sets, as `oal_jax.data.sources.load` takes them; no name twice.
 
     Attributes:
-      id_set: the in-distribution set, with splits `train`, `extra` (more training images, for the
-        teacher and the generator alone), `validation` and `test`.
+      id_set: the in-distribution set, with splits `train`, `validation` and `test`. The bundled one
+        has `extra` too: more training images for the teacher and the generator.
       near: near-OOD sets, split `test`.
       far: far-OOD sets, split `test`.
       validation: OOD sets for choosing hyper-parameters, split `validation`.
@@ -56,8 +56,8 @@ BENCHMARKS = {
             *("fashion_jpeg", "fashion_pixelate"),
         ),
     ),
-    # OpenOOD's download of the CIFAR-10 benchmark lacks cifar10c (download it under "misc"). There
-    # is a list of cinic10 too, for data.csid=cinic10.
+    # OpenOOD's download of the CIFAR-10 benchmark lacks cifar10c (download it under "misc"). It has
+    # a list of cinic10 too, for data.csid=cinic10.
     "cifar10": Benchmark("cifar10", ("cifar100", "tin"), _CIFAR_FAR, ("val_tin",), ("cifar10c",)),
     "cifar100": Benchmark("cifar100", ("cifar10", "tin"), _CIFAR_FAR, ("val_tin",)),
     "imagenet200": _IMAGENET._replace(id_set="imagenet200"),
@@ -66,7 +66,7 @@ BENCHMARKS = {
 
 
 def split_names(names: Sequence[str]) -> tuple[str, ...]:
-    """The names in what a flag hands over: "a,b" is two."""
+    """Names as a flag gives them: "a,b" is two."""
     return tuple(part.strip() for name in names for part in name.split(","))
 
 
@@ -78,18 +78,21 @@ def resolve(
     csid: Sequence[str] = (),
     leave_out: Sequence[str] = (),
 ) -> Benchmark:
-    """The benchmark of an ID set, each group that is given in place of its own.
+    """The benchmark of an ID set, with some of its groups replaced.
 
     Args:
-      id_set: a key of `BENCHMARKS`, or any set if near- or far-OOD sets are given.
-      near: sets of the group, `NO_SETS`, or nothing for those of the benchmark; so are the others.
-        "a,b" is two sets: so a flag hands over --config.data.near=a,b.
-      leave_out: classes that are taken out of the ID set: the sets `LEFT_OUT` are added.
+      id_set: a key of `BENCHMARKS`, or any set together with near- or far-OOD sets.
+      near: sets of the group, `NO_SETS`, or nothing for those of the benchmark. "a,b" is two sets,
+        as a flag gives them.
+      far: as `near`; so are `validation` and `csid`.
+      validation: as `near`.
+      csid: as `near`.
+      leave_out: classes to take out of the ID set; if any, the sets `LEFT_OUT` are added.
 
     Raises:
       UserError: an unknown ID set without OOD sets, or a set in two places.
     """
-    given = {
+    replaced = {
         group: split_names(names)
         for group, names in zip(Benchmark._fields[1:], (near, far, validation, csid), strict=True)
     }
@@ -99,13 +102,13 @@ def resolve(
             f" data.far, or choose one of {', '.join(BENCHMARKS)}"
         )
     benchmark = BENCHMARKS.get(id_set, Benchmark(id_set))._replace(
-        **{group: () if names == NO_SETS else names for group, names in given.items() if names}
+        **{group: () if names == NO_SETS else names for group, names in replaced.items() if names}
     )
     if leave_out:
-        added = {group: (*getattr(benchmark, group), name) for group, name in LEFT_OUT.items()}
-        benchmark = benchmark._replace(**added)
+        more = {group: (*getattr(benchmark, group), name) for group, name in LEFT_OUT.items()}
+        benchmark = benchmark._replace(**more)
     places: dict[str, str] = {benchmark.id_set: "id_set"}
-    for group in given:
+    for group in replaced:
         for name in getattr(benchmark, group):
             if name in places:
                 raise UserError(

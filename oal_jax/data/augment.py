@@ -1,4 +1,4 @@
-"""Augmentation inside jit: a view is a seed, and it is the same for an image in any batch."""
+"""Augmentation inside jit. A view of an image is the same in every batch."""
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ def augment(
 ) -> Float[Array, "b h w c"]:
     """Random shift (zeros enter) and horizontal flip; float32 in [0, 1].
 
-    The draw of an image depends on the key, its index in the data set and the number of the
-    view alone, so that cached teacher outputs of a view belong to exactly what the student sees.
+    The draw of an image depends only on the key, its index in the data set and the number of the
+    view, so cached teacher outputs of a view belong to exactly what the student sees.
     """
     _, h, w, c = images.shape
 

@@ -1,11 +1,11 @@
 """Corrupted copies of the embedded in-distribution images: covariate-shifted ID sets.
 
-Five corruptions of ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261, section 3), one of each
-of its families that suits gray images of 28 pixels: noise, blur and three digital ones. Each has
-one severity, at which the change is plain to see and the class still recognisable. They resemble
-none of the validation OOD sets, which turn, rearrange, mix or invent images.
+Five corruptions of ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261, section 3) that suit gray
+images of 28 pixels: a noise, a blur and three digital ones. Each has one severity, at which the
+change is easy to see and the class still recognisable. They resemble none of the validation OOD
+sets, which turn, rearrange, mix or invent images.
 
-An image's random draws depend on the name of the set and the index of the image alone.
+An image's random draws depend only on the name of the set and the index of the image.
 """
 
 import io
@@ -27,10 +27,10 @@ def gaussian_noise(rng: np.random.Generator, image: _Image) -> _Image:
 
 
 def motion_blur(rng: np.random.Generator, image: _Image) -> _Image:
-    """The mean along a line of 5 pixels, of a random direction; the edge pixels go on outside."""
+    """Mean along a line of 5 pixels in a random direction; edge pixels are repeated outside."""
     angle = rng.uniform(0, np.pi)
     steps = np.linspace(-2, 2, 17)
-    # Each point of the line is shared among the four pixels around it.
+    # Each point of the line is divided among the four pixels around it.
     kernel = np.zeros((7, 7))
     for y, x in zip(3 + steps * np.sin(angle), 3 + steps * np.cos(angle), strict=True):
         i, j = int(y), int(x)
@@ -46,7 +46,7 @@ def low_contrast(rng: np.random.Generator, image: _Image) -> _Image:
 
 
 def jpeg(rng: np.random.Generator, image: _Image) -> _Image:
-    """What JPEG of quality 20 keeps."""
+    """The image after JPEG compression of quality 20."""
     stored = io.BytesIO()
     _to_pil(image).save(stored, "JPEG", quality=20)
     with Image.open(stored) as read:
@@ -62,7 +62,7 @@ def pixelate(rng: np.random.Generator, image: _Image) -> _Image:
 
 
 class Shifted(NamedTuple):
-    """A covariate-shifted set: the bundled set whose images are corrupted, and how."""
+    """A covariate-shifted set: the bundled set that it corrupts, and how."""
 
     base: str
     corruption: Callable[[np.random.Generator, _Image], _Image]
@@ -78,7 +78,7 @@ SETS = {
 
 
 def corrupt(name: str, images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w c"]:
-    """Gray or colour images as the set `name` of `SETS` holds them, in the same order."""
+    """Images as the set `name` of `SETS` has them, in the same order; gray or colour."""
     corruption, seed = SETS[name].corruption, zlib.crc32(name.encode())
     return np.stack(
         [corruption(np.random.default_rng((seed, i)), image) for i, image in enumerate(images)]

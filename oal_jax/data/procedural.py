@@ -1,11 +1,10 @@
-"""Images drawn by a program, as auxiliary outliers for methods that are trained on some.
+"""Images drawn by a program: auxiliary outliers for methods that train on outlier images.
 
-Dead leaves, gratings and marble, kinds of which "Learning to See by Looking at Noise" (Baradad et
-al., arXiv 2106.05963) shows that they carry useful structure; half of them fill the image, half
-are cut to a random outline on black, as garments are. In colour, each has a palette of its own.
-None is a garment, a digit, a letter or a photograph, so no near- or far-OOD set of the embedded
-benchmark is seen in training. Of its validation families the drawn shapes are the nearest
-relative.
+Dead leaves, gratings and marble: "Learning to See by Looking at Noise" (Baradad et al., arXiv
+2106.05963) shows that such images carry useful structure. Half of them fill the image; half are cut
+to a random outline on black, as garments are. In colour, each image has a palette of its own. None
+is a garment, a digit, a letter or a photograph, so training sees no near- or far-OOD set of the
+embedded benchmark. Its validation set of drawn shapes is the most similar one.
 """
 
 import math
@@ -14,26 +13,26 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 _COUNT, _BYTES = 12_000, 2**28
-# Images, and pixels of a channel, that are drawn at a time: bound the memory.
+# Images, and pixels of a channel, drawn at a time: they bound the memory.
 _CHUNK, _PIXELS = 1000, 2**20
 _LEAVES = 40
 _PALETTE = 4  # colours, between which gray levels are interpolated
 
 
 def size_of(shape: tuple[int, int, int], limit: int = 0) -> int:
-    """How many images of this shape are a set: 12,000, or as many as fit into 256 MiB.
+    """Number of images of this shape in a set: 12,000, or as many as fit into 256 MiB.
 
-    Fewer where there is a limit above 0.
+    A limit above 0 makes it fewer.
     """
-    fit = min(_COUNT, max(1, _BYTES // math.prod(shape)))
-    return min(fit, limit) if limit else fit
+    count = min(_COUNT, max(1, _BYTES // math.prod(shape)))
+    return min(count, limit) if limit else count
 
 
 def draw(count: int, shape: tuple[int, int, int], seed: int = 0) -> UInt8[np.ndarray, "n h w c"]:
-    """`count` images of a shape (height, width, channels), a third of each kind, in turns.
+    """`count` images of a shape (height, width, channels), the three kinds in turn.
 
-    Image i depends on `seed`, the shape and i's chunk alone, so a longer set begins with a shorter
-    one. Without colour (one channel) the gray levels are the images.
+    Image i depends only on `seed`, the shape and i's chunk, so a longer set begins with a shorter
+    one. Images of one channel are the gray levels.
     """
     height, width, channels = shape
     size = max(height, width)
@@ -42,12 +41,12 @@ def draw(count: int, shape: tuple[int, int, int], seed: int = 0) -> UInt8[np.nda
     images = np.empty((count, *shape), np.uint8)
     for start in range(0, count, at_once):
         rng = np.random.default_rng([seed, start])
-        drawn = np.empty((at_once, size, size))
+        levels = np.empty((at_once, size, size))
         for i, kind in enumerate((dead_leaves, gratings, marble)):
-            gray = kind(rng, len(drawn[i::3]), size)
+            gray = kind(rng, len(levels[i::3]), size)
             gray[::2] *= outlines(rng, len(gray[::2]), size)
-            drawn[i::3] = gray
-        gray = drawn[middle][: count - start, :height, :width]
+            levels[i::3] = gray
+        gray = levels[middle][: count - start, :height, :width]
         colours = gray[..., None] if channels == 1 else coloured(rng, gray, channels)
         images[start : start + at_once] = np.rint(255 * colours)
     return images
@@ -56,7 +55,7 @@ def draw(count: int, shape: tuple[int, int, int], seed: int = 0) -> UInt8[np.nda
 def coloured(
     rng: np.random.Generator, gray: Float[np.ndarray, "n h w"], channels: int
 ) -> Float[np.ndarray, "n h w c"]:
-    """Gray levels in [0, 1] by a random palette for each image, straight between its colours."""
+    """Gray levels in [0, 1], coloured by linear interpolation in a random palette an image."""
     palettes = rng.uniform(size=(len(gray), _PALETTE, channels))
     below = np.minimum((gray * (_PALETTE - 1)).astype(int), _PALETTE - 2)
     share = (gray * (_PALETTE - 1) - below)[..., None]
@@ -65,7 +64,7 @@ def coloured(
 
 
 def outlines(rng: np.random.Generator, count: int, size: int) -> Float[np.ndarray, "n s s"]:
-    """1 inside a closed curve around the middle, else 0; its radius is a short Fourier series."""
+    """1 inside a closed curve around the middle, 0 outside. The radius is a Fourier series."""
     y, x = np.mgrid[:size, :size] / size - 0.5
     angle = np.arctan2(y, x)
     radius = rng.uniform(0.2, 0.4, (count, 1, 1)) * np.ones_like(angle)[None]
@@ -76,7 +75,7 @@ def outlines(rng: np.random.Generator, count: int, size: int) -> Float[np.ndarra
 
 
 def dead_leaves(rng: np.random.Generator, count: int, size: int) -> Float[np.ndarray, "n s s"]:
-    """Discs and squares over one another, their radii by the power law r^-3; in [0, 1]."""
+    """Discs and squares on top of each other, with radii of density r^-3; in [0, 1]."""
     y, x = np.mgrid[:size, :size]
     images = np.broadcast_to(rng.uniform(size=(count, 1, 1)), (count, size, size)).copy()
     for _ in range(_LEAVES):
@@ -92,7 +91,7 @@ def dead_leaves(rng: np.random.Generator, count: int, size: int) -> Float[np.nda
 
 
 def gratings(rng: np.random.Generator, count: int, size: int) -> Float[np.ndarray, "n s s"]:
-    """Sums of three waves of any direction, each in a Gaussian window of its own; in [0, 1]."""
+    """Sums of three waves of random direction, each in a Gaussian window; in [0, 1]."""
     y, x = np.mgrid[:size, :size] / size - 0.5
     total = np.zeros((count, size, size))
     for _ in range(3):
@@ -107,7 +106,7 @@ def gratings(rng: np.random.Generator, count: int, size: int) -> Float[np.ndarra
 
 
 def marble(rng: np.random.Generator, count: int, size: int) -> Float[np.ndarray, "n s s"]:
-    """Bands whose course is bent by a random field, cut into a few gray levels; in [0, 1]."""
+    """Bands bent by a random field, in a few gray levels; in [0, 1]."""
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)))
     spectrum = 1 / np.maximum(frequency, 1 / size) ** 2.5
     field = np.fft.ifft2(np.fft.fft2(rng.normal(size=(count, size, size))) * spectrum).real
