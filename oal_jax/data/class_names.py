@@ -3,7 +3,7 @@
 The generator's prompts and token embeddings need a word for each class. CIFAR's class names are
 words; ImageNet's are ids such as n01440764 in its directories, in TFDS and in OpenOOD's lists.
 
-The ids are those of ILSVRC 2012, sorted, which is the order of the labels everywhere. The names come
+The ids are those of ILSVRC 2012, sorted, which is the order of the labels everywhere. The names are
 from torchvision 0.29, `torchvision.models._meta` (BSD 3-Clause, Copyright (c) Soumith Chintala
 2016): one WordNet lemma an id, all different because two were changed by hand.
 """

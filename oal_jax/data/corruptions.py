@@ -1,8 +1,8 @@
 """Corrupted copies of the embedded in-distribution images: covariate-shifted ID sets.
 
-Five corruptions of ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261, section 3) that suit gray
-images of 28 pixels: a noise, a blur and three digital ones. Each has one severity, at which the
-change is easy to see and the class still recognisable. They resemble none of the validation OOD
+Five corruptions of ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261, section 3) that suit
+gray images of 28 pixels: a noise, a blur and three digital ones. Each has one severity, at which
+the change is easy to see and the class still recognisable. They resemble none of the validation OOD
 sets, which turn, rearrange, mix or invent images.
 
 An image's random draws depend only on the name of the set and the index of the image.
