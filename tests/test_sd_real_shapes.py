@@ -1,4 +1,4 @@
-"""Stable Diffusion v1 at its published sizes: memory while it is read, and PyTorch's numbers."""
+"""Stable Diffusion v1 at its published sizes: memory while it is read, parity with PyTorch."""
 
 import functools
 import gc
@@ -17,11 +17,11 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from oal_jax.generator import conditioning, create
+from oal_jax.generator import conditioning, create, stable_diffusion_v1
 from oal_jax.generator import stable_diffusion as stable
 from oal_jax.pretrained import diffusers_directory, torch_layout
 
-# As the config files of v1-4 have them.
+# The config files of v1-4.
 UNET = {
     "_class_name": "UNet2DConditionModel",
     "_diffusers_version": "0.2.2",
@@ -109,14 +109,14 @@ def write_configs(directory: Path) -> None:
         diffusers_directory.write_json(directory / name / "config.json", config)
     diffusers_directory.write_json(directory / "scheduler" / "scheduler_config.json", SCHEDULER)
     create.write_tokenizer(directory / "tokenizer", WORDS, 77)
-    # What real directories have beside it: never read.
+    # Real directories hold these too; they are never read.
     for name in ("safety_checker", "feature_extractor"):
         diffusers_directory.write_json(directory / name / "config.json", {})
     (directory / "safety_checker" / "pytorch_model.bin").write_bytes(b"\x80\x04")
 
 
 def write_sparse(directory: Path, shapes: dict, dtype: str) -> None:
-    """Safetensors files of zeros with these shapes, which take no space on disk."""
+    """Write safetensors files of zeros with these shapes. They take no space on disk."""
     width = {"F32": 4, "F16": 2}[dtype]
     for name, tree in shapes.items():
         header, end = {}, 0
@@ -132,7 +132,7 @@ def write_sparse(directory: Path, shapes: dict, dtype: str) -> None:
             file.truncate(8 + len(text) + end)
 
 
-# Peak memory of a process that loads a directory, and the bytes of what it holds then.
+# Prints the peak memory of a process that loads a directory, and the bytes of its parameters.
 _LOAD = """
 import resource, sys
 from pathlib import Path
@@ -145,13 +145,22 @@ print(sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 """
 
 
+def counts(shapes: dict) -> dict[str, int]:
+    return {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in shapes.items()}
+
+
+@pytest.mark.slow
+def test_sizes_without_files_are_the_published_ones():
+    init = functools.partial(stable.init_params, stable_diffusion_v1.build())
+    assert counts(jax.eval_shape(init, jax.random.key(0))) == COUNTS
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["F32", "F16"])
 def test_loading_holds_one_copy(tmp_path, dtype):
     write_configs(tmp_path)
     shapes = stable.param_shapes(stable.build(tmp_path), tmp_path)
-    counts = {n: sum(x.size for x in jax.tree.leaves(tree)) for n, tree in shapes.items()}
-    assert counts == COUNTS
+    assert counts(shapes) == COUNTS
     write_sparse(tmp_path, shapes, dtype)
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     command = [sys.executable, "-c", _LOAD, str(tmp_path)]
@@ -171,7 +180,7 @@ def torch():
 
 @pytest.fixture
 def directory(tmp_path):
-    """Gigabytes: not left for pytest to keep."""
+    """A directory that is deleted after the test: pytest would keep its gigabytes."""
     write_configs(tmp_path)
     yield tmp_path
     shutil.rmtree(tmp_path)
@@ -179,14 +188,14 @@ def directory(tmp_path):
 
 
 def read(directory: Path, name: str):
-    """The static part, and the parameters of one component as `load` reads them."""
+    """The modules, and the parameters of one component as `load` reads them."""
     sd = stable.build(directory)
     tree = stable.param_shapes(sd, directory)[name]
     return sd, {name: diffusers_directory.read_params(directory / name, tree)}
 
 
 def assert_close(ours, theirs) -> None:
-    """Largest difference, relative to the largest value."""
+    """Compare by the largest difference, relative to the largest value."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape
     error = np.abs(ours - theirs).max() / np.abs(theirs).max()
@@ -195,7 +204,7 @@ def assert_close(ours, theirs) -> None:
 
 
 @pytest.mark.parity
-@pytest.mark.filterwarnings("default")  # theirs are not ours to mend
+@pytest.mark.filterwarnings("default")  # those of diffusers and transformers are no errors
 @pytest.mark.parametrize("mode", conditioning.INJECTION_MODES)
 def test_text_states(torch, directory, mode):
     """CLIP ViT-L/14: plain, and with the outliers in place of rows of its token table."""
@@ -213,7 +222,7 @@ def test_text_states(torch, directory, mode):
     table = theirs.get_input_embeddings().weight
     for row in range(len(WORDS)):
         pieces = np.unique(ids[row][mask[row]])
-        # As the reference does it, which also replaces those ids elsewhere: here they are nowhere.
+        # The reference replaces these ids at all positions; here they are at no others.
         assert (np.isin(ids[row], pieces) == mask[row]).all()
         before = table[pieces].clone()
         table[pieces] = torch.tensor(vectors[row])
@@ -223,9 +232,9 @@ def test_text_states(torch, directory, mode):
 
 
 @pytest.mark.parity
-@pytest.mark.filterwarnings("default")  # theirs are not ours to mend
+@pytest.mark.filterwarnings("default")  # those of diffusers and transformers are no errors
 def test_unet(torch, directory):
-    """All 860 million parameters, as half precision on disk."""
+    """All 860 million parameters, in half precision on disk."""
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.UNet2DConditionModel.from_config(UNET).eval()
     for parameter in theirs.parameters():
@@ -244,9 +253,9 @@ def test_unet(torch, directory):
 
 
 @pytest.mark.parity
-@pytest.mark.filterwarnings("default")  # theirs are not ours to mend
+@pytest.mark.filterwarnings("default")  # those of diffusers and transformers are no errors
 def test_vae(torch, directory):
-    """An image of 512 x 512 and a latent of 64 x 64; attention by its old names."""
+    """An image of 512 x 512 and a latent of 64 x 64; attention has its old names on disk."""
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.AutoencoderKL.from_config(VAE).eval()
     tensors = theirs.state_dict()
