@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> None:
         return compare.run(arguments)
     startup.use_compilation_cache()  # before JAX is imported, which a config file may do
     values = parse(argv)
-    return print(usage(__doc__)) if values.help else _run_stages(values)
+    return print(usage(__doc__, values)) if values.help else _run_stages(values)
 
 
 def _run_stages(values: flags.FlagValues) -> None:
