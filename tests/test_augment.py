@@ -41,11 +41,11 @@ def every_view(image, shift, flip):
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_view_is_a_shift_and_a_flip_of_the_image_and_all_of_them_occur(flip):
     image, shift, count = images(1)[0], 1, 900
-    drawn = draw(np.stack([image] * count), np.arange(count), np.zeros(count, int), shift, flip)
-    drawn = np.round(drawn * 255).astype(np.uint8)
+    views = draw(np.stack([image] * count), np.arange(count), np.zeros(count, int), shift, flip)
+    views = np.round(views * 255).astype(np.uint8)
     table = {v.tobytes(): k for k, v in every_view(image, shift, flip)}
     assert len(table) == (18 if flip else 9)
-    seen = [table[view.tobytes()] for view in drawn]  # a KeyError: not a shift of the image
+    seen = [table[view.tobytes()] for view in views]  # a KeyError: not a shift of the image
     frequency = np.array([seen.count(k) for k in table.values()]) * len(table) / count
     assert frequency.min() > 0.4 and frequency.max() < 1.8
 
@@ -56,14 +56,14 @@ def test_bytes_become_float32_between_zero_and_one():
     np.testing.assert_allclose(np.ravel(whole), np.arange(256) / 255, rtol=1e-6)
     # Rounded back to bytes nothing is lost: the teacher's cached views rely on it.
     np.testing.assert_array_equal(jnp.round(np.ravel(whole) * 255), np.arange(256))
-    drawn = draw(images(), np.arange(6), np.zeros(6, int))
-    assert drawn.dtype == np.float32 and drawn.min() >= 0 and drawn.max() <= 1
+    views = draw(images(), np.arange(6), np.zeros(6, int))
+    assert views.dtype == np.float32 and views.min() >= 0 and views.max() <= 1
 
 
 def test_without_shift_and_flip_nothing_changes():
     batch = images()
-    drawn = draw(batch, np.arange(6), np.arange(6), shift=0, flip=False)
-    np.testing.assert_array_equal(drawn, to_unit(jnp.asarray(batch)))
+    views = draw(batch, np.arange(6), np.arange(6), shift=0, flip=False)
+    np.testing.assert_array_equal(views, to_unit(jnp.asarray(batch)))
 
 
 def test_a_view_does_not_depend_on_the_batch_or_its_order():

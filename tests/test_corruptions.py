@@ -42,8 +42,8 @@ def test_draws_depend_on_name_and_index_alone(name):
     np.testing.assert_array_equal(read(name).images[:5], read(name, limit=5).images)
     images = np.repeat(read("fashion").images[:1], 2, axis=0)
     first, second = corruptions.corrupt(name, images)
-    drawn = name in ("fashion_gaussian", "fashion_blur")
-    assert (first != second).any() == drawn
+    random = name in ("fashion_gaussian", "fashion_blur")
+    assert (first != second).any() == random
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -88,9 +88,9 @@ def test_shorter_side_and_centre(tmp_path):
     wide[:, 42:98] = np.kron(SMOOTH, np.ones((2, 2, 1))).astype(np.uint8)
     wide[:, :42], wide[:, 98:] = 255, 255
     for name, pixels in {"wide": wide, "tall": wide.swapaxes(0, 1)}.items():
-        found, _ = decode(saved(tmp_path / f"{name}.png", pixels), (28, 28, 3))
+        result, _ = decode(saved(tmp_path / f"{name}.png", pixels), (28, 28, 3))
         expected = SMOOTH if name == "wide" else SMOOTH.swapaxes(0, 1)
-        inside = np.abs(found.astype(int) - expected)[2:-2, 2:-2]
+        inside = np.abs(result.astype(int) - expected)[2:-2, 2:-2]
         assert inside.max() <= 6  # the filter reaches over edges
     assert decode(tmp_path / "wide.png", (20, 40, 3))[0].shape == (20, 40, 3)
     assert decode(saved(tmp_path / "s.png", GRAY[:3, :5]), (28, 28, 1))[0].shape == (28, 28, 1)
@@ -139,7 +139,7 @@ def _encoded(ending, pixels=SMOOTH):
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "reason"),
     [
         (b"", "not an image"),
         (b"hello", "not an image"),
@@ -149,10 +149,10 @@ def _encoded(ending, pixels=SMOOTH):
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     ],
 )
-def test_damaged_files_are_unreadable(tmp_path, data, said):
+def test_damaged_files_are_unreadable(tmp_path, data, reason):
     path = tmp_path / "a.png"
     path.write_bytes(data)
-    with pytest.raises(Unreadable, match=said):
+    with pytest.raises(Unreadable, match=reason):
         decode(path, (28, 28, 3))
 
 
@@ -184,9 +184,9 @@ def test_random_damage_never_ends_the_stream(tmp_path):
         names.append(f"{i:02d}.{ending}")
         (tmp_path / names[-1]).write_bytes(data)
     chunks = list(stream(tmp_path, names, (28, 28, 3)))
-    told = [name for chunk in chunks for name in chunk.names]
-    told += [name for chunk in chunks for name, reason in chunk.unreadable if reason]
-    assert sorted(told) == names
+    reported = [name for chunk in chunks for name in chunk.names]
+    reported += [name for chunk in chunks for name, reason in chunk.unreadable if reason]
+    assert sorted(reported) == names
 
 
 def test_which_files_are_images(tmp_path):
@@ -196,9 +196,9 @@ def test_which_files_are_images(tmp_path):
     for name in (".hidden.png", "notes.txt", "scores.csv", "LICENSE", "x.eps", ".git/e.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    found = find(tmp_path)
-    assert found.names == ["a.JPG", "b.png", "sub.png/d.gif", "sub/deep/c.jpeg", "é ü,\n.png"]
-    assert found.others == 5  # what is in hidden folders is not looked at
+    listing = find(tmp_path)
+    assert listing.names == ["a.JPG", "b.png", "sub.png/d.gif", "sub/deep/c.jpeg", "é ü,\n.png"]
+    assert listing.others == 5  # what is in hidden folders is not looked at
     with pytest.raises(UserError, match="nothing does not exist; give one with images"):
         find(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"b\.png is not a folder"):

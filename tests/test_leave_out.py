@@ -75,9 +75,9 @@ def test_mistakes_are_one_line(names, words):
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_the_class_is_gone_from_every_split_and_the_others_stay(tmp_path, split):
     data, full = context_of(tmp_path).images(split), whole(split)
-    kept = full.labels != NAMES.index("coat")
-    np.testing.assert_array_equal(data.images, full.images[kept])
-    names = [full.class_names[label] for label in full.labels[kept]]
+    rest = full.labels != NAMES.index("coat")
+    np.testing.assert_array_equal(data.images, full.images[rest])
+    names = [full.class_names[label] for label in full.labels[rest]]
     assert [data.class_names[label] for label in data.labels] == names
     assert len(data.class_names) == 7
 
@@ -90,8 +90,8 @@ def test_its_images_are_ood_sets_of_their_own_splits(tmp_path):
     for name, split in {"left_out": "test", "val_left_out": "validation"}.items():
         assert evaluate._place(context, name)[:2] == (split, name)
         data, full = context.images(split, name), whole(split)
-        wanted = np.isin(full.labels, [NAMES.index("coat"), NAMES.index("boot")])
-        np.testing.assert_array_equal(data.images, full.images[wanted])
+        expected = np.isin(full.labels, [NAMES.index("coat"), NAMES.index("boot")])
+        np.testing.assert_array_equal(data.images, full.images[expected])
         assert data.class_names == ("ood",) and not data.labels.any()
 
 
@@ -105,8 +105,8 @@ def test_without_leave_out_nothing_changes(tmp_path):
 
 
 def test_other_sets_are_left_alone(tmp_path):
-    found = context_of(tmp_path).images("test", "sandal")
-    np.testing.assert_array_equal(found.images, whole("test", "sandal").images)
+    data = context_of(tmp_path).images("test", "sandal")
+    np.testing.assert_array_equal(data.images, whole("test", "sandal").images)
 
 
 def test_shifted_sets_lose_the_class_too(tmp_path):
@@ -122,8 +122,8 @@ def test_limits_count_what_remains(tmp_path):
     np.testing.assert_array_equal(data.images, all_of_it.images[:300])
     assert len(context.images("validation", limit=1).images) == 1
     more = sources.open_source(SetSpec("bundled", "fashion", "extra")).labels()
-    wanted = np.sum(whole("train").labels > 1) + np.sum(more > 1)
-    assert context.all_train_images().examples == wanted
+    expected = np.sum(whole("train").labels > 1) + np.sum(more > 1)
+    assert context.all_train_images().examples == expected
 
 
 @pytest.fixture
@@ -165,9 +165,9 @@ def test_a_stream_is_the_set_in_memory(folders, tmp_path):
     np.testing.assert_array_equal(streamed.labels, held.labels)
     for rows in (None, np.array([5, 0, 3])):
         pairs = zip(streamed.chunks(4, rows), held.chunks(4, rows), strict=True)
-        for chunk, wanted in pairs:
-            np.testing.assert_array_equal(chunk.images, wanted.images)
-            np.testing.assert_array_equal(chunk.labels, wanted.labels)
+        for chunk, expected in pairs:
+            np.testing.assert_array_equal(chunk.images, expected.images)
+            np.testing.assert_array_equal(chunk.labels, expected.labels)
     # Other processes read it too.
     copy = pickle.loads(pickle.dumps(streamed.source))  # noqa: S301
     assert copy.fetch([5, 0]) == streamed.source.fetch([5, 0])
@@ -234,8 +234,8 @@ def test_generated_images(limit):
     images, labels, _ = generated.draw(
         "cifar10", "train", id_set="cifar10", labelled=True, limit=count
     )
-    kept = ~np.isin(labels, [5, 8])
-    np.testing.assert_array_equal(data.images, images[kept][: data.examples])
+    rest = ~np.isin(labels, [5, 8])
+    np.testing.assert_array_equal(data.images, images[rest][: data.examples])
     left = sources.load("generated", "cifar10", "test", left_out=True, **options)
     assert left.class_names == ("ood",)
 
@@ -271,11 +271,15 @@ def test_the_shipped_teacher_keeps_the_other_rows_of_its_head(tmp_path, caplog):
             teacher.run(context)
         outputs.append(compute(teacher.load(context), whole("test").images[:8])[:2])
     (logits, plain), (fewer, same) = (map(np.asarray, pair) for pair in outputs)
-    kept = [i for i, name in enumerate(NAMES) if name not in ("coat", "t-shirt")]
-    np.testing.assert_allclose(fewer, logits[:, kept], rtol=1e-5, atol=1e-5)
+    rest = [i for i, name in enumerate(NAMES) if name not in ("coat", "t-shirt")]
+    np.testing.assert_allclose(fewer, logits[:, rest], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(same, plain, rtol=1e-5, atol=1e-5)
-    said = [r.getMessage() for r in caplog.records if "leave_out" in r.getMessage()]
-    assert len(said) == 1 and "coat', 't-shirt" in said[0] and "teacher.train=True" in said[0]
+    warnings = [r.getMessage() for r in caplog.records if "leave_out" in r.getMessage()]
+    assert (
+        len(warnings) == 1
+        and "coat', 't-shirt" in warnings[0]
+        and "teacher.train=True" in warnings[0]
+    )
 
 
 def test_prompts_are_of_the_remaining_classes(tmp_path):
@@ -325,10 +329,10 @@ def test_the_teacher_is_trained_without_the_class(tmp_path):
     config.method.name, config.teacher.train, config.teacher.batch_size = "kd", True, 100
     context = pipeline.resolve(pipeline.run(config, tmp_path / "run", only="features"))
     assert teacher.variables(context)["params"]["head"]["kernel"].shape == (128, 7)
-    found = artifacts.read_tensors(context.directory("features") / "features.safetensors")
+    data = artifacts.read_tensors(context.directory("features") / "features.safetensors")
     data = context.train_images()
-    np.testing.assert_array_equal(found["labels"], data.labels)
-    assert found["logits"].shape == (data.examples, 7)
+    np.testing.assert_array_equal(data["labels"], data.labels)
+    assert data["logits"].shape == (data.examples, 7)
 
 
 def test_the_generator_learns_the_remaining_classes(tmp_path, monkeypatch):

@@ -52,9 +52,9 @@ def test_the_command_writes_what_sha256sum_reads(root):
     assert run("--root", root, "--check").stdout == f"5 files are as in {root}/SHA256SUMS\n"
     assert odd.relative_to(root).as_posix() in manifest.read(root / "SHA256SUMS").digests
     odd.write_text("y")
-    told = run("--root", root, "--check")
-    assert told.returncode == 2 and told.stdout == "" and told.stderr.count("\n") == 1
-    assert "differs from its sha256" in told.stderr
+    differs = run("--root", root, "--check")
+    assert differs.returncode == 2 and differs.stdout == "" and differs.stderr.count("\n") == 1
+    assert "differs from its sha256" in differs.stderr
     assert run("--root", root / "no").returncode == 2
 
 

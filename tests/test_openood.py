@@ -1,4 +1,4 @@
-"""Image files: OpenOOD's lists and folders of classes, and what is said about faults in them."""
+"""Image files: OpenOOD's lists and folders of classes, and their faults."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""The drawn outlier images: sizes, what a seed decides, what the pictures have in common."""
+"""Procedural outlier images: sizes, seeds, and what the pictures have in common."""
 
 import tracemalloc
 
@@ -12,7 +12,7 @@ SHAPE = (28, 28, 1)
 
 @pytest.fixture(scope="module")
 def images():
-    """More than are drawn at a time."""
+    """More images than one chunk."""
     return procedural.draw(1200, SHAPE)
 
 
@@ -20,8 +20,8 @@ def images():
     ("count", "shape"), [(0, SHAPE), (1, (12, 12, 1)), (7, (33, 20, 3)), (9, (16, 24, 4))]
 )
 def test_shape_and_type(count, shape):
-    drawn = procedural.draw(count, shape)
-    assert drawn.shape == (count, *shape) and drawn.dtype == np.uint8
+    images = procedural.draw(count, shape)
+    assert images.shape == (count, *shape) and images.dtype == np.uint8
 
 
 def test_a_set_is_bounded_in_images_and_bytes():
@@ -115,7 +115,7 @@ def test_outlines_are_closed_curves_around_the_middle():
 
 @pytest.mark.parametrize("kind", [procedural.dead_leaves, procedural.gratings, procedural.marble])
 def test_every_kind_lies_in_the_unit_interval(kind):
-    drawn = kind(np.random.default_rng(0), 50, 20)
-    assert drawn.shape == (50, 20, 20)
-    assert 0 <= drawn.min() < 0.2 and 0.8 < drawn.max() <= 1
-    assert (drawn.std(axis=(1, 2)) > 0).mean() > 0.95
+    images = kind(np.random.default_rng(0), 50, 20)
+    assert images.shape == (50, 20, 20)
+    assert 0 <= images.min() < 0.2 and 0.8 < images.max() <= 1
+    assert (images.std(axis=(1, 2)) > 0).mean() > 0.95

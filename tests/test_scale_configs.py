@@ -94,8 +94,8 @@ def test_generated_sets_have_the_classes_of_those_that_they_stand_for():
         distances = squares - 2 * points @ bank.T
         return train.labels[distances.argmin(1)], distances.min(1)
 
-    found, distance = nearest(test)
-    assert (found == test.labels).mean() > 0.95
+    predictions, distance = nearest(test)
+    assert (predictions == test.labels).mean() > 0.95
     other = of_set("svhn", "test", 200)
     assert other.class_names == ("ood",) and (other.labels == 0).all()
     assert np.median(nearest(other)[1]) > 3 * np.median(distance)

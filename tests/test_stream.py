@@ -67,7 +67,7 @@ KINDS = {"folder": in_folder, "imglist": in_list, "tfds": in_records}
 
 
 @pytest.fixture(params=KINDS)
-def made(request, tmp_path):
+def any_set(request, tmp_path):
     return KINDS[request.param](tmp_path, PLAN.examples) | {"root": str(tmp_path)}
 
 
@@ -76,8 +76,10 @@ def mine(tmp_path):
     return in_folder(tmp_path, PLAN.examples) | {"root": str(tmp_path)}
 
 
-def opened(made: dict, workers: int = 0, **more) -> stream.Streamed:
-    return stream.open_stream(sources.open_source(SetSpec(split="train", **made, **more)), workers)
+def opened(any_set: dict, workers: int = 0, **more) -> stream.Streamed:
+    return stream.open_stream(
+        sources.open_source(SetSpec(split="train", **any_set, **more)), workers
+    )
 
 
 def order(epoch: int) -> np.ndarray:
@@ -100,17 +102,17 @@ def same(a: list[dict], b: list[dict]) -> None:
             np.testing.assert_array_equal(one[name], other[name])
 
 
-def test_batches_are_those_of_a_set_in_memory(made):
-    held, found = sources.load(split="train", **made), rows(opened(made))
-    assert len(found) == PLAN.steps
-    for step, row in enumerate(found):
-        wanted = order(step // PLAN.steps_per_epoch)[step % PLAN.steps_per_epoch]
-        np.testing.assert_array_equal(row["index"], wanted)
-        np.testing.assert_array_equal(row["image"], held.images[wanted])
-        np.testing.assert_array_equal(row["label"], held.labels[wanted])
+def test_batches_are_those_of_a_set_in_memory(any_set):
+    held, streamed = sources.load(split="train", **any_set), rows(opened(any_set))
+    assert len(streamed) == PLAN.steps
+    for step, row in enumerate(streamed):
+        expected = order(step // PLAN.steps_per_epoch)[step % PLAN.steps_per_epoch]
+        np.testing.assert_array_equal(row["index"], expected)
+        np.testing.assert_array_equal(row["image"], held.images[expected])
+        np.testing.assert_array_equal(row["label"], held.labels[expected])
         assert (row["image"].dtype, row["label"].dtype) == (np.uint8, np.int32)
-    assert {int(i) for row in found[:5] for i in row["index"]} <= set(range(PLAN.examples))
-    assert len({row["index"].tobytes() for row in found}) == PLAN.steps
+    assert {int(i) for row in streamed[:5] for i in row["index"]} <= set(range(PLAN.examples))
+    assert len({row["index"].tobytes() for row in streamed}) == PLAN.steps
 
 
 def test_a_step_number_is_enough_to_go_on(mine):
@@ -143,8 +145,8 @@ def train(arrays: dict, start: State | None = None, **options) -> State:
 
     def make_batch(arrays, indices, epoch, step):
         del epoch, step
-        drawn = arrays.get("rows") or {name: a[indices] for name, a in arrays.items()}
-        return {"x": drawn["image"].reshape(len(indices), -1) / 255.0, "y": drawn["label"]}
+        examples = arrays.get("rows") or {name: a[indices] for name, a in arrays.items()}
+        return {"x": examples["image"].reshape(len(indices), -1) / 255.0, "y": examples["label"]}
 
     def train_step(state, batch):
         error = batch["x"] @ state.weights - batch["y"]
@@ -208,22 +210,22 @@ def test_worker_processes_give_the_same_and_end(mine, tmp_path):
         with stream.rows(opened(0), order, 5, 15)(0) as batches:
             whole = list(batches)
         with stream.rows(opened(2), order, 5, 15)(3) as batches:
-            found = [next(batches)]
+            streamed = [next(batches)]
             children = multiprocessing.active_children()
             assert len(children) == 2
-            found += batches
-        assert len(found) == 12
+            streamed += batches
+        assert len(streamed) == 12
         assert not multiprocessing.active_children()
         last = int(whole[4]['index'][0])
         opened(0).source.path(last).write_bytes(b'nothing')
         with stream.rows(opened(1), order, 5, 15)(3) as batches:
             try:
                 for row in batches:
-                    found.append(row)
+                    streamed.append(row)
             except Exception as error:
                 print(type(error).__name__, error)
-        assert len(found) == 13
-        for a, b in zip(found, [*whole[3:], whole[3]], strict=True):
+        assert len(streamed) == 13
+        for a, b in zip(streamed, [*whole[3:], whole[3]], strict=True):
             for name in a:
                 assert type(a[name]) is np.ndarray and a[name].dtype == b[name].dtype
                 np.testing.assert_array_equal(a[name], b[name])
@@ -231,9 +233,9 @@ def test_worker_processes_give_the_same_and_end(mine, tmp_path):
     """
     run = subprocess.run(program(tmp_path, body), capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")
-    said, left = run.stdout.splitlines()
-    assert said.startswith(f"UserError {tmp_path}/mine/train/") and left == "[]"
-    assert ".png is damaged (not an image): replace it, or set data.on_corrupt=skip" in said
+    message, left = run.stdout.splitlines()
+    assert message.startswith(f"UserError {tmp_path}/mine/train/") and left == "[]"
+    assert ".png is damaged (not an image): replace it, or set data.on_corrupt=skip" in message
 
 
 @pytest.mark.slow
@@ -300,15 +302,15 @@ def test_damaged_images_are_replaced_and_counted_once_when_asked(mine, caplog):
     damage(mine, 0, 4, 5)
     data = opened(mine, on_corrupt="skip")
     with caplog.at_level(logging.WARNING, "absl"):
-        found = rows(data)
+        streamed = rows(data)
     assert [r.getMessage() for r in caplog.records] == ["mine/train: skipped 3 of 22 images"]
     instead = {0: 1, 4: 6, 5: 6}
-    for step, row in enumerate(found):
-        wanted = order(step // PLAN.steps_per_epoch)[step % PLAN.steps_per_epoch]
-        drawn = [instead.get(int(i), int(i)) for i in wanted]
-        assert row["index"].tolist() == drawn
-        np.testing.assert_array_equal(row["image"], held.images[drawn])
-        np.testing.assert_array_equal(row["label"], held.labels[drawn])
+    for step, row in enumerate(streamed):
+        expected = order(step // PLAN.steps_per_epoch)[step % PLAN.steps_per_epoch]
+        sound_ones = [instead.get(int(i), int(i)) for i in expected]
+        assert row["index"].tolist() == sound_ones
+        np.testing.assert_array_equal(row["image"], held.images[sound_ones])
+        np.testing.assert_array_equal(row["label"], held.labels[sound_ones])
     caplog.clear()
     with caplog.at_level(logging.WARNING, "absl"):
         chunks = list(data.chunks(2))
@@ -322,8 +324,8 @@ def test_damaged_images_are_replaced_and_counted_once_when_asked(mine, caplog):
             read(opened(mine, on_corrupt="skip"))
 
 
-def test_chunks_are_the_set_in_order(made):
-    held, data = sources.load(split="train", **made), opened(made)
+def test_chunks_are_the_set_in_order(any_set):
+    held, data = sources.load(split="train", **any_set), opened(any_set)
     assert data.image_shape == held.image_shape == (SIDE, SIDE, 3)
     assert (data.examples, data.name) == (held.examples, held.name)
     assert data.class_names == held.class_names

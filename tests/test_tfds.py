@@ -22,8 +22,8 @@ def pixels(count: int, height: int, width: int, channels: int = 3) -> np.ndarray
 
 
 def photos(count: int, side: int = 12, classes: int = 2, channels: int = 3) -> list[dict]:
-    drawn = pixels(count, side, side, channels)
-    return [{"image": png(image), "label": i % classes} for i, image in enumerate(drawn)]
+    images = pixels(count, side, side, channels)
+    return [{"image": png(image), "label": i % classes} for i, image in enumerate(images)]
 
 
 SMALL = {"image": an_image((12, 12, 3)), "label": a_class(2)}
@@ -54,26 +54,26 @@ def test_shards_are_read_in_order(tmp_path):
     examples = photos(11, classes=3)
     features = {"image": an_image((12, 12, 3)), "label": a_class(3)}
     write(tmp_path, "pets", {"train": examples}, features, shards=3)
-    found = load(tmp_path)
-    assert found.name == "pets/train" and found.class_names == ("0", "1", "2")
-    np.testing.assert_array_equal(found.images, decoded(examples))
-    assert found.labels.tolist() == [e["label"] for e in examples]
+    data = load(tmp_path)
+    assert data.name == "pets/train" and data.class_names == ("0", "1", "2")
+    np.testing.assert_array_equal(data.images, decoded(examples))
+    assert data.labels.tolist() == [e["label"] for e in examples]
     np.testing.assert_array_equal(load(tmp_path, limit=4).images, decoded(examples)[:4])
     held = sources.open_source(SetSpec("tfds", "pets", "train", root=str(tmp_path)))
-    assert held.labels().tolist() == found.labels.tolist()
+    assert held.labels().tolist() == data.labels.tolist()
     assert "pets-train.array_record-00001-of-00003" in held.where(3)
     assert held.where(3).startswith("record 0 of ")
 
 
-def test_features_are_found_by_their_types(tmp_path):
-    drawn = pixels(4, 9, 9)
-    other = [{"scan": png(p), "file_name": b"x", "diagnosis": i % 2} for i, p in enumerate(drawn)]
+def test_features_are_recognised_by_their_types(tmp_path):
+    scans = pixels(4, 9, 9)
+    other = [{"scan": png(p), "file_name": b"x", "diagnosis": i % 2} for i, p in enumerate(scans)]
     text = {"pythonClassName": f"{PACKAGE}.text_feature.Text", "text": {}}
     features = {"scan": an_image((9, 9, 3)), "file_name": text, "diagnosis": a_class(2)}
     write(tmp_path, "scans", {"train": other}, features)
-    found = load(tmp_path, "scans", id_set="scans")
-    np.testing.assert_array_equal(found.images, drawn)
-    assert found.labels.tolist() == [0, 1, 0, 1]
+    data = load(tmp_path, "scans", id_set="scans")
+    np.testing.assert_array_equal(data.images, scans)
+    assert data.labels.tolist() == [0, 1, 0, 1]
     # Of several of a type, the one with the usual name.
     both = [{**e, "coarse": 0} for e in photos(3, classes=3)]
     features = {"image": an_image((12, 12, 3)), "label": a_class(3), "coarse": a_class(2)}
@@ -92,19 +92,19 @@ def test_sets_become_like_the_id_set(root):
         {"test": [{"image": png(g), "label": 7} for g in gray]},
         {"image": an_image((12, 12, 1)), "label": a_class(10)},
     )
-    found = load(root, "gray", "test", labelled=False)
-    np.testing.assert_array_equal(found.images, np.repeat(gray[..., None], 3, -1))
-    assert found.labels.tolist() == [0, 0, 0] and found.class_names == ("ood",)
+    data = load(root, "gray", "test", labelled=False)
+    np.testing.assert_array_equal(data.images, np.repeat(gray[..., None], 3, -1))
+    assert data.labels.tolist() == [0, 0, 0] and data.class_names == ("ood",)
     # Sizes that vary, an alpha channel, no labels: the shorter side and the centre.
     wide = np.zeros((24, 60, 3), np.uint8)
     wide[:, 18:42] = 200
     clear = np.full((12, 12, 4), 90, np.uint8)
-    kept = [{"image": png(wide)}, {"image": png(wide.swapaxes(0, 1))}, {"image": png(clear)}]
-    write(root, "wild", {"test": kept}, {"image": an_image((None, None, 4))})
-    found = load(root, "wild", "test", labelled=False)
-    assert found.images.shape == (3, 12, 12, 3)
-    assert (found.images[:2, 2:-2, 2:-2] == 200).all()
-    assert (found.images[2] == 90).all()
+    examples = [{"image": png(wide)}, {"image": png(wide.swapaxes(0, 1))}, {"image": png(clear)}]
+    write(root, "wild", {"test": examples}, {"image": an_image((None, None, 4))})
+    data = load(root, "wild", "test", labelled=False)
+    assert data.images.shape == (3, 12, 12, 3)
+    assert (data.images[:2, 2:-2, 2:-2] == 200).all()
+    assert (data.images[2] == 90).all()
     assert load(root, "wild", "test", labelled=False, image_size=8).images.shape == (3, 8, 8, 3)
     refused("no feature of type ClassLabel: 'wild' can be an OOD set only", root, "wild", "test")
     # An ID set of gray images makes others gray.
@@ -118,8 +118,8 @@ def test_large_images_of_imagenet_lose_their_margin(tmp_path):
     examples = [{"image": png(wide), "label": 0}]
     features = {"image": an_image((None, None, 3)), "label": a_class(2)}
     write(tmp_path, "imagenet2012", {"train": examples}, features)
-    found = load(tmp_path, "imagenet", id_set="imagenet", image_size=56)
-    assert found.images.shape == (1, 56, 56, 3) and (found.images == 255).all()
+    data = load(tmp_path, "imagenet", id_set="imagenet", image_size=56)
+    assert data.images.shape == (1, 56, 56, 3) and (data.images == 255).all()
 
 
 def test_images_of_several_sizes_ask_for_one(tmp_path):
@@ -189,11 +189,11 @@ def test_damaged_images_are_named_or_skipped(tmp_path, caplog):
     message = refused("is damaged .not an image.: replace it, .* data.on_corrupt=skip", tmp_path)
     assert "record 1 of" in message and "pets-train.array_record-00001-of-00002" in message
     with caplog.at_level(logging.WARNING, "absl"):
-        found = load(tmp_path, on_corrupt="skip")
+        data = load(tmp_path, on_corrupt="skip")
     assert caplog.text.count("pets/train: skipped 1 of 6 images") == 1
-    assert found.labels.tolist() == [0, 1, 0, 1, 1]
+    assert data.labels.tolist() == [0, 1, 0, 1, 1]
     sound = [e for i, e in enumerate(examples) if i != 4]
-    np.testing.assert_array_equal(found.images, decoded(sound))
+    np.testing.assert_array_equal(data.images, decoded(sound))
 
 
 def test_files_are_compared_with_their_manifest(root):

@@ -1,1 +1,1 @@
-"""Image sets: what they are (benchmarks), how they are read (sources, bundled) and made (build)."""
+"""Image sets: described, read from every source, streamed, augmented and generated."""
