@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
 from scipy import optimize, stats
 from scipy.special import logsumexp, softmax
 
@@ -352,32 +351,6 @@ def test_constant_logits_and_dead_features(name):
 def test_one_class(name):
     outputs = _outputs(30, classes=1)
     assert np.isfinite(_values(name, outputs)).all()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_export_with_any_number_of_rows(name):
-    train, labels = _classified(60)
-    score = scores.make(name)
-    state = scores.fit(score, train, labels)
-    n = export.symbolic_shape("n")[0]
-    shapes = Outputs(*(jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype) for x in train[:2]))
-    exported = export.export(jax.jit(score.score))(state, shapes)
-    np.testing.assert_allclose(
-        exported.call(state, train), scores.apply(score, state, train), rtol=2e-5, atol=1e-6
-    )
-
-
-def test_odin_exports_with_any_number_of_images():
-    score = scores.make("odin")
-    state = scores.fit(score, _forward(_images()), np.zeros(12, int))
-
-    def whole(state, images):
-        return score.score(state, score.perturb(state, _forward, images))
-
-    n = export.symbolic_shape("n")[0]
-    exported = export.export(jax.jit(whole))(state, jax.ShapeDtypeStruct((n, 4, 4, 1), np.float32))
-    expected = scores.apply_to_images(score, state, _forward, _images())
-    np.testing.assert_allclose(exported.call(state, _images()), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
