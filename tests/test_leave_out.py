@@ -16,12 +16,12 @@ from oal_jax import main
 from oal_jax.config import Config, Data, flatten, unflatten
 from oal_jax.config.benchmarks import resolve
 from oal_jax.config.class_names import generated_names
-from oal_jax.config.rules import validate
 from oal_jax.config.smoke import shrink
 from oal_jax.data import corruptions, generated, sources, stream
 from oal_jax.data.leave_out import relabelled
 from oal_jax.data.stored import SetSpec, Subset, read_all, select
 from oal_jax.errors import UserError
+from oal_jax.methods import registry
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.scores import compute
 from oal_jax.stages import evaluate, generator, teacher
@@ -260,7 +260,7 @@ def test_an_own_set_needs_no_other_ood_set():
 
 def test_its_training_images_are_no_outlier_images():
     changes = {"data.leave_out": ["coat"], "method.name": "oe", "outliers.images": "left_out"}
-    refused("left_out", validate, unflatten(flatten(Config()) | changes))
+    refused("left_out", registry.check, unflatten(flatten(Config()) | changes))
 
 
 def test_the_shipped_teacher_keeps_the_other_rows_of_its_head(tmp_path, caplog):
@@ -274,12 +274,8 @@ def test_the_shipped_teacher_keeps_the_other_rows_of_its_head(tmp_path, caplog):
     rest = [i for i, name in enumerate(NAMES) if name not in ("coat", "t-shirt")]
     np.testing.assert_allclose(fewer, logits[:, rest], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(same, plain, rtol=1e-5, atol=1e-5)
-    warnings = [r.getMessage() for r in caplog.records if "leave_out" in r.getMessage()]
-    assert (
-        len(warnings) == 1
-        and "coat', 't-shirt" in warnings[0]
-        and "teacher.train=True" in warnings[0]
-    )
+    (warning,) = (r.getMessage() for r in caplog.records if "leave_out" in r.getMessage())
+    assert "coat', 't-shirt" in warning and "teacher.train=True" in warning
 
 
 def test_prompts_are_of_the_remaining_classes(tmp_path):
@@ -329,10 +325,10 @@ def test_the_teacher_is_trained_without_the_class(tmp_path):
     config.method.name, config.teacher.train, config.teacher.batch_size = "kd", True, 100
     context = pipeline.resolve(pipeline.run(config, tmp_path / "run", only="features"))
     assert teacher.variables(context)["params"]["head"]["kernel"].shape == (128, 7)
-    data = artifacts.read_tensors(context.directory("features") / "features.safetensors")
+    features = artifacts.read_tensors(context.directory("features") / "features.safetensors")
     data = context.train_images()
-    np.testing.assert_array_equal(data["labels"], data.labels)
-    assert data["logits"].shape == (data.examples, 7)
+    np.testing.assert_array_equal(features["labels"], data.labels)
+    assert features["logits"].shape == (data.examples, 7)
 
 
 def test_the_generator_learns_the_remaining_classes(tmp_path, monkeypatch):
