@@ -331,9 +331,8 @@ def test_latents_of_the_same_noise_agree(torch, generators, sampler, steps):
     config = Latents(sampler=sampler, steps=steps, guidance=2.0)
     with torch.no_grad():
         states = torch.from_numpy(np.concatenate([uncond, cond]))
-        theirs = diffusion.denoise(
-            twin.unet, twin.schedule, config, torch.from_numpy(noise), states
-        )
+        theirs = diffusion.denoise(twin.unet, twin.schedule, config, pixels(torch, noise), states)
+    theirs = theirs.permute(0, 2, 3, 1)
     np.testing.assert_allclose(ours(params, noise, cond, uncond), theirs, atol=1e-3)
 
 
@@ -345,8 +344,8 @@ def test_images_are_encoded_and_latents_decoded_as_ours(torch, generators):
     latents = np.asarray(stable_diffusion.encode_images(sd, params, images))
     with torch.no_grad():
         theirs = diffusion.encode_images(twin, pixels(torch, images))
-        decoded = diffusion.decode(twin, torch.from_numpy(latents))
-    np.testing.assert_allclose(latents, theirs, atol=1e-3)
+        decoded = diffusion.decode(twin, pixels(torch, latents))
+    np.testing.assert_allclose(latents, theirs.permute(0, 2, 3, 1), atol=1e-3)
     ours = stable_diffusion.decode_latents(sd, params, latents)
     np.testing.assert_allclose(ours, decoded.permute(0, 2, 3, 1), atol=1e-3)
 
