@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -43,15 +42,6 @@ def test_workdirs_that_do_not_do_are_refused(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(flat))
     said = refusal(capsys, "--workdir", str(tmp_path), "--config.method.name=ce")
     assert "seed was 7, now 0" in said and "--force" in said
-
-
-def test_a_batch_that_does_not_fit_the_devices_is_refused(capsys, tmp_path):
-    if jax.device_count() == 1:
-        pytest.skip("one device")
-    wanted = ["--config.method.name=ce", "--config.train.batch_size=129"]
-    said = refusal(capsys, "--workdir", str(tmp_path), "--config.smoke", *wanted)
-    assert f"train.batch_size=129 is not divisible by the {jax.device_count()} devices" in said
-    assert not (tmp_path / "train" / "manifest.json").exists()
 
 
 def test_exit_codes(capsys):
@@ -120,6 +110,7 @@ def stop(command, workdir, env, number):
         return code, err.read()
 
 
+@pytest.mark.slow
 def test_signals_stop_the_command_and_it_goes_on_to_the_same_bits(tmp_path):
     env = environment(tmp_path / "cache")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

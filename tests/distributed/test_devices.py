@@ -1,27 +1,25 @@
 """One program on any devices: meshes, shardings, the same draws and results, elastic restore."""
 
-import collections
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import chex
-import hypothesis
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_methods
-from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
+from oal_jax import main
 from oal_jax import scores as post_hoc
 from oal_jax.aot import costs
 from oal_jax.config import Config
@@ -29,10 +27,11 @@ from oal_jax.data.augment import augment
 from oal_jax.errors import UserError
 from oal_jax.methods import ce, registry, student
 from oal_jax.outliers import knn
-from oal_jax.runtime import distributed, ops, preemption, processes
+from oal_jax.runtime import artifacts, distributed, ops, preemption, processes
 from oal_jax.scores import Head, Outputs
 from oal_jax.scores.forward import make_forward
 from oal_jax.stages import generator, latents
+from oal_jax.stages import run as pipeline
 from oal_jax.stages.context import Context
 from oal_jax.training import arrays as streams
 from oal_jax.training import loop
@@ -43,7 +42,21 @@ from oal_jax.training.state import init_state, make_train_step
 KEY = jax.random.key(5)
 SIZES = (1, 2, 4)  # and 8 in a process of its own
 QUICK = {"xla_backend_optimization_level": 0}  # the programs are tiny: compiling is the cost
-IMAGE, CLASSES = test_methods.IMAGE, test_methods.CLASSES
+IMAGE, CLASSES = (6, 6, 1), 4
+
+
+class Net(nn.Module):
+    """The smallest classifier with what the methods rely on: batch statistics and a head `fc`."""
+
+    feature_width: int = 8
+
+    @nn.compact
+    def __call__(self, images, train=False, statistics=None):
+        x = nn.Conv(self.feature_width, (3, 3), use_bias=False, name="conv")(images)
+        mask = None if statistics is None else statistics[:, None, None, None]
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="bn")(x, mask=mask)
+        features = jnp.mean(nn.relu(x), axis=(1, 2))
+        return nn.Dense(CLASSES, name="fc")(features), features
 
 
 def mesh_of(data, model=1):
@@ -83,15 +96,16 @@ def test_large_tensors_alone_are_split():
     assert {s.spec for s in jax.tree.leaves(whole)} == {PartitionSpec()}
 
 
-def test_finite_is_told_of_every_float():
+def test_is_finite_reads_every_float():
     good = {"a": jnp.ones((4, 2)), "n": jnp.array([1]), "half": jnp.ones(3, jnp.bfloat16)}
     assert distributed.is_finite(good)
-    for name in ("a", "half"):
-        for value in (jnp.nan, -jnp.inf):
-            bad = good | {name: good[name].at[-1].set(value)}
-            assert not distributed.is_finite(bad)
-            spread = distributed.place(jnp.ones((8, 2)).at[7].set(value), rows_over(4))
-            assert not distributed.is_finite({"x": spread})
+    for name, value in (("a", np.nan), ("half", -np.inf)):
+        bad = np.array(good[name])
+        bad[-1] = value
+        assert not distributed.is_finite(good | {name: jax.device_put(bad)})
+        spread = np.ones((8, 2), np.float32)
+        spread[7] = value
+        assert not distributed.is_finite({"x": distributed.place(spread, rows_over(4))})
 
 
 def rows_over(size):
@@ -170,7 +184,7 @@ def test_draws_are_the_same_bits_on_any_number_of_devices():
 
 
 PLAN = loop.Plan(examples=26, batch_size=8, epochs=2, log_every=2)
-NET = test_methods.Net(feature_width=8)
+NET = Net()
 
 
 def sgd(groups, rate):
@@ -391,20 +405,17 @@ def test_scores_are_alike_on_any_number_of_devices():
         np.testing.assert_allclose(four[name], values, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-batch_sizes = st.integers(1, 24)
-
-
-@hypothesis.settings(deadline=None, max_examples=8)
-@hypothesis.given(batch_sizes, batch_sizes)
+@pytest.mark.parametrize(("first", "second"), [(8, 12), (5, 3)])
 def test_two_batches_are_joined_and_separated(first, second):
-    a, b = np.arange(2 * first).reshape(first, 2), -np.arange(2 * second).reshape(second, 2)
-    joined = student.join(a, b)
+    a, b = 1 + np.arange(2 * first).reshape(first, 2), -np.arange(2 * second).reshape(second, 2)
+    joined = jax.jit(student.join)(a, b)
     assert joined.shape == (first + second, 2)
-    for one, other in zip(student.separate(joined, first), (a, b), strict=True):
+    parts = jax.jit(student.separate, static_argnums=1)(joined, first)
+    for one, other in zip(parts, (a, b), strict=True):
         np.testing.assert_array_equal(one, other)
-    groups = np.gcd(first, second)
-    mask = student.join(np.ones(first, bool), np.zeros(second, bool)).reshape(groups, -1)
-    np.testing.assert_array_equal(mask.sum(axis=1), first // groups)  # each device has its share
+    groups = np.gcd(first, second)  # each device has its share of both
+    shares = (np.asarray(joined)[:, 1] > 0).reshape(groups, -1).sum(axis=1)
+    np.testing.assert_array_equal(shares, first // groups)
 
 
 def test_joining_two_split_batches_sends_nothing():
@@ -423,26 +434,21 @@ def test_joining_two_split_batches_sends_nothing():
     assert sent(lambda *both: jnp.concatenate(both), lambda x: (x[:8], x[8:])) != {}
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("others", [8, 5, 24])
+@pytest.mark.parametrize(("others", "shared"), [(24, False), (5, True)])
 def test_a_joined_pass_gives_what_a_plain_one_gives(others, shared):
     images = [images_of(n) / np.float32(255) for n in (8, others)]
     images[1] = np.sqrt(images[1])  # of other statistics
-    params, model_state = student.init_student(KEY, NET, IMAGE)
-    outputs, other_outputs, state = student.forward(
-        NET, params, model_state, KEY, *images, shared_statistics=shared
-    )
-    plain, plain_state = NET.apply(
-        {"params": params["student"], **model_state["student"]},
-        np.concatenate(images),
-        train=True,
-        statistics=None if shared else np.arange(8 + others) < 8,
-        mutable=["batch_stats"],
-    )
-    wanted = [rows[:8] for rows in plain], [rows[8:] for rows in plain], plain_state
-    for found, values in zip((outputs, other_outputs, state), wanted, strict=True):
+    params, model_state = jax.jit(lambda: student.init_student(KEY, NET, IMAGE))()
+    forward = partial(student.forward, NET, shared_statistics=shared)
+    outputs, other_outputs, state = jax.jit(forward)(params, model_state, KEY, *images)
+    mask = None if shared else np.arange(8 + others) < 8
+    apply = partial(NET.apply, train=True, statistics=mask, mutable=["batch_stats"])
+    variables = {"params": params["student"], **model_state["student"]}
+    plain, plain_state = jax.jit(apply)(variables, np.concatenate(images))
+    expected = [rows[:8] for rows in plain], [rows[8:] for rows in plain], plain_state
+    for actual, values in zip((outputs, other_outputs, state), expected, strict=True):
         chex.assert_trees_all_close(
-            list(jax.tree.leaves(found)), jax.tree.leaves(values), atol=1e-5
+            list(jax.tree.leaves(actual)), jax.tree.leaves(values), atol=1e-5
         )
 
 
@@ -528,7 +534,7 @@ def write_results(path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_method_is_alike_on_one_two_and_eight_devices(tmp_path, trained_on_one):
-    code = "import sys, test_distributed as t; t.write_results(t.Path(sys.argv[1]))"
+    code = "import sys, test_devices as t; t.write_results(t.Path(sys.argv[1]))"
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", code, str(tmp_path / "eight.npz")]
     child = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
@@ -552,36 +558,47 @@ def test_every_method_is_alike_on_one_two_and_eight_devices(tmp_path, trained_on
         np.testing.assert_allclose(two[name], values, rtol=2e-3, err_msg=name)
 
 
-def test_on_one_device_the_program_is_that_of_plain_jit():
-    """What the mesh adds is free: the compiled programs have the same instructions."""
-    mesh, plan = mesh_of(1), PLAN
-    method = ce.cross_entropy(NET, IMAGE)
-    optimizer = sgd(["student"], 0.05)
-    state = init_state(method, optimizer, KEY)
-    train_step = make_train_step(method, optimizer, KEY)
-    arrays = {"image": images_of(plan.examples) / np.float32(255), "label": np.zeros(26, np.int32)}
-    order = np.arange(24, dtype=np.int32).reshape(3, 8)
-
-    def make_batch(arrays, indices, epoch, step):
-        del epoch, step
-        return {name: array[indices] for name, array in arrays.items()}
-
-    def plain(state, arrays, order):
-        row = state.step % plan.steps_per_epoch
-        state, metrics = train_step(state, make_batch(arrays, order[row], None, None))
-        return state, jax.tree.map(lambda m: m[None], metrics)
-
-    one = jax.devices()[0]
-    sharded = loop.compile_step(train_step, make_batch, plan, mesh)
-    arguments = distributed.replicate((state, arrays, order), mesh)
-    programs = [
-        jax.jit(plain, donate_argnums=0).lower(*jax.device_put((state, arrays, order), one)),
-        sharded.lower(*arguments),
-    ]
-    counts = [instructions(program.compile().as_text()) for program in programs]
-    assert counts[0] == counts[1] and counts[0].total() > 100
+def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path, capsys):
+    mesh = mesh_of(4)
+    distributed.check_batch("train.batch_size", 128, mesh)
+    with pytest.raises(UserError, match="batch_size=129 .* 4 devices"):
+        distributed.check_batch("train.batch_size", 129, mesh)
+    flags = ["--config.smoke", "--config.method.name=ce", "--config.train.batch_size=129"]
+    config = str(Path(__file__).parents[2] / "configs" / "fashion.py")
+    argv = ["main", "--config", config, "--workdir", str(tmp_path), *flags]
+    assert main.guard(main.run, argv) == 2
+    assert "train.batch_size=129" in capsys.readouterr().err
+    assert not (tmp_path / "train" / "manifest.json").exists()
 
 
-def instructions(text: str) -> collections.Counter:
-    """How often each kind of instruction stands in a compiled program."""
-    return collections.Counter(re.findall(r" = \S+ ([a-z-]+)\(", text))
+def test_a_run_goes_on_with_its_devices_laid_out_otherwise(tmp_path, monkeypatch):
+    """With stages that write one small file each in place of the real ones."""
+    ran = []
+
+    def stage(path):
+        name = path.rpartition(".")[2]
+
+        def run(context):
+            ran.append(name)
+            file = context.directory(name) / "out.safetensors"
+            artifacts.write_tensors(file, {"x": np.zeros(1)})
+            return [file]
+
+        return SimpleNamespace(run=run)
+
+    def run_on(model):
+        ran.clear()
+        config = Config()
+        config.mesh.model = model
+        pipeline.run(config, tmp_path)
+        return list(ran)
+
+    monkeypatch.setattr(pipeline, "import_module", stage)
+    assert run_on(1)
+    flat = artifacts.read_json(tmp_path / "config.json")
+    del flat["mesh.model"]
+    artifacts.write_json(tmp_path / "config.json", flat)  # as before there was such a key
+    assert run_on(2) == []
+    assert pipeline.resolve(tmp_path).mesh.shape["model"] == 1  # a reader's devices are its own
+    with pytest.raises(UserError, match="mesh.model=3 must divide the 4 devices"):
+        run_on(3)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "fashion.py")
-EPOCHS, EVERY = 120, 10  # of the toy training: 7 steps each
+EPOCHS, EVERY = 60, 10  # of the toy training: 7 steps each
 HEARTBEAT = 10
 
 
@@ -182,8 +182,8 @@ class Group:
     def err(self, i: int) -> str:
         return (self.scratch / f"err.{i}").read_text()
 
-    def told(self, i: int) -> list[str]:
-        """The lines of the program's own on stderr."""
+    def lines(self, i: int) -> list[str]:
+        """The program's own lines on stderr."""
         lines = self.err(i).replace("\r", "\n").splitlines()
         return [line for line in lines if line.startswith("oal_jax:")]
 
@@ -256,36 +256,35 @@ def test_without_a_cluster_there_is_nothing_to_detect():
     assert "--distributed finds no cluster here" in line and "give --coordinator" in line
 
 
-@pytest.mark.slow
 def test_what_one_process_does_for_all(tmp_path):
     with toys(tmp_path / "logs", "collectives", tmp_path) as group:
         assert group.wait() == [0, 0], [group.err(0), group.err(1)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("action", "code"), [("mistake", 2), ("bug", 1)])
+@pytest.mark.parametrize(
+    ("action", "code"), [("mistake", 2), pytest.param("bug", 1, marks=pytest.mark.slow)]
+)
 def test_an_error_on_one_process_ends_all_with_its_code(tmp_path, action, code):
     start = time.monotonic()
     with toys(tmp_path / "logs", action, tmp_path / "run") as group:
         assert group.wait(120) == [code, code]
         assert time.monotonic() - start < 90
         failed = 1 if action == "mistake" else 0
-        said = "only here" if action == "mistake" else "ValueError: of process 0"
-        assert group.told(failed) == [f"oal_jax: {said}"]
-        assert group.told(1 - failed) == [f"oal_jax: process {failed}: {said}"]
+        message = "only here" if action == "mistake" else "ValueError: of process 0"
+        assert group.lines(failed) == [f"oal_jax: {message}"]
+        assert group.lines(1 - failed) == [f"oal_jax: process {failed}: {message}"]
         assert ("Traceback" in group.err(failed)) == (action == "bug")
 
 
-@pytest.mark.slow
 def test_sigterm_on_one_process_saves_on_all_and_fewer_devices_go_on(tmp_path, whole):
     run = tmp_path / "run"
     with toys(tmp_path / "first", "train", run) as group:
         wait_for_step(group, run, 20)
         group.children[1].send_signal(signal.SIGTERM)
         assert group.wait() == [143, 143], [group.err(0), group.err(1)]
-        told = [group.told(0), group.told(1)]
-        assert told[0] == told[1] and len(told[0]) == 1, told
-    step = int(told[0][0].split("stopped by SIGTERM at step ")[1].split(",")[0])
+        lines = [group.lines(0), group.lines(1)]
+        assert lines[0] == lines[1] and len(lines[0]) == 1, lines
+    step = int(lines[0][0].split("stopped by SIGTERM at step ")[1].split(",")[0])
     assert step == logged(run)[-1]["step"] and (run / "checkpoints" / str(step)).is_dir()
     # From two processes to one with a single device.
     with toys(tmp_path / "second", "train", run, count=1, devices=1) as group:
@@ -304,7 +303,7 @@ def test_who_loses_another_process_stops_in_time_and_all_go_on(tmp_path, whole, 
         codes = group.wait(6 * HEARTBEAT)
         assert codes[killed] == 137 and codes[1 - killed] == 1, group.err(1 - killed)
         assert time.monotonic() - start < 4 * HEARTBEAT
-        assert group.told(1 - killed)
+        assert group.lines(1 - killed)
     with toys(tmp_path / "second", "train", run) as group:
         assert group.wait() == [0, 0], [group.err(0), group.err(1)]
     assert_same_training(run, whole)
@@ -467,9 +466,9 @@ def test_processes_of_different_configs_are_refused(tmp_path):
     of = {1: ["--config.seed=1"]}
     with Group(tmp_path / "logs", commands(tmp_path / "run", 2, *flags, of=of)) as group:
         assert group.wait(120) == [2, 2], [group.err(0), group.err(1)]
-        [line] = group.told(1)
+        [line] = group.lines(1)
         assert "config seed is 1 in process 1 and 0 in process 0; give all" in line
-        assert group.told(0) == [line.replace("oal_jax:", "oal_jax: process 1:")]
+        assert group.lines(0) == [line.replace("oal_jax:", "oal_jax: process 1:")]
 
 
 if __name__ == "__main__":
