@@ -26,7 +26,7 @@ SIDE = 16
 def root(tmp_path_factory) -> Path:
     """An ID set of two classes, bright and dark, and two OOD sets."""
     folder, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
-    sizes = {"train": 40, "validation": 12, "test": 12}
+    sizes = {"train": 80, "validation": 12, "test": 12}
     sets = {f"mine/{split}/{c}": n // 2 for split, n in sizes.items() for c in ("cat", "dog")}
     for name, count in (sets | {"near/test": 9, "far/test": 9, "more/train": 9}).items():
         (folder / name).mkdir(parents=True)
@@ -67,7 +67,9 @@ def context_of(root: Path, workdir: Path, **options) -> Context:
 @pytest.mark.slow
 def test_every_stage_gives_what_it_gives_of_sets_in_memory(root, tmp_path):
     for name, stream in (("memory", False), ("stream", True)):
-        pipeline.run(config_of(root, stream, name="kd"), tmp_path / name)
+        config = config_of(root, stream, name="oal")
+        config.outliers.source = "knn"
+        pipeline.run(config, tmp_path / name)
     for stage, file in (
         ("teacher", "teacher.safetensors"),
         ("features", "features.safetensors"),
