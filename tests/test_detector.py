@@ -2,8 +2,6 @@
 
 import contextlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -111,7 +109,7 @@ def test_images_of_any_size_where_none_is_wanted():
         check_images(np.zeros((5, 6, 3), np.uint8))
 
 
-@pytest.mark.parametrize("name", ["max_logit", "gradnorm", "odin"])
+@pytest.mark.parametrize("name", ["gradnorm", "odin"])
 def test_a_score_that_the_run_did_not_list_is_fitted(finished_run, images, capsys, name):
     detector = oal_jax.load(finished_run, score=name)
     said = capsys.readouterr().err
@@ -215,12 +213,3 @@ def test_no_image_set_is_read(finished_run, images, monkeypatch):
     monkeypatch.setattr("oal_jax.stages.context.read_set", refuse)
     with contextlib.redirect_stderr(None):
         assert len(oal_jax.load(finished_run)(images).label) == len(images)
-
-
-def test_importing_the_package_is_instant():
-    code = "import sys, oal_jax; print([m for m in ('jax', 'numpy', 'flax') if m in sys.modules])"
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert child.stdout.strip() == "[]"
-    assert {"load", "calibrate", "Detector"} <= set(oal_jax.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'laod'"):
-        oal_jax.laod  # noqa: B018

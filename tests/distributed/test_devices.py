@@ -27,7 +27,7 @@ from oal_jax.data.augment import augment
 from oal_jax.errors import UserError
 from oal_jax.methods import ce, registry, student
 from oal_jax.outliers import knn
-from oal_jax.runtime import artifacts, distributed, ops, preemption, processes
+from oal_jax.runtime import artifacts, batched, distributed, ops, preemption, processes
 from oal_jax.scores import Head, Outputs
 from oal_jax.scores.forward import make_forward
 from oal_jax.stages import generator, latents
@@ -403,6 +403,16 @@ def test_scores_are_alike_on_any_number_of_devices():
     one, four = (scores_of(mesh_of(size)) for size in (1, 4))
     for name, values in one.items():
         np.testing.assert_allclose(four[name], values, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_batches_are_split_over_the_devices(size):
+    mesh, images = mesh_of(size), np.arange(30, dtype=np.float32).reshape(10, 3)
+    assert batched.rows_per_batch(6, mesh) == {1: 6, 4: 8}[size]
+    for batch, _ in batched.batches([images], 6, mesh):
+        assert {shard.data.shape for shard in batch.addressable_shards} == {({1: 6, 4: 2}[size], 3)}
+    result = batched.apply(jax.jit(lambda x: 2 * x), [images], 6, mesh)
+    np.testing.assert_array_equal(result, 2 * images)
 
 
 @pytest.mark.parametrize(("first", "second"), [(8, 12), (5, 3)])
