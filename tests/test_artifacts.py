@@ -56,12 +56,16 @@ def test_readers_see_the_old_file_until_the_new_one_is_complete(tmp_path):
 
 
 def test_a_device_is_written_to_and_stays_a_device(tmp_path):
-    for device in ("/dev/null", tmp_path / "link"):
-        if not os.path.exists(device):
-            device.symlink_to("/dev/null")
-        artifacts.write_bytes(Path(device), b"x")
-        assert stat.S_ISCHR(os.stat(device).st_mode)
-    assert (tmp_path / "link").is_symlink() and names(tmp_path) == ["link"]
+    ours, theirs = os.openpty()  # a device that nobody else uses
+    link = tmp_path / "link"
+    link.symlink_to(os.ttyname(theirs))
+    for path in (Path(os.ttyname(theirs)), link):
+        artifacts.write_bytes(path, b"x")
+        assert os.read(ours, 10) == b"x"
+        assert stat.S_ISCHR(os.stat(path).st_mode)
+    assert link.is_symlink() and names(tmp_path) == ["link"]
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):

@@ -250,17 +250,6 @@ def test_another_config_is_refused_with_the_field_and_both_values(ran, tmp_path)
     assert artifacts.read_json(tmp_path / "config.json") == flatten(Config())
 
 
-def test_a_run_goes_on_with_its_devices_laid_out_otherwise(ran, tmp_path):
-    run(ran, tmp_path)
-    flat = artifacts.read_json(tmp_path / "config.json")
-    assert flat.pop("mesh.model") == 1
-    artifacts.write_json(tmp_path / "config.json", flat)  # as before there was such a key
-    assert run(ran, tmp_path, config(**{"mesh.model": 2})) == []
-    assert pipeline.resolve(tmp_path).mesh.shape["model"] == 1  # a reader's devices are its own
-    with pytest.raises(UserError, match="mesh.model=3 must divide the 4 devices of a process"):
-        run(ran, tmp_path, config(**{"mesh.model": 3}))
-
-
 @pytest.mark.parametrize("text", ["{", "[]", "7"])
 def test_a_damaged_config_json_does_not_cost_the_run(ran, tmp_path, text):
     run(ran, tmp_path)

@@ -341,8 +341,16 @@ def commands(workdir: Path, count: int, *flags: str, of=None) -> list[list[str]]
 
 
 # Small rates: at the usual ones rounding alone parts two trainings within a few steps.
-RATES = ("learning", "projector", "adapter", "energy")
-SMOKE = ["--config.smoke", *(f"--config.train.{part}_rate=1e-3" for part in RATES)]
+RATES = [
+    f"--config.{key}=1e-3"
+    for key in (
+        "train.learning_rate",
+        "method.kd.projector_rate",
+        "method.oal.latent_projector_rate",
+        "method.oal.energy_rate",
+    )
+]
+SMOKE = ["--config.smoke", *RATES]
 
 
 def table(workdir: Path) -> dict[tuple[str, str], list[float]]:
@@ -422,8 +430,8 @@ def write_inputs(root: Path) -> list[str]:
     }
     values["data"] |= {"image_size": 16, "stream": True}
     values["outliers.knn"] |= {"noise_rows": 16, "repeats": 1}
-    values["train"] |= {f"{part}_rate": 1e-3 for part in RATES}
-    return [f"--config.{part}.{k}={v}" for part, keys in values.items() for k, v in keys.items()]
+    flags = [f"--config.{part}.{k}={v}" for part, keys in values.items() for k, v in keys.items()]
+    return [*flags, *RATES]
 
 
 @pytest.mark.slow
