@@ -21,10 +21,10 @@ def rows(count, start=0):
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 24])
 def test_rows_come_back_in_order(count):
-    given = rows(count)
-    result = batched.apply(square, [given], 8, MESH)
-    np.testing.assert_array_equal(result["square"], given["x"] ** 2)
-    np.testing.assert_array_equal(result["y"], given["y"])
+    inputs = rows(count)
+    result = batched.apply(square, [inputs], 8, MESH)
+    np.testing.assert_array_equal(result["square"], inputs["x"] ** 2)
+    np.testing.assert_array_equal(result["y"], inputs["y"])
     assert result["y"].shape == (count, 2) and result["y"].dtype == np.float32
 
 

@@ -56,9 +56,9 @@ def test_what_it_says_is_what_the_run_measured(finished_run, detector, images):
 def test_the_threshold_keeps_its_share(finished_run, images, name):
     detector = oal_jax.load(finished_run, score=name)
     for keep in (0.5, 0.8, 0.95, 0.99):
-        kept = 1 - detector.with_keep_id(keep)(images).is_ood.mean()
+        share = 1 - detector.with_keep_id(keep)(images).is_ood.mean()
         # One image may cross it: it was scored in another batch.
-        assert abs(kept - keep) <= 1.01 / len(images)
+        assert abs(share - keep) <= 1.01 / len(images)
     assert oal_jax.load(finished_run, score=name, keep_id=0.8).keep_id == 0.8
 
 
@@ -86,21 +86,21 @@ def test_a_nan_is_ood(detector, images):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("images", "message"),
     [
-        (np.zeros((2, 28, 28), np.uint8), r"\(2, 28, 28\), not \(n, 28, 28, 1\); add the channels"),
+        (np.zeros((2, 28, 28), np.uint8), r"\(2, 28, 28\), not \(n, 28, 28, 1\); .*channels"),
         (np.zeros((2, 32, 32, 1), np.uint8), r"\(2, 32, 32, 1\), not \(n, 28, 28, 1\)$"),
         (np.zeros((28, 28), np.uint8), r"\(28, 28\), not \(n, 28, 28, 1\)$"),
-        (np.zeros((2, 28, 28, 1), int), r"int64; give uint8, or floats in \[0, 1\]"),
-        (np.full((2, 28, 28, 1), 200.0), r"must lie in \[0, 1\], have 200 to 200; divide by 255"),
-        (np.full((2, 28, 28, 1), -0.5), r"must lie in \[0, 1\], have -0.5"),
-        (np.full((2, 28, 28, 1), np.nan), r"must lie in \[0, 1\], have nan"),
+        (np.zeros((2, 28, 28, 1), int), r"int64; .*uint8"),
+        (np.full((2, 28, 28, 1), 200.0), r"\[0, 1\].* 200 to 200; .*255"),
+        (np.full((2, 28, 28, 1), -0.5), r"\[0, 1\].*-0.5"),
+        (np.full((2, 28, 28, 1), np.nan), r"\[0, 1\].*nan"),
         (["a.png"], r"shape \(1,\), not \(n, 28, 28, 1\)"),
     ],
 )
-def test_other_images_are_refused(detector, given, said):
-    with pytest.raises(UserError, match=said):
-        detector(given)
+def test_other_images_are_refused(detector, images, message):
+    with pytest.raises(UserError, match=message):
+        detector(images)
 
 
 def test_images_of_any_size_where_none_is_wanted():
@@ -112,10 +112,10 @@ def test_images_of_any_size_where_none_is_wanted():
 @pytest.mark.parametrize("name", ["gradnorm", "odin"])
 def test_a_score_that_the_run_did_not_list_is_fitted(finished_run, images, capsys, name):
     detector = oal_jax.load(finished_run, score=name)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"lists no score {name}; fitting it now" in said
-    kept = 1 - detector(images).is_ood.mean()
-    assert abs(kept - 0.95) <= 1.01 / len(images)
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and name in warning
+    share = 1 - detector(images).is_ood.mean()
+    assert abs(share - 0.95) <= 1.01 / len(images)
 
 
 def test_parameters_of_the_report_are_used(copy, images):
@@ -161,15 +161,15 @@ def test_damage_is_told_by_name(copy, name, how):
 
 
 def test_unfinished_runs_are_told(copy, tmp_path):
-    with pytest.raises(UserError, match=r"nothing has no config\.json"):
+    with pytest.raises(UserError, match=r"nothing .*config\.json"):
         oal_jax.load(tmp_path / "nothing")
     (copy / "report" / "manifest.json").unlink()
     assert oal_jax.load(copy, score="knn").id_val_scores.size == 200  # fitted on what there is
     (copy / "evaluate" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="stage evaluate of .*run is not finished; run python -m"):
+    with pytest.raises(UserError, match="stage evaluate of .*run"):
         oal_jax.load(copy)
     (copy / "train" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="stage train of .*run is not finished; run python -m"):
+    with pytest.raises(UserError, match="stage train of .*run"):
         oal_jax.load(copy)
 
 
@@ -180,7 +180,7 @@ def test_what_was_fitted_to_another_student_is_not_used(copy):
     artifacts.write_tensors(path, {name: value * 1.5 for name, value in tensors.items()})
     outputs = [copy / "train" / name for name in manifest["outputs"]]
     artifacts.finish(copy / "train", "train", manifest["inputs"], outputs, 0)
-    with pytest.raises(UserError, match="stage evaluate of .*run is not finished"):
+    with pytest.raises(UserError, match="stage evaluate of .*run"):
         oal_jax.load(copy)
 
 
@@ -193,16 +193,16 @@ def test_a_run_of_an_earlier_version_is_told(copy):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        ({"score": "enrgy"}, "no score called 'enrgy'; did you mean 'energy'"),
-        ({"keep_id": 1.0}, "keep_id must lie between 0 and 1, got 1.0"),
-        ({"keep_id": float("nan")}, "keep_id must lie between 0 and 1, got nan"),
-        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"score": "enrgy"}, "'enrgy'.*'energy'"),
+        ({"keep_id": 1.0}, "keep_id.* 1.0"),
+        ({"keep_id": float("nan")}, "keep_id.* nan"),
+        ({"batch_size": 0}, "batch_size.* 0"),
     ],
 )
-def test_bad_arguments_are_refused(finished_run, arguments, said):
-    with pytest.raises(UserError, match=said):
+def test_bad_arguments_are_refused(finished_run, arguments, message):
+    with pytest.raises(UserError, match=message):
         oal_jax.load(finished_run, **arguments)
 
 

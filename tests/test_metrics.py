@@ -169,8 +169,8 @@ def test_threshold_keeps_just_enough(val_scores, ood_scores, keep):
 
 @pytest.mark.parametrize("n", [20, 60, 100, 1000, 1001])
 def test_threshold_of_distinct_scores_keeps_no_more_than_needed(n):
-    kept = np.sum(np.arange(n) <= threshold(np.arange(n, dtype=np.float32)))
-    assert kept == -(-95 * n // 100)
+    accepted = np.sum(np.arange(n) <= threshold(np.arange(n, dtype=np.float32)))
+    assert accepted == -(-95 * n // 100)
 
 
 def test_threshold_refuses_nan_and_nothing():

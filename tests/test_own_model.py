@@ -172,13 +172,13 @@ def test_parameters_reach_the_score(own):
     calibrate = partial(oal_jax.calibrate, function_of(own), own.train, own.validation, "knn")
     near, far = calibrate(params={"k": 1}), calibrate(params={"k": 100})
     assert near.params == {"k": 1} and near.threshold < far.threshold
-    with pytest.raises(UserError, match="score 'knn' has no parameter 'kk'; did you mean 'k'"):
+    with pytest.raises(UserError, match="'knn'.*'kk'.*'k'"):
         calibrate(params={"kk": 1})
 
 
 def test_a_score_that_needs_the_head(own):
     calibrate = partial(oal_jax.calibrate, function_of(own), own.train, own.validation, "vim")
-    with pytest.raises(UserError, match="vim needs the last linear layer; give head=Head"):
+    with pytest.raises(UserError, match="vim .*head=Head"):
         calibrate()
     assert np.isfinite(calibrate(head=own.head).threshold)
 
@@ -190,54 +190,54 @@ def test_a_model_in_training_mode_is_refused(own):
 
     def with_dropout(images):
         features = features_of(images, own.matrix)
-        kept = jax.random.bernoulli(jax.random.key(0), 0.5, features.shape)
-        return (features * kept) @ own.head[0]
+        mask = jax.random.bernoulli(jax.random.key(0), 0.5, features.shape)
+        return (features * mask) @ own.head[0]
 
     for model in (normalised_by_the_batch, with_dropout):
-        with pytest.raises(UserError, match="change with the rest of the batch.*evaluation mode"):
+        with pytest.raises(UserError, match="evaluation mode"):
             oal_jax.calibrate(model, own.train, own.validation)
 
 
 RETURNS = {
-    "no array": (lambda x: "cat", "forward's logits are a str, not an array; return logits"),
-    "none": (lambda x: None, "forward returned no logits; return logits, "),
-    "four": (lambda x: (x, x, x, x), "forward returned 4 values; return logits"),
-    "images": (lambda x: x, r"logits have shape \(.*\) for .* images, not \(.*, width\)"),
-    "a sum": (lambda x: x.sum(), r"logits have shape \(\) for"),
-    "a name": (lambda x: {"logit": x}, "a dict with 'logit'; nearest: 'logits'"),
-    "features": (lambda x: (x[:, 0, :, 0], x), r"forward's features have shape"),
-    "maps": (lambda x: (x[:, 0, :, 0], None, [x[0]]), r"forward's maps\[0\] have shape"),
-    "nan": (lambda x: x[:, 0, :8, 0] + jnp.nan, "the logits of ID train have NaN"),
-    "few classes": (lambda x: x[:, 0, :3, 0], "labels are 0 to 7, but the model gives 3 logits"),
+    "no array": (lambda x: "cat", "logits are a str"),
+    "none": (lambda x: None, "no logits"),
+    "four": (lambda x: (x, x, x, x), "4 values"),
+    "images": (lambda x: x, r"logits have shape \(.*\)"),
+    "a sum": (lambda x: x.sum(), r"logits have shape \(\)"),
+    "a name": (lambda x: {"logit": x}, "'logit'.*'logits'"),
+    "features": (lambda x: (x[:, 0, :, 0], x), r"features have shape"),
+    "maps": (lambda x: (x[:, 0, :, 0], None, [x[0]]), r"maps\[0\] have shape"),
+    "nan": (lambda x: x[:, 0, :8, 0] + jnp.nan, "ID train.*NaN"),
+    "few classes": (lambda x: x[:, 0, :3, 0], "0 to 7.* 3 logits"),
 }
 
 
 @pytest.mark.parametrize("name", RETURNS)
 def test_what_else_a_model_returns_is_told(own, name):
-    model, said = RETURNS[name]
+    model, message = RETURNS[name]
     small = own.train[0][:40], own.train[1][:40]
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         oal_jax.calibrate(model, small, own.validation)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"forward": 3}, "forward must be a function of images, is a int"),
-        ({"train": 3}, r"train must be \(images, labels\)"),
+        ({"forward": 3}, "forward .*int"),
+        ({"train": 3}, r"train .*\(images, labels\)"),
         ({"train": (np.zeros((4, 28, 28), np.uint8), [0] * 4)}, "add|have shape"),
-        ({"train": (np.zeros((4, 28, 28, 1), np.uint8), [0] * 3)}, "labels of train are int64"),
-        ({"train": (np.zeros((0, 28, 28, 1), np.uint8), [])}, "train has no images"),
+        ({"train": (np.zeros((4, 28, 28, 1), np.uint8), [0] * 3)}, "labels of train"),
+        ({"train": (np.zeros((0, 28, 28, 1), np.uint8), [])}, "train .*no images"),
         ({"validation": (np.zeros((4, 9, 9, 1), np.uint8), [0] * 4)}, "not .n, 28, 28, 1."),
-        ({"score": "enrgy"}, "did you mean 'energy'"),
-        ({"score": "mahalanobis", "forward": lambda x: x[:, 0, :8, 0]}, "features .* not given"),
-        ({"keep_id": 2}, "keep_id must lie between 0 and 1"),
-        ({"class_names": ["a", "b"]}, "2 class_names for a model of 8 logits"),
+        ({"score": "enrgy"}, "'energy'"),
+        ({"score": "mahalanobis", "forward": lambda x: x[:, 0, :8, 0]}, "features"),
+        ({"keep_id": 2}, "keep_id"),
+        ({"class_names": ["a", "b"]}, "2 class_names.*8 logits"),
     ],
 )
-def test_wrong_arguments_are_told(own, changes, said):
+def test_wrong_arguments_are_told(own, changes, message):
     usual = {"forward": function_of(own), "train": own.train, "validation": own.validation}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         oal_jax.calibrate(**(usual | changes))
 
 
@@ -251,9 +251,9 @@ def test_a_pytree_carries_its_weights_as_arguments(own):
 # The benchmark
 
 
-def small(given, count):
+def small(data, count):
     """The first images of a set, and their labels where it has some."""
-    return tuple(x[:count] for x in given) if isinstance(given, tuple) else given[:count]
+    return tuple(x[:count] for x in data) if isinstance(data, tuple) else data[:count]
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def bundled():
     assert list(sets.near) == ["sandal", "bag"] and next(iter(sets.far)) == "mnist"
     assert len(sets.validation_ood) == len(sets.csid) == 5
     return oal_jax.Sets(
-        *(small(given, 300) for given in sets[:3]),
+        *(small(data, 300) for data in sets[:3]),
         *({name: small(x, 100) for name, x in list(group.items())[:2]} for group in sets[3:]),
     )
 
@@ -306,8 +306,8 @@ def colours():
     means = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]])
 
     def images(colour, count=60):
-        drawn = colour + rng.normal(scale=30, size=(count, 12, 12, 3))
-        return np.clip(np.rint(drawn), 0, 255).astype(np.uint8)
+        noisy = colour + rng.normal(scale=30, size=(count, 12, 12, 3))
+        return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 
     def labelled(brighter=0):
         labels = np.tile(np.arange(3), 20)
@@ -335,10 +335,10 @@ def colours():
     return SimpleNamespace(sets=sets, head=head, forward=forward)
 
 
-def as_floats(given):
-    if isinstance(given, tuple):
-        return given[0] / np.float32(255), given[1]
-    return given / np.float32(255)
+def as_floats(data):
+    if isinstance(data, tuple):
+        return data[0] / np.float32(255), data[1]
+    return data / np.float32(255)
 
 
 def test_the_benchmark_of_images_of_ones_own(colours):
@@ -375,40 +375,40 @@ def without_features(images):
 
 
 @pytest.mark.parametrize(
-    ("changes", "arguments", "said"),
+    ("changes", "arguments", "message"),
     [
-        ({"far": {"yellow": None}}, {}, "set 'yellow' is in two groups: near and far"),
+        ({"far": {"yellow": None}}, {}, "yellow.*near.*far"),
         ({"train": (np.zeros((4, 12, 12, 3), np.uint8), [0] * 3)}, {}, "labels of set ID train"),
-        ({"test": (np.zeros((4, 12, 12, 3), np.uint8), [9] * 4)}, {}, "labels are 9 to 9, but the"),
-        ({"validation": np.zeros((4, 12, 12, 3))}, {}, r"validation must be \(images, labels\)"),
-        ({"csid": {"fog": np.zeros((4, 12, 12, 3))}}, {}, r"fog must be \(images, labels\)"),
-        ({"near": {"small": np.zeros((4, 9, 9, 3))}}, {}, r"set small: .* not \(n, 12, 12, 3\)"),
-        ({"near": {"bright": np.full((4, 12, 12, 3), 9.0)}}, {}, r"set bright: .* lie in \[0, 1\]"),
-        ({"near": {"none": np.zeros((0, 12, 12, 3))}}, {}, "set none: no images"),
-        ({"near": {"nearood": np.zeros((4, 12, 12, 3))}}, {}, "'nearood' has the name of a mean"),
-        ({}, {"scores": ("enrgy",)}, "no score called 'enrgy'; did you mean 'energy'"),
-        ({}, {"scores": ("energy", "energy")}, "a score is listed twice"),
-        ({}, {"scores": ("react",)}, "react needs the last linear layer; give head=Head"),
-        ({}, {"params": {"knn": {"k": 3}}}, "parameters for score 'knn', which is not evaluated"),
-        ({}, {"forward": without_features, "scores": ("knn",)}, "the features of ID train are not"),
-        ({}, {"forward": lambda x: x[:, 0, :3, 0] - x.mean()}, "change with the rest of the batch"),
-        ({}, {"forward": lambda x: x[:, 0, :3, 0] / 0}, "set ID train: the logits have NaN"),
-        ({"validation_ood": {}}, {"search": True}, "search=True needs OOD sets to choose on"),
-        ({}, {"keep_id": 1.0}, "keep_id must lie between 0 and 1"),
-        ({}, {"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"test": (np.zeros((4, 12, 12, 3), np.uint8), [9] * 4)}, {}, "9 to 9"),
+        ({"validation": np.zeros((4, 12, 12, 3))}, {}, r"validation .*\(images, labels\)"),
+        ({"csid": {"fog": np.zeros((4, 12, 12, 3))}}, {}, r"fog .*\(images, labels\)"),
+        ({"near": {"small": np.zeros((4, 9, 9, 3))}}, {}, r"small: .*\(n, 12, 12, 3\)"),
+        ({"near": {"bright": np.full((4, 12, 12, 3), 9.0)}}, {}, r"bright: .*\[0, 1\]"),
+        ({"near": {"none": np.zeros((0, 12, 12, 3))}}, {}, "none: no images"),
+        ({"near": {"nearood": np.zeros((4, 12, 12, 3))}}, {}, "nearood"),
+        ({}, {"scores": ("enrgy",)}, "'enrgy'.*'energy'"),
+        ({}, {"scores": ("energy", "energy")}, "energy"),
+        ({}, {"scores": ("react",)}, "react .*head=Head"),
+        ({}, {"params": {"knn": {"k": 3}}}, "parameters .*'knn'"),
+        ({}, {"forward": without_features, "scores": ("knn",)}, "features of ID train"),
+        ({}, {"forward": lambda x: x[:, 0, :3, 0] - x.mean()}, "batch"),
+        ({}, {"forward": lambda x: x[:, 0, :3, 0] / 0}, "ID train: .*NaN"),
+        ({"validation_ood": {}}, {"search": True}, "search=True"),
+        ({}, {"keep_id": 1.0}, "keep_id"),
+        ({}, {"batch_size": 0}, "batch_size.* 0"),
     ],
 )
-def test_a_benchmark_that_cannot_be_is_told_in_one_line(colours, changes, arguments, said):
+def test_a_benchmark_that_cannot_be_is_told_in_one_line(colours, changes, arguments, message):
     usual = {"forward": colours.forward, "scores": ("energy",)}
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         oal_jax.benchmark(sets=colours.sets._replace(**changes), **(usual | arguments))
     assert "\n" not in str(caught.value)
 
 
 def test_sets_that_are_not_there_are_told():
-    with pytest.raises(UserError, match="has no benchmark"):
+    with pytest.raises(UserError, match="fashon"):
         oal_jax.load_sets("fashon")
-    with pytest.raises(UserError, match="root=/none does not exist"):
+    with pytest.raises(UserError, match="/none"):
         oal_jax.load_sets("cifar10", source="imglist", root="/none")
 
 

@@ -165,12 +165,12 @@ def _with_images(data):
 
 def test_scores_that_move_images_see_them_in_unit_range(data, moved):
     sets = _with_images(data)
-    found = evaluate(["moved"], **sets, forward=lambda x: Outputs(x.reshape(len(x), -1)))
-    for name, values in found.ood_scores["moved"].items():
+    result = evaluate(["moved"], **sets, forward=lambda x: Outputs(x.reshape(len(x), -1)))
+    for name, values in result.ood_scores["moved"].items():
         first = sets["ood"][name].images()[:, 0, 0, 0]
         np.testing.assert_allclose(values, 1.5 * first / 255, rtol=1e-6)
     first = sets["id_val"].images()[:, 0, 0, 0]
-    np.testing.assert_allclose(found.id_val_scores["moved"], np.sort(1.5 * first / 255), rtol=1e-6)
+    np.testing.assert_allclose(result.id_val_scores["moved"], np.sort(1.5 * first / 255), rtol=1e-6)
 
 
 def test_scores_that_move_images_say_what_they_lack(data, moved):
@@ -213,8 +213,8 @@ def test_search_is_the_best_of_evaluations(data, tmp_path):
     expected = []
     for k in (1, 7, 40):
         sets = {**data, "ood": {"t": data["ood"]["tuning"]}, "groups": {"t": "near"}}
-        found = evaluate(["knn"], **sets, params={"knn": {"k": k}})
-        expected.append(100 * auroc(found.id_val_scores["knn"], found.ood_scores["knn"]["t"]))
+        result = evaluate(["knn"], **sets, params={"knn": {"k": k}})
+        expected.append(100 * auroc(result.id_val_scores["knn"], result.ood_scores["knn"]["t"]))
     assert [trial.auroc for trial in table[:3]] == pytest.approx(expected)
     assert params == {"k": (1, 7, 40)[int(np.argmax(expected))]}
     assert [trial.chosen for trial in table] == [trial.params == params for trial in table]
@@ -271,8 +271,8 @@ def test_rows_and_their_order(data, result):
 def test_thresholds_keep_95_percent_of_validation(data, result):
     logits = data["id_val"].outputs.logits.astype(np.float64)
     energy = -np.log(np.exp(logits).sum(axis=1))
-    kept = np.mean(energy <= result.thresholds["energy"] + 1e-4)
-    assert kept == pytest.approx(58 / 61)  # the smallest share of 61 above 95 %
+    share = np.mean(energy <= result.thresholds["energy"] + 1e-4)
+    assert share == pytest.approx(58 / 61)  # the smallest share of 61 above 95 %
 
 
 def test_no_validation_file_without_validation_sets(tmp_path, data):

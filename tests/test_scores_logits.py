@@ -85,10 +85,10 @@ def test_temperature_is_the_minimum_of_the_likelihood(true):
     def loss(t):
         return -np.log(softmax(logits / t, axis=1)[np.arange(len(labels)), labels]).mean()
 
-    found = fit_temperature(logits, labels)
+    fitted = fit_temperature(logits, labels)
     best = optimize.minimize_scalar(loss, bounds=(0.05, 20), method="bounded").x
-    assert found == pytest.approx(best, rel=1e-4)
-    assert found == pytest.approx(true, rel=0.1)  # the labels were drawn at that temperature
+    assert fitted == pytest.approx(best, rel=1e-4)
+    assert fitted == pytest.approx(true, rel=0.1)  # the labels were drawn at that temperature
 
 
 def test_temperature_without_a_minimum():
