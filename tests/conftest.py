@@ -6,6 +6,7 @@ run share what was compiled. Nothing is kept in the user's directories.
 
 import atexit
 import os
+import runpy
 import shutil
 import tempfile
 from pathlib import Path
@@ -31,15 +32,26 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory) -> Path:
-    """The directory of a whole run, its student untrained; not to be changed."""
-    from oal_jax.config import Config
-    from oal_jax.stages import run as pipeline
-    from oal_jax.training import session
+    """The directory of a whole smoke run of method oal with every stage; not to be changed.
 
-    config = Config(smoke=True)
-    config.method.name = "ce"
+    The first worker that needs it makes it for all.
+    """
+    from filelock import FileLock
+
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    workdir = shared / "finished_run"
+    with FileLock(shared / "finished_run.lock"):
+        if not (workdir / "report" / "manifest.json").exists():
+            _run_oal(workdir)
+    return workdir
+
+
+def _run_oal(workdir: Path) -> None:
+    from oal_jax.stages import run as pipeline
+
+    configs = Path(__file__).parent.parent / "configs"
+    config = runpy.run_path(str(configs / "fashion.py"))["get_config"]()
+    config.smoke, config.outliers.source = True, "diffusion"
     config.evaluation.scores = ("energy", "mahalanobis", "knn")
-    with pytest.MonkeyPatch.context() as patch:
-        # Compiling a train step would take most of the time.
-        patch.setattr(session, "train", lambda step, state, *_, **__: state)
-        return pipeline.run(config, tmp_path_factory.mktemp("finished") / "run")
+    pipeline.run(config, workdir)

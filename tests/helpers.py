@@ -77,6 +77,18 @@ def random_like(tree, seed=0):
     return jax.tree_util.tree_map_with_path(draw, tree)
 
 
+def standard_like(tree):
+    """NumPy's random variables of the same shapes and unit variance, whatever JAX draws."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        values = rng.normal(size=leaf.shape) / np.sqrt(max(1, np.prod(leaf.shape[:-1])))
+        values = np.exp(values) if path[-1].key in ("var", "scale") else values
+        return values.astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
+
+
 def random_variables(module, *inputs, **options):
     """Random variables of a module, without a compilation of its initialisers."""
     return random_like(shapes(module, *inputs, **options))

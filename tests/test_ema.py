@@ -1,4 +1,4 @@
-"""The moving average of weights and batch statistics: its values, resumption, what is kept."""
+"""The moving average of weights and batch statistics: its values, resumption, what is saved."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import refusal
 
 from oal_jax.config import Config
-from oal_jax.errors import UserError
 from oal_jax.methods.base import Method, unchanged
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.stages import run as pipeline
@@ -102,15 +102,10 @@ def test_the_training_itself_is_the_same_bit_for_bit():
 
 
 def test_without_it_the_state_has_no_further_tree():
-    method = tiny()
-    state = init_state(method, OPTIMIZER, KEY)
+    state = init_state(tiny(), OPTIMIZER, KEY)
     assert state.average is None and averaged(state) is state
-    names = {jax.tree_util.keystr(path[:1]) for path, _ in jax.tree.leaves_with_path(state)}
-    assert names == {".step", ".params", ".model_state", ".opt_state"}
-    step = make_train_step(method, OPTIMIZER, KEY)
-    named = make_train_step(method, OPTIMIZER, KEY, ema=DECAY)  # of a state without an average
-    programs = {str(jax.make_jaxpr(s)(state, batches()[0])) for s in (step, named)}
-    assert len(programs) == 1
+    step = jax.jit(make_train_step(tiny(), OPTIMIZER, KEY, ema=DECAY))
+    assert jax.tree.structure(step(state, batches()[0])[0]) == jax.tree.structure(state)
 
 
 class Stopped(Exception):
@@ -119,15 +114,15 @@ class Stopped(Exception):
 
 def fit(directory: Path, ema: float, until: int = 99):
     """`session.train`, as stage `train` calls it; raises at the end of epoch `until`."""
-    method, mesh = tiny(), distributed.make_mesh(devices=jax.devices()[:1])
+    method, mesh = tiny(), distributed.make_mesh()
     fresh = init_state(method, OPTIMIZER, KEY, mesh)
-    seen = []
+    weights = []
 
     def evaluate(state):
-        seen.append(averaged(state).params["student"]["w"])
-        if len(seen) > until:
+        weights.append(averaged(state).params["student"]["w"])
+        if len(weights) > until:
             raise Stopped
-        return {"w": float(seen[-1][0])}
+        return {"w": float(weights[-1][0])}
 
     state = session.train(
         make_train_step(method, OPTIMIZER, KEY, ema=ema),
@@ -160,12 +155,11 @@ def test_a_resumed_run_has_the_same_average_bit_for_bit(tmp_path, ema):
 def test_it_is_a_share_below_one(tmp_path):
     config = Config()
     config.train.ema = 1.0
-    with pytest.raises(UserError, match=r"train.ema=1.0 must be 0 or greater, and less than 1"):
-        pipeline.run(config, tmp_path / "run")
+    assert "train.ema=1.0" in refusal(pipeline.run, config, tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_the_student_that_is_kept_is_the_average(tmp_path, monkeypatch):
+def test_the_saved_student_is_the_average(tmp_path, monkeypatch):
     """Of the same training: the last checkpoint's average, not its last weights."""
     states = []
     real = session.train
@@ -181,10 +175,10 @@ def test_the_student_that_is_kept_is_the_average(tmp_path, monkeypatch):
         config.method.name, config.train.ema = "ce", ema
         run = pipeline.run(config, tmp_path / str(ema), only="train")
         tensors.append(artifacts.read_tensors(run / "train" / "student.safetensors"))
-    raw, kept = tensors
-    assert raw.keys() == kept.keys()
+    raw, saved = tensors
+    assert raw.keys() == saved.keys()
     name = "params.student.fc.kernel"
-    assert np.abs(raw[name] - kept[name]).max() > 1e-4
-    for state, found, of in zip(states, tensors, (lambda s: s, averaged), strict=True):
-        np.testing.assert_array_equal(of(state).params["student"]["fc"]["kernel"], found[name])
+    assert np.abs(raw[name] - saved[name]).max() > 1e-4
+    for state, file, of in zip(states, tensors, (lambda s: s, averaged), strict=True):
+        np.testing.assert_array_equal(of(state).params["student"]["fc"]["kernel"], file[name])
     np.testing.assert_array_equal(states[1].params["student"]["fc"]["kernel"], raw[name])

@@ -4,44 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import random_variables, shapes
 from scipy.special import erf
 
 from oal_jax.models.conv import Conv, patches_product
 from oal_jax.models.densenet import DenseLayer, DenseNet
 from oal_jax.models.mutual_information import GaussianPredictor
 from oal_jax.models.normalise import moments, normalise
-from oal_jax.models.projector import LatentAdapter, Projector
+from oal_jax.models.projector import FeatureProjector, LatentProjector
 from oal_jax.models.resnet import ResNet, ResNetBlock
 from oal_jax.models.vit import VisionTransformer
 from oal_jax.models.wide_resnet import WideBlock, WideResNet
 
 
-def shapes(module, *inputs, **kwargs):
-    """Shapes of a module's variables; nothing is computed."""
-    return jax.eval_shape(lambda k: module.init(k, *inputs, **kwargs), jax.random.key(0))
-
-
 def count(module, image_shape):
     params = shapes(module, jnp.zeros((1, *image_shape)))["params"]
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def random_like(tree, seed=0):
-    """Variables of the same shapes with no zeros and ones in them; variances stay positive."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        values = rng.normal(size=leaf.shape).astype(np.float32)
-        name = path[-1].key
-        if name == "kernel":
-            return values / np.sqrt(np.prod(leaf.shape[:-1]))
-        return np.exp(0.3 * values) if name in ("var", "scale") else 0.3 * values
-
-    return jax.tree_util.tree_map_with_path(draw, tree)
-
-
-def random_variables(module, *inputs, **kwargs):
-    return random_like(shapes(module, *inputs, **kwargs))
 
 
 def normal(*shape, seed=1):
@@ -130,7 +108,7 @@ def test_vit_equals_numpy_and_its_features_are_the_cls_token_after_the_last_norm
 # Convolutions
 
 
-@pytest.mark.parametrize("size", [(5, 8), (2, 2), (7, 7)])
+@pytest.mark.parametrize("size", [(5, 8), (2, 2)])
 @pytest.mark.parametrize(("kernel", "stride", "pad"), [(1, 2, 0), (3, 1, 1), (3, 2, 1), (5, 3, 2)])
 def test_patches_product_equals_the_convolution(size, kernel, stride, pad):
     x, weights = normal(2, *size, 3), normal(kernel, kernel, 3, 4, seed=2)
@@ -441,11 +419,11 @@ def test_moments_are_of_the_image_set():
     )
 
 
-# DT, the adapter, q of CLUB
+# The projectors, q of CLUB
 
 
-def test_projector_s_relu_stands_before_the_last_norm():
-    module, x = Projector(5), normal(6, 7)
+def test_feature_projector_s_relu_stands_before_the_last_norm():
+    module, x = FeatureProjector(5), normal(6, 7)
     variables = random_variables(module, x, train=False)
     params, stats = variables["params"], variables["batch_stats"]
     h = batch_norm(x, params["bn1"], stats["bn1"])
@@ -457,8 +435,8 @@ def test_projector_s_relu_stands_before_the_last_norm():
     np.testing.assert_allclose(np.mean(scaled, axis=0), 0, atol=1e-5)
 
 
-def test_projector_s_linear_layer_starts_like_pytorch_s():
-    linear = Projector(300).init(jax.random.key(0), jnp.zeros((2, 400)), train=False)
+def test_feature_projector_s_linear_layer_starts_like_pytorch_s():
+    linear = FeatureProjector(300).init(jax.random.key(0), jnp.zeros((2, 400)), train=False)
     assert_uniform(linear["params"]["linear"], 400)
 
 
@@ -500,14 +478,14 @@ def test_gaussian_predictor_equals_its_formula():
 
 
 @pytest.mark.parametrize("size", [7, 8, 64])
-def test_adapter_brings_latents_of_any_size_down_to_four_by_four(size):
-    variables = shapes(LatentAdapter(32), jnp.zeros((1, size, size, 4)))
+def test_latent_projector_brings_latents_of_any_size_down_to_four_by_four(size):
+    variables = shapes(LatentProjector(32), jnp.zeros((1, size, size, 4)))
     assert variables["params"]["fc1"]["kernel"].shape == (4 * 4 * 64, 64)
     assert "batch_stats" not in variables
 
 
-def test_adapter_says_of_a_latent_the_same_in_any_batch():
-    module, latents = LatentAdapter(8), normal(5, 7, 7, 4)
+def test_latent_projector_maps_a_latent_alike_in_any_batch():
+    module, latents = LatentProjector(8), normal(5, 7, 7, 4)
     variables = random_variables(module, latents)
     apply = jax.jit(module.apply)
     whole, part = (np.asarray(apply(variables, x)) for x in (latents, latents[3:]))

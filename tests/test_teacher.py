@@ -1,6 +1,5 @@
-"""Teachers from files: what they compute, how they are fine-tuned and aligned, and every fault."""
+"""Teachers from files: what they compute, how they are fine-tuned, and every fault."""
 
-import functools
 from pathlib import Path
 
 import jax
@@ -8,27 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oal_jax.methods.alignment import aligned_cross_entropy
+from helpers import refusal
 from safetensors.numpy import load_file
 
 from oal_jax import main
-from oal_jax.config import Config, Data, Generator, Teacher
-from oal_jax.config.rules import validate
-from oal_jax.errors import UserError
+from oal_jax.config import Config, Data, Teacher
 from oal_jax.models.resized import Resized
 from oal_jax.models.resnet import ResNet
 from oal_jax.models.vit import VisionTransformer
 from oal_jax.pretrained.classifiers import load_classifier, save_timm
 from oal_jax.runtime import distributed
 from oal_jax.scores import compute
-from oal_jax.stages import generator, teacher
+from oal_jax.stages import teacher
 from oal_jax.stages.context import Context
-from oal_jax.stages.run import plan, sized
+from oal_jax.stages.run import sized
 from oal_jax.training.optimizer import adam_by_part
 
 CONFIG = Path(__file__).parent.parent / "configs" / "cifar10_32px.py"
-# The programs are tiny: compiling them is the cost.
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SIZES = {"patch": 8, "width": 16, "depth": 1, "heads": 2, "mlp_ratio": 2.0}
 
 
@@ -83,9 +78,9 @@ def test_a_file_s_network_sees_enlarged_images(tmp_path, kind):
     teacher.run(context)
     images = context.images("test", limit=8).images
     logits, features, *_ = compute(teacher.load(context), images)
-    given = load_classifier(path, image_size=24)
+    classifier = load_classifier(path, image_size=24)
     larger = enlarged(images / 255, 24).astype(np.float32)
-    expected = quick(given.net.apply)(given.variables, larger)
+    expected = jax.jit(classifier.net.apply)(classifier.variables, larger)
     np.testing.assert_allclose(logits, expected[0], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(features, expected[1], rtol=1e-4, atol=1e-4)
     assert np.std(features) > 0.05
@@ -95,16 +90,16 @@ def test_gray_images_become_those_of_three_channels():
     net = Resized(VisionTransformer(3, **SIZES), 16)
     gray = np.random.default_rng(0).uniform(size=(2, 16, 16, 1)).astype(np.float32)
     variables = random_variables(net, 16)
-    both = [quick(net.apply)(variables, images) for images in (gray, np.repeat(gray, 3, 3))]
+    both = [jax.jit(net.apply)(variables, images) for images in (gray, np.repeat(gray, 3, 3))]
     for ours, theirs in zip(*both, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_the_config_gets_the_sizes_of_the_file(tmp_path):
     path = vit_file(tmp_path / "weights.safetensors", width=32, depth=2, mlp_ratio=3.0)
-    found = sized(Config(teacher=Teacher(weights=str(path)))).teacher
-    assert (found.patch, found.width, found.depth, found.heads) == (8, 32, 2, 2)
-    assert found.mlp_ratio == 3.0
+    sizes = sized(Config(teacher=Teacher(weights=str(path)))).teacher
+    assert (sizes.patch, sizes.width, sizes.depth, sizes.heads) == (8, 32, 2, 2)
+    assert sizes.mlp_ratio == 3.0
     path = resnet_file(tmp_path / "resnet.safetensors")
     assert sized(Config(teacher=Teacher(weights=str(path)))).teacher.width == 16
     config = Config(teacher=Teacher(weights="nowhere.safetensors"))
@@ -114,8 +109,8 @@ def test_the_config_gets_the_sizes_of_the_file(tmp_path):
 
 def test_a_head_of_other_classes_is_replaced_only_where_it_is_trained(tmp_path):
     path = vit_file(tmp_path / "weights.safetensors", classes=7)
-    with pytest.raises(UserError, match=r"a head of 7 classes, the ID set has 10.*teacher\.train"):
-        teacher.run(context_of(tmp_path, Teacher(weights=str(path))))
+    message = refusal(teacher.run, context_of(tmp_path, Teacher(weights=str(path))))
+    assert str(path) in message and "teacher.train=True" in message
 
 
 def test_fine_tuning_moves_the_head_and_the_body_at_their_rates(tmp_path):
@@ -175,74 +170,13 @@ def test_adam_by_part_against_a_transcription():
         np.testing.assert_allclose(current["student"][name], values, rtol=1e-4, atol=1e-6)
 
 
-class Given:
-    """A model whose outputs are its parameters."""
-
-    def init(self, key, images):
-        return {"params": {"logits": jnp.zeros((1, 3)), "features": jnp.zeros((1, 4))}}
-
-    def apply(self, variables, images, **options):
-        return (variables["params"]["logits"], variables["params"]["features"]), {}
-
-
-def test_alignment_is_the_cross_entropy_of_cosines_over_a_temperature():
-    rng = np.random.default_rng(0)
-    logits, features, words = (rng.normal(size=s) for s in ((5, 3), (5, 4), (3, 4)))
-    labels = np.array([0, 1, 2, 2, 0])
-    method = aligned_cross_entropy(Given(), (8, 8, 3), words, weight=0.3, temperature=0.2)
-    params = {"student": {"logits": jnp.asarray(logits), "features": jnp.asarray(features)}}
-    batch = {"image": jnp.zeros((5, 8, 8, 3)), "label": labels}
-    value, (_, metrics) = method.loss(params, {"student": {}}, batch, 0, jax.random.key(0))
-
-    def cross_entropy(scores):
-        log_p = scores - np.log(np.exp(scores).sum(1, keepdims=True))
-        return -log_p[np.arange(5), labels].mean()
-
-    lengths = np.linalg.norm(features, axis=1)[:, None] * np.linalg.norm(words, axis=1)[None]
-    cosines = features @ words.T / lengths
-    np.testing.assert_allclose(metrics["alignment"], cross_entropy(cosines / 0.2), rtol=1e-5)
-    expected = cross_entropy(logits) + 0.3 * cross_entropy(cosines / 0.2)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    np.testing.assert_allclose(metrics["word_accuracy"], (cosines.argmax(1) == labels).mean())
-
-
-@pytest.mark.slow
-def test_an_aligned_teacher_s_features_come_near_their_words(tmp_path):
-    config = Teacher(
-        train=True, alignment=1.0, epochs=12, batch_size=32, learning_rate=5e-3, **SIZES
-    )
-    context = context_of(tmp_path, config, generator=Generator(directory="generated"))
-    generator.run(context)
-    teacher.run(context)
-    data = context.images("test")
-    features = compute(teacher.load(context), data.images).features
-    words = teacher._word_vectors(context)
-    features = features / np.linalg.norm(features, axis=1, keepdims=True)
-    cosines = features @ (words / np.linalg.norm(words, axis=1, keepdims=True)).T
-    assert (cosines.argmax(1) == data.labels).mean() > 0.7  # one of ten
-
-
-def test_alignment_wants_a_generator_before_the_teacher_and_features_of_its_width(tmp_path):
-    config = Config(teacher=Teacher(train=True, alignment=0.5))
-    assert [stage.name for stage in plan(config)][:3] == ["generator", "teacher", "features"]
-    config.method.name = "kd"
-    names = [stage.name for stage in plan(config)]
-    assert names == ["generator", "teacher", "features", "train", "evaluate", "report"]
-    with pytest.raises(UserError, match=r"teacher\.alignment=0\.5 is of the teacher's training"):
-        validate(Config(teacher=Teacher(alignment=0.5)))
-    narrow = Teacher(train=True, alignment=0.5, **SIZES)  # the shipped generator has 128
-    context = context_of(tmp_path, narrow, generator=Generator(class_words=("shirt",) * 10))
-    with pytest.raises(UserError, match=r"text width 128, the teacher's have 16"):
-        teacher.run(context)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config.data.root=."], "teacher.weights=vit_base_patch16_224.safetensors: there is no"),
-        (["--config.data.root=.", "--config.teacher.weights={pickle}"], "is a pickle"),
-        (["--config.data.root=.", "--config.teacher.weights={other}"], "no ViT and no ResNet"),
-        (["--config.teacher.weights={vit}"], "config data.root is empty"),
+        (["--config.data.root=."], "teacher.weights=vit_base_patch16_224.safetensors"),
+        (["--config.data.root=.", "--config.teacher.weights={pickle}"], "x.ckpt"),
+        (["--config.data.root=.", "--config.teacher.weights={other}"], "x.safetensors"),
+        (["--config.teacher.weights={vit}"], "config data.root"),
     ],
 )
 def test_a_missing_file_is_one_line(tmp_path, capsys, flags, message):
@@ -253,6 +187,6 @@ def test_a_missing_file_is_one_line(tmp_path, capsys, flags, message):
     paths["vit"] = vit_file(tmp_path / "vit.safetensors")
     argv = ["main", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}"]
     assert main.guard(main.run, argv + [flag.format(**paths) for flag in flags]) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()

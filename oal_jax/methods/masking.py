@@ -1,6 +1,6 @@
-"""Weight masks layer by layer: the top scores of a tensor are kept, the rest of it is zero.
+"""Weight masks: each tensor keeps the weights of its highest scores, the others become zero.
 
-Edge-popup: the scores are trained, the gradient passes the mask as if it were the scores' size.
+Edge-popup trains the scores: the gradient passes the mask as if the mask were |score|.
 Source: Ramanujan et al., arXiv 1911.13299; as Unleashing Mask uses it, arXiv 2306.03715.
 """
 
@@ -14,24 +14,25 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from oal_jax.methods.base import Groups, Method
 from oal_jax.runtime.keys import named
 
-Scores = dict[str, Any]  # the tree of the parameters, masked tensors alone
+Scores = dict[str, Any]  # a score per weight of the masked tensors, in the tree of the parameters
 
 
-def zero_count(keep: float, size: int) -> int:
-    """How many of `size` weights a mask removes: the whole part, in float64, as the paper's code.
+def zero_count(density: float, size: int) -> int:
+    """Number of weights that a mask removes of a tensor of `size`.
 
-    `keep` is the share that stays; in that code it is called prune_rate.
+    The whole part in float64, as in the paper's code, which calls the density prune_rate.
     """
-    return int((1 - keep) * size)
+    return int((1 - density) * size)
 
 
-def keep_mask(scores: Float[Array, "..."], keep: float) -> Bool[Array, "..."]:
-    """False for the `zero_count` entries of least |score|; of equal ones the first are removed.
+def magnitude_mask(scores: Float[Array, "..."], density: float) -> Bool[Array, "..."]:
+    """Mask of the share `density` of the entries of largest |score|.
 
-    Bisection on the floats read as integers, 31 counts; it takes a twentieth of the time of a
-    sort on CPU (0.7 million scores in 21 tensors: 7 ms, 125 ms), and runs once a training step.
+    False for `zero_count` entries; among equal ones the first are removed. Bisects on the floats
+    read as integers (31 counts), which takes a twentieth of a sort's time on CPU (0.7 million
+    scores in 21 tensors: 7 ms, 125 ms). It runs in every training step.
     """
-    removed = zero_count(keep, scores.size)
+    removed = zero_count(density, scores.size)
     if not removed:
         return jnp.ones(scores.shape, bool)
     # Floats that are not negative are in the order of their bits.
@@ -46,16 +47,16 @@ def keep_mask(scores: Float[Array, "..."], keep: float) -> Bool[Array, "..."]:
         end = _least(enough, order.size - 1, order.size.bit_length())
         return (order > last) | (equal & (place > end))
 
-    kept = jax.lax.cond(_count(order <= last) == removed, lambda: order > last, some_of_the_equal)
-    return kept.reshape(scores.shape)
+    mask = jax.lax.cond(_count(order <= last) == removed, lambda: order > last, some_of_the_equal)
+    return mask.reshape(scores.shape)
 
 
-def _count(wanted: Bool[Array, " n"]) -> Int[Array, ""]:
-    return jnp.sum(wanted, dtype=jnp.int32)
+def _count(condition: Bool[Array, " n"]) -> Int[Array, ""]:
+    return jnp.sum(condition, dtype=jnp.int32)
 
 
 def _least(holds: Any, highest: int, halvings: int) -> Int[Array, ""]:
-    """The least integer in 0..highest at which `holds`, true from some number on, is true."""
+    """The least integer in 0..highest for which `holds` is true; `holds` must be monotonic."""
 
     def halve(_, bounds):
         low, high = bounds
@@ -68,12 +69,12 @@ def _least(holds: Any, highest: int, halvings: int) -> Int[Array, ""]:
 
 
 def masked_tensors(params: Any) -> dict[tuple[str, ...], Any]:
-    """{path: tensor} of what a mask covers: convolutions and the classifier's weight, no bias."""
+    """{path: tensor} of the tensors that a mask covers: all kernels, no bias and no norm."""
     return {path: leaf for path, leaf in flatten_dict(params).items() if path[-1] == "kernel"}
 
 
 def init_scores(key: Key[Array, ""], params: Any) -> Scores:
-    """A score for each weight, U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)): so the mask is random."""
+    """A random score per weight, U(-1 / sqrt(fan_in), 1 / sqrt(fan_in))."""
 
     def draw(path, weight):
         bound = (weight.size // weight.shape[-1]) ** -0.5
@@ -83,26 +84,27 @@ def init_scores(key: Key[Array, ""], params: Any) -> Scores:
     return unflatten_dict({p: draw(p, w) for p, w in masked_tensors(params).items()})
 
 
-def apply_masks(params: Any, scores: Scores, keep: float) -> Any:
-    """The effective parameters: w * mask(s) where there are scores, the others as they are.
+def apply_masks(params: Any, scores: Scores, density: float) -> Any:
+    """The effective parameters: w * mask(s) where there are scores, the others unchanged.
 
-    d / d s = (d / d effective * w) * sign(s): the mask's own gradient is taken for that of |s|.
+    d / d s = (d / d effective * w) * sign(s), with the gradient of |s| in place of the mask's.
     d / d w = d / d effective * mask.
     """
     effective = dict(flatten_dict(params))
     for path, s in flatten_dict(scores).items():
         size = jnp.sign(s) * s  # |s|, with the gradient 0 at 0
         through = size - jax.lax.stop_gradient(size)  # zero, with the gradient of |s|
-        effective[path] *= keep_mask(jax.lax.stop_gradient(s), keep) + through
+        effective[path] *= magnitude_mask(jax.lax.stop_gradient(s), density) + through
     return unflatten_dict(effective)
 
 
-def with_mask(method: Method, keep: float, *, freeze: bool) -> Method:
-    """A method whose student is masked by trained scores, a group "mask" beside its own.
+def with_mask(method: Method, density: float, *, freeze: bool) -> Method:
+    """The method with its student masked by trained scores, the group "mask".
 
     Args:
-      keep: share of each tensor's weights that stays.
-      freeze: hold all the student's own parameters; its batch statistics go on moving.
+      method: has a group "student".
+      density: share of each tensor's weights that the mask leaves.
+      freeze: train the mask alone. The student's batch statistics still move.
     """
 
     def init(key):
@@ -110,7 +112,7 @@ def with_mask(method: Method, keep: float, *, freeze: bool) -> Method:
         return params | {"mask": init_scores(named(key, "mask"), params["student"])}, model_state
 
     def effective(params: Groups) -> Groups:
-        return params | {"student": apply_masks(params["student"], params["mask"], keep)}
+        return params | {"student": apply_masks(params["student"], params["mask"], density)}
 
     def loss(params, model_state, batch, step, key):
         if freeze:
