@@ -106,7 +106,7 @@ def difference(one, other):
 
 def form(tree):
     """Shape and type of every leaf."""
-    return jax.tree.map(lambda x: (jnp.shape(x), x.dtype), tree)
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
 def assert_trees_close(one, other, rtol=1e-4, atol=1e-4):

@@ -11,10 +11,10 @@ import pytest
 from helpers import Net, assert_trees_close, changed, refusal
 
 from oal_jax.config import Config
-from oal_jax.config.rules import validate
 from oal_jax.methods import ce, outlier_exposure
 from oal_jax.models.vit import VisionTransformer
 from oal_jax.runtime.keys import at_step
+from oal_jax.stages import run as pipeline
 from oal_jax.training.state import (
     check_split,
     compiler_options,
@@ -147,7 +147,7 @@ def test_microbatches_need_less_memory(unroll):
     ],
 )
 def test_what_does_not_split_is_one_line(changes, words):
-    message = refusal(validate, changed(Config(), {"train.accumulate": 4, **changes}))
+    message = refusal(pipeline.ready, changed(Config(), {"train.accumulate": 4, **changes}))
     assert all(word in message for word in words.split())
 
 

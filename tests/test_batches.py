@@ -288,9 +288,9 @@ def test_abstract_arrays_are_those_of_the_files_and_a_step_keeps_its_state(finis
 
     config.train.accumulate = 2
     if case in NEED_THE_WHOLE_BATCH:
-        assert "needs the whole batch" in refusal(validate, config)
+        assert "train.accumulate=2" in refusal(registry.check, config)
         config.train.accumulate = 1
-    validate(config)
+    registry.check(config)
     estimate = {"unmasked": 1.0, "constraint": 0.5}
     method = train.assemble(config, Net(), info.image_shape, abstract, estimate, data.examples)
     key = jax.random.key(0)
@@ -385,16 +385,16 @@ def test_impossible_outlier_images_are_one_line(tmp_path, monkeypatch):
 def test_sets_of_the_benchmark_are_no_outlier_images(name, images, group):
     settings = Config(method=Method(name=name))
     settings.train.start = "run"
-    validate(settings)
+    registry.check(settings)
     settings.outliers.images = images
-    message = refusal(validate, settings)
+    message = refusal(registry.check, settings)
     assert f"outliers.images='{images}'" in message and group in message
     # Other methods do not read it.
-    validate(dataclasses.replace(settings, method=Method(name="ce")))
+    registry.check(dataclasses.replace(settings, method=Method(name="ce")))
     # Nor is it a test set where the benchmark does not have it.
     if group == "far":
         settings.data.far = ("letters",)
-        validate(settings)
+        registry.check(settings)
 
 
 @pytest.mark.parametrize("method", [Method(name="oe"), Method()])

@@ -57,7 +57,7 @@ def assert_same(actual, expected):
         np.testing.assert_allclose(actual[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_grouped_sgd_is_pytorch_s_with_a_rate_a_group():
+def test_grouped_sgd_is_pytorch_s_with_one_rate_per_group():
     rates = {group: cosine(rate) for group, rate in RATES.items()}
     assert_same(run(sgd(), 8), torch_sgd(rates, 0.05, 0.9, 8))
 
@@ -73,7 +73,7 @@ def test_the_rate_of_an_epoch_is_that_of_its_first_step():
     assert_same(run(sgd(rate_every=3), 8), torch_sgd(rates, 0.05, 0.9, 8))
 
 
-def test_a_group_of_rate_zero_is_held_against_the_weight_decay_too():
+def test_a_group_of_rate_zero_is_frozen_weight_decay_included():
     optimizer = grouped_sgd(
         RATES | {"student": 0.0},
         **{"steps": 8, "warmup": 0.0, "floor": 0.01, "momentum": 0.9},
@@ -104,13 +104,14 @@ def scaled_to(limit, *names):
     return clip
 
 
-def test_gradients_are_clipped_together_before_the_weight_decay_and_club_s_apart():
+def test_gradients_are_clipped_together_before_the_weight_decay_and_club_s_by_itself():
     rates = {group: cosine(rate) for group, rate in RATES.items()}
     limit = 1e-3
     both = lambda grads: scaled_to(limit, "c")(scaled_to(limit, "w", "b")(grads))
     assert_same(run(sgd(clip=limit), 5), torch_sgd(rates, 0.05, 0.9, 5, both))
     together = scaled_to(limit, "w", "b", "c")
-    assert_same(run(sgd(clip=limit, clip_apart=()), 5), torch_sgd(rates, 0.05, 0.9, 5, together))
+    actual = run(sgd(clip=limit, clip_separately=()), 5)
+    assert_same(actual, torch_sgd(rates, 0.05, 0.9, 5, together))
 
 
 def test_a_large_gradient_of_club_does_not_slow_the_student():

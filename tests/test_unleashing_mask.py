@@ -28,7 +28,9 @@ IMAGE, CLASSES = (2, 3, 1), 4
 
 
 class Linear(nn.Module):
-    """A head alone, so that NumPy can say what a step does."""
+    """A head alone, so that a step is one formula."""
+
+    feature_width: int = 6
 
     @nn.compact
     def __call__(self, images, train=False, statistics=None):
@@ -256,10 +258,12 @@ def start(tmp_path_factory):
 
 
 def write_card(directory, data, net, **changes):
+    fields = ("depth", "growth", "affine_bn", "dropout", "mean", "std")
+    architecture = {"name": "densenet", "dtype": "float32"} | {f: getattr(net, f) for f in fields}
     card = {
-        "image_shape": data.images.shape[1:],
+        "image_shape": data.image_shape,
         "class_names": data.class_names,
-        "architecture": train._architecture(net),
+        "architecture": architecture,
     }
     artifacts.write_json(directory / "train" / train.CLASSIFIER, card | changes)
 
@@ -399,7 +403,7 @@ def test_a_start_that_does_not_fit_is_refused(start, tmp_path):
     wider = refusal(train.start, context, dataclasses.replace(net, growth=3), data)
     assert "(4,)" in wider and "(6,)" in wider
     bare = refusal(train.start, context, dataclasses.replace(net, affine_bn=False), data)
-    assert "scale" in bare
+    assert "(4,)" in bare and "None" in bare
     # The shapes do not show the mean.
     other = refusal(train.start, context, dataclasses.replace(net, mean=(0.5,)), data)
     assert "mean is [0.33], not [0.5]" in other

@@ -1,4 +1,4 @@
-"""What a training method is: parameters in named groups, and a loss."""
+"""The interface of a training method: parameters in named groups, and a loss."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-Batch = dict[str, Any]  # of arrays
+Batch = dict[str, Any]  # arrays by name
 Metrics = dict[str, Float[Array, ""]]
 Groups = dict[str, Any]
 
 
 def unchanged(params: Groups) -> Groups:
-    """The parameters as they are trained, to be evaluated and saved so."""
+    """The parameters themselves."""
     return params
 
 
@@ -22,10 +22,10 @@ class Method(NamedTuple):
     Attributes:
       init: `init(key) -> (params, model_state)`, both {group: tree}.
       loss: `loss(params, model_state, batch, step, key) -> (value, (model_state, metrics))`. A
-        batch has `image` (float32 in [0, 1]) and `label`. Methods with a teacher also read
-        `teacher_logits` and `teacher_features`; others read the outliers of their pools.
-      finish: `finish(params)` gives the parameters to evaluate and to save. Its group "student" is
-        that of a plain model.
+        batch has `image` (float32 in [0, 1]), `label` and the outliers of the method's pools;
+        methods with a teacher also read `teacher_logits` and `teacher_features`.
+      finish: `finish(params)` gives the parameters to evaluate and to save. In its group "student"
+        they are those of a plain model.
     """
 
     init: Callable[[Key[Array, ""]], tuple[Groups, Groups]]
@@ -45,10 +45,19 @@ def apply_group(
     mutable: Sequence[str] = ("batch_stats",),
     **options: Any,
 ) -> tuple[Any, Mapping[str, Any]]:
-    """Apply a module with the variables of its group; returns outputs and new batch statistics.
+    """Apply a module to the variables of its group.
 
-    Collections other than those that are `mutable` are left out; `options` are the module's own:
-    `train`, and what else it takes.
+    Args:
+      module: a linen module.
+      params: parameters of all groups.
+      model_state: other variables of all groups.
+      group: the module's group.
+      *inputs: positional arguments of the module.
+      mutable: collections that the call may change.
+      **options: keyword arguments of the module, such as `train`.
+
+    Returns:
+      The module's outputs, and the new values of the `mutable` collections.
     """
     variables = {"params": params[group], **model_state.get(group, {})}
     return module.apply(variables, *inputs, mutable=list(mutable), **options)
@@ -61,5 +70,5 @@ def split_variables(variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def accuracy(logits: Float[Array, "b k"], labels: Int[Array, " b"]) -> Float[Array, ""]:
-    """Share of right predictions, in [0, 1]."""
+    """Share of correct predictions, in [0, 1]."""
     return jnp.mean((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32))

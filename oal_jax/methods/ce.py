@@ -1,4 +1,4 @@
-"""Cross-entropy alone: the plain classifier, and the teacher's own training."""
+"""Cross-entropy alone: a plain classifier, and the training of a teacher."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from oal_jax.methods.student import Transform, forward, id_loss
 def cross_entropy(
     model: Any, image_shape: tuple[int, int, int], *, ce_transform: Transform | None = None
 ) -> Method:
-    """Train `model` (group "student") by the mean cross-entropy on ID images.
+    """The mean cross-entropy on ID images; group "student".
 
-    `ce_transform` is of that mean, such as `unleashing_mask.transform`.
+    `ce_transform` maps that mean, for example `unleashing_mask.transform`.
     """
 
     def init(key):

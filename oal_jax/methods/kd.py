@@ -1,8 +1,8 @@
 """Cross-entropy and distillation from the teacher's logits and features.
 
 Source: the systematic part of OAL's loss (arXiv 2406.16525): CE + 4 KL(teacher || student) +
-8 KL(softmax DT(teacher features) || softmax student features). DT learns through the target of
-the second KL alone, so that it and the student adapt to each other.
+8 KL(softmax DT(teacher features) || softmax student features). DT is the feature projector. Its
+only gradient comes from the target of the second KL, so it and the student adapt to each other.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ def distillation(
     feature_weight: float,
     ce_transform: Transform | None = None,
 ) -> Method:
-    """Groups "student" and "projector" (DT), trained by the cross-entropy and both KL terms.
+    """The cross-entropy and both KL terms; groups "student" and "projector" (DT).
 
     The batch needs `teacher_logits` (B, K) and `teacher_features` (B, T).
     """
@@ -82,7 +82,7 @@ def student_terms(
 ) -> tuple[jax.Array, tuple[Groups, Metrics], Outputs]:
     """`(value, (model_state, metrics))` of CE and KD, and the student's (logits, features).
 
-    `key` is of the step; `options` are those of `terms`.
+    `key` is the step's; `options` are those of `terms`.
     """
     outputs, _, student = forward(model, params, model_state, key, batch["image"])
     value, aux = terms(params, {**model_state, "student": student}, batch, outputs, **options)
@@ -102,10 +102,16 @@ def terms(
 ) -> tuple[jax.Array, tuple[Groups, Metrics]]:
     """`(value, (model_state, metrics))` of CE and KD for the student's outputs of the ID images.
 
-    `unit_features` scales the teacher's features to unit norm before DT; the official code does
-    not, but outliers are directions, and DT must see both alike where it maps outliers too.
-
-    `ce_transform` is of the mean cross-entropy alone.
+    Args:
+      params: groups "student" and "projector".
+      model_state: their batch statistics.
+      batch: `label`, `teacher_logits`, `teacher_features`.
+      outputs: the student's (logits, features).
+      logit_weight: weight of the KL divergence of the logits.
+      feature_weight: weight of the KL divergence of the features.
+      ce_transform: maps the mean cross-entropy.
+      unit_features: scale the teacher's features to unit norm before DT. The official code does
+        not. Outliers are directions, so DT needs it where it maps outliers too.
     """
     logits, features = outputs
     teacher_features = batch["teacher_features"].astype(jnp.float32)

@@ -1,8 +1,8 @@
 """LogitNorm: cross-entropy on logits of unit norm (Wei et al., arXiv 2205.09310).
 
-The norm of the logits grows all through an ordinary training, and makes it overconfident on any
-input; with the norm taken out, only the direction is trained. In use the logits are read as they
-are: scores see z, not the normalised one, as in the official code.
+In ordinary training the norm of the logits keeps growing, which makes the classifier overconfident
+on any input. Dividing by the norm trains the direction alone. Scores read the logits themselves,
+not the normalised ones, as in the official code.
 """
 
 from typing import Any
@@ -23,9 +23,9 @@ def normalised_cross_entropy(
 ) -> Method:
     """Cross-entropy of softmax(z / (temperature * |z|)).
 
-    `temperature` (tau): 0.04 as published for CIFAR-10. With K classes the loss of an image cannot
-    fall under log(1 + (K - 1) exp(-sqrt(K / (K - 1)) / tau)), so a large tau leaves a gradient on
-    images that are right already. The metric `logit_norm` is the mean |z|.
+    `temperature` (tau) is 0.04 as published for CIFAR-10. With K classes the loss of an image is at
+    least log(1 + (K - 1) exp(-sqrt(K / (K - 1)) / tau)), so a large tau leaves a gradient on
+    images that are already classified correctly. The metric `logit_norm` is the mean |z|.
     """
 
     def loss(params, model_state, batch, step, key):

@@ -1,4 +1,4 @@
-"""Losses as pure functions; per-example values, reduced by the caller, unless it says otherwise."""
+"""Losses as pure functions, one value per example unless their docstring says otherwise."""
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +38,8 @@ def energy_logistic(
     """Logistic loss that separates ID from outliers by -E = logsumexp(logits).
 
     softplus(-(b - a E)) for ID and softplus(b - a E) for outliers, with a = softplus(scale) > 0,
-    so that ID is pushed to low E and outliers to high E. A one-parameter form of the loss of
-    VOS (arXiv 2202.01197, eq. 4).
+    so the loss lowers E of ID and raises E of outliers. A form of VOS's loss (arXiv 2202.01197,
+    eq. 4) with one slope and one offset.
     """
     a = jax.nn.softplus(scale)
     id_loss = jax.nn.softplus(-(a * id_neg_energy + offset))
@@ -54,8 +54,8 @@ def energy_hinges(
 ) -> tuple[Float[Array, " b"], Float[Array, " m"]]:
     """relu(E_in - margin_in)^2 and relu(margin_out - E_out)^2 of E = -logsumexp(logits).
 
-    Energy fine-tuning (arXiv 2010.03759): ID is pushed below `margin_in`, outliers above
-    `margin_out`.
+    Energy fine-tuning (arXiv 2010.03759) lowers E of ID below `margin_in` and raises E of outliers
+    above `margin_out`.
     """
     return (
         jax.nn.relu(id_energy - margin_in) ** 2,
@@ -64,9 +64,9 @@ def energy_hinges(
 
 
 def unit_rows(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    """Rows of unit L2 norm, with a gradient even where a row is zero.
+    """Rows scaled to unit L2 norm, with a finite gradient where a row is zero.
 
-    LogitNorm's code (arXiv 2205.09310) adds 1e-7 to the norm; here it stands inside the root.
+    Adds 1e-14 to the squared norm, where LogitNorm's code (arXiv 2205.09310) adds 1e-7 to the norm.
     """
     return x / jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-14)
 
@@ -76,7 +76,7 @@ def supervised_contrastive(
 ) -> Float[Array, " b"]:
     """Mean over positives p of -log[exp(z.z_p / t) / sum_{a != self} exp(z.z_a / t)].
 
-    Positives of a row are the other rows of its label; a row without any has the value 0.
+    The positives of a row are the other rows of its label. A row without positives has the value 0.
     Embeddings have unit norm (arXiv 2004.11362, eq. 2).
     """
     others = ~jnp.eye(labels.shape[0], dtype=bool)
@@ -90,10 +90,10 @@ def supervised_contrastive(
 def augmented_lagrangian(
     constraint: Float[Array, " n"], multiplier: Float[Array, " n"], penalty: Float[Array, " n"]
 ) -> Float[Array, " n"]:
-    """The term that stands for `constraint` <= 0 in a minimisation.
+    """The term of a minimisation that enforces `constraint` <= 0 (arXiv 2202.03299).
 
-    m c + p c^2 / 2 where p c + m >= 0, else -m^2 / (2 p): continuous, and flat where the
-    constraint holds with room to spare (arXiv 2202.03299).
+    m c + p c^2 / 2 where p c + m >= 0, else -m^2 / (2 p): continuous, and flat where the constraint
+    holds with a margin.
     """
     active = penalty * constraint + multiplier >= 0
     pulling = multiplier * constraint + penalty * constraint**2 / 2
@@ -103,12 +103,12 @@ def augmented_lagrangian(
 def club(
     mean: Float[Array, "b d"], log_variance: Float[Array, "b d"], y: Float[Array, "b d"]
 ) -> Float[Array, " b"]:
-    """CLUB's estimate of I(x; y) for a batch of pairs, a value a row (arXiv 2006.12013, eq. 8).
+    """CLUB's estimate of I(x; y) for a batch of pairs, one value per row (arXiv 2006.12013, eq. 8).
 
     Positive minus negative term, sum_d [-(m - y)^2 / 2v + mean_j (m - y_j)^2 / 2v], in the exact
     O(B d) form sum_d [m (y - mean y) / v - (y^2 - mean y^2) / 2v]: the negative term needs no
-    (B, B, d) tensor. Its mean over all pairings of the rows is zero, so with outliers paired at
-    random its expected gradient is zero too.
+    (B, B, d) tensor. The mean over all pairings of the rows is zero. So with outliers paired at
+    random the expected gradient is zero too.
     """
     precision = jnp.exp(-log_variance)
     centred = y - jnp.mean(y, axis=0, keepdims=True)
@@ -121,11 +121,11 @@ def gaussian_log_likelihood(
 ) -> Float[Array, " b"]:
     """sum_d [-(y - mean)^2 / variance - log variance]: unnormalised, without the factor 1/2.
 
-    The objective by which CLUB's q is fitted (arXiv 2006.12013, eq. 13, up to constants).
+    The objective of fitting CLUB's q (arXiv 2006.12013, eq. 13, up to constants).
     """
     return jnp.sum(-((mean - y) ** 2) * jnp.exp(-log_variance) - log_variance, axis=-1)
 
 
 def ramp(step: Int[Array, ""], start: float, end: float) -> Float[Array, ""]:
-    """0 up to step `start`, 1 from `end` on (one step later at the least), linear between."""
+    """0 up to step `start`, 1 from `end` on, linear between. Rises over at least one step."""
     return jnp.clip((step - start) / jnp.maximum(end - start, 1.0), 0.0, 1.0)

@@ -1,20 +1,20 @@
 """NPOS: outliers at the boundary of each class, without a density (Tao et al., arXiv 2303.02966).
 
-The latest features of every class are kept. Those whose K-th nearest neighbour in the queue is
-furthest are the boundary; Gaussian noise around boundary points gives candidates, and those
-furthest from the class are the outliers (section 3.1, `outliers.knn`). A small network tells them
-from ID features by a logistic loss (section 3.2).
+A queue holds the latest features of each class. The boundary are those whose K-th nearest neighbour
+in the queue is furthest. Gaussian noise around boundary points gives candidates, and the candidates
+furthest from the class are the outliers (section 3.1, `outliers.knn`). A small network separates
+them from ID features by a logistic loss (section 3.2).
 
-The classification version: cross-entropy, and optionally a supervised contrastive loss on unit
-features, in place of the published loss of class prototypes on a projection head. Where it
-differs from the code in OpenOOD besides:
-- Every anchor keeps its own furthest candidates; the code mixes those of other anchors in.
-- Everything happens on the unit sphere, candidates included: the code measures distances between
-  unit features, but adds the noise to features of any length and gives its network those.
-- The means of the loss over ID and outliers are summed, as in the paper; in the code's one mean
-  thousands of outliers outweigh the batch.
-- The queues live through the whole training; the code clears them each epoch and still counts
-  them as full.
+This is the version for classification: cross-entropy, and optionally a supervised contrastive loss
+on unit features, in place of the published loss of class prototypes on a projection head. It also
+differs from the code in OpenOOD:
+- Every anchor has its own furthest candidates. The code mixes in those of other anchors.
+- Features, noise and candidates are on the unit sphere. The code measures distances between unit
+  features, but adds the noise to features of any length and gives these to its network.
+- The means of the loss over ID and over outliers are summed, as in the paper. The code takes one
+  mean over both, in which thousands of outliers outweigh the batch.
+- The queues last for the whole training. The code clears them each epoch and still counts them as
+  full.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ from oal_jax.runtime.keys import named
 
 
 class Discriminator(nn.Module):
-    """A small network that tells ID features from outliers."""
+    """A small network that separates ID features from outliers."""
 
     @nn.compact
     def __call__(self, features: Float[Array, "b d"]) -> Float[Array, " b"]:
@@ -61,17 +61,27 @@ def boundary_outliers(
 ) -> Method:
     """CE + `weight` * logistic loss, from `start_step` on and with full queues.
 
-    Groups: "student", "discriminator". State "npos": the queues and the outliers in use. Defaults
-    are OpenOOD's for CIFAR-10; there the loss starts after 40 of 100 epochs.
+    Groups: "student", "discriminator". State "npos": the queues and the current outliers. The
+    defaults are OpenOOD's for CIFAR-10, where the loss starts after 40 of 100 epochs.
 
     Args:
-      queue_size: unit features kept a class. Sampling waits until every queue is full.
-      neighbour, boundary_points, anchors, sigma, candidates, per_anchor: `k`, `count`,
-        `anchors`, `sigma`, `noise_rows` and `per_anchor` of `outliers.knn.sample_class`.
-      refresh: steps for which outliers are used before new ones are sampled; 1 is as
-        published. Sampling costs about K * queue_size * (queue_size + candidates) * d
-        multiplications, for small nets more than the training step.
-      contrastive_weight: of the supervised contrastive loss on the unit features.
+      model: the student.
+      image_shape: of an image.
+      start_step: first step with the logistic loss.
+      weight: weight of the logistic loss.
+      queue_size: unit features per class. Sampling waits until every queue is full.
+      neighbour: `k` of `outliers.knn.sample_class`.
+      boundary_points: its `count`.
+      anchors: boundary points per class that are perturbed.
+      sigma: standard deviation of the noise.
+      candidates: its `noise_rows`.
+      per_anchor: outliers per anchor.
+      refresh: steps between two sets of outliers; 1 is as published. Sampling costs about
+        K * queue_size * (queue_size + candidates) * d multiplications, for small nets more than
+        the training step.
+      contrastive_weight: weight of the supervised contrastive loss on the unit features.
+      contrastive_temperature: its temperature.
+      ce_transform: maps the mean ID cross-entropy.
     """
     classes, width = output_sizes(model, image_shape)
     discriminator = Discriminator()
@@ -83,7 +93,7 @@ def boundary_outliers(
         model_state["npos"] = {
             "queue": class_queue.empty(classes, queue_size, width),
             "outliers": jnp.zeros((classes * anchors * per_anchor, width)),
-            "ready": jnp.zeros((), bool),  # whether outliers have ever been sampled
+            "ready": jnp.zeros((), bool),  # whether outliers have been sampled
         }
         return params, model_state
 

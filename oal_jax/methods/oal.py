@@ -1,14 +1,15 @@
 """OAL: distillation plus a contrastive term against outliers, with one of three objectives.
 
-`energy`            the default: outliers are mapped into the student's feature space and pass
-                    through its head under an energy loss. So they change what the detector reads.
-`club`              both CLUB terms as the official code has them: outliers are paired at random
-                    with the student's ID features, and q is trained by the same minimisation. No
-                    outlier passes through the student, and the mean over all pairings of a batch
-                    gives the student no gradient: the step logs that mean gradient's norm
-                    (`club_expected_gradient_*`) beside that of the pairing at hand
-                    (`club_gradient_*`).
-`club_alternate`    CLUB as published: q is fitted by likelihood, the student minimises the bound.
+`energy`            The default. Outliers are mapped into the student's feature space and pass
+                    through its head under an energy loss, so they train the logits that scores
+                    read.
+`club`              Both CLUB terms as in the official code. Outliers are paired at random with the
+                    student's ID features, and the same minimisation trains q. No outlier passes
+                    through the student. The mean over all pairings of a batch gives the student no
+                    gradient: the metrics have the norm of that mean gradient
+                    (`club_expected_gradient_*`) and of the actual one (`club_gradient_*`).
+`club_alternate`    CLUB as published: q is fitted by likelihood, and the student minimises the
+                    bound.
 
 Source: arXiv 2406.16525; CLUB: arXiv 2006.12013; energy as in VOS, arXiv 2202.01197.
 """
@@ -106,7 +107,7 @@ def energy(
             metrics[f"energy_{kind}"] = separation
             metrics[f"outlier_neg_energy_{kind}"] = jnp.mean(neg_energy)
         if not outlier_logits:
-            # With nothing opposite, a learned offset would take the loss to zero by itself.
+            # Without outliers a learned offset alone would bring the loss to zero.
             fixed = jax.lax.stop_gradient((scale, offset))
             id_loss, _ = losses.energy_logistic(id_neg_energy, id_neg_energy, *fixed)
             value += weight * jnp.mean(id_loss)
@@ -131,12 +132,12 @@ def map_outliers(
     features: jax.Array | None,
     latents: jax.Array | None,
 ) -> dict[str, jax.Array]:
-    """Outliers as student features (n, d), by kind: "feature" and "latent", where given.
+    """Outliers as student features (n, d) by kind: "feature" and "latent", or one of them.
 
     Args:
       feature_width: d, of the student.
       features: outliers (n, T) in the teacher's feature space, of any length.
-      latents: (n, h, w, c).
+      latents: outliers (n, h, w, c) as latents.
     """
     mapped = {}
     if features is not None:
@@ -174,12 +175,12 @@ def club(
     alternate: bool,
     ce_transform: Transform | None = None,
 ) -> Method:
-    """Both CLUB terms, as shipped or (`alternate`) with q fitted by likelihood.
+    """Both CLUB terms as in the official code, or (`alternate`) with q fitted by likelihood.
 
-    The batch needs `outlier` (B, T) and `outlier_latent` (B, latent_width), paired at random
-    with the ID images. The feature projector gets the teacher's features unnormalised, as shipped.
-    With `alternate` the student's gradient comes from CLUB with q held fixed, q's from the
-    likelihood with the features held fixed, in the same step.
+    The batch needs `outlier` (B, T) and `outlier_latent` (B, latent_width), paired at random with
+    the ID images. The feature projector reads the teacher's features without normalisation, as in
+    the official code. With `alternate` one step gives the student the gradient of CLUB with q
+    fixed, and q that of the likelihood with the features fixed.
     """
     hidden: dict[str, Sequence[int]] = {"outlier": (256,), "outlier_latent": (32, 16, 256)}
     widths = {"outlier": teacher_width, "outlier_latent": latent_width}
@@ -232,10 +233,10 @@ def club(
 def _gradient_norms(
     mean: jax.Array, log_variance: jax.Array, features: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Norms of d CLUB / d features: of this pairing, and of the mean over all pairings.
+    """Norms of d CLUB / d features for this pairing, and for the mean over all pairings.
 
-    The mean over pairings separates into products of batch means, so it costs O(B d); it is zero
-    but for rounding, whatever q says.
+    The mean over all pairings is a sum of products of batch means, so it costs O(B d). It is zero
+    up to rounding for any q.
     """
     mean, log_variance, features = jax.lax.stop_gradient((mean, log_variance, features))
 

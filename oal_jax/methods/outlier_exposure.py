@@ -1,11 +1,11 @@
-"""Outlier exposure and energy fine-tuning: the two plain losses on images of outliers.
+"""Outlier exposure and energy fine-tuning: the two basic losses on outlier images.
 
-`exposure`  outliers are pulled to the uniform prediction (Hendrycks et al., arXiv 1812.04606).
-`energy`    squared hinges hold the energies of ID and outliers apart (Liu et al., arXiv
+`exposure`  trains a uniform prediction on outliers (Hendrycks et al., arXiv 1812.04606).
+`energy`    separates the energies of ID and outliers by squared hinges (Liu et al., arXiv
             2010.03759, section 3.3).
 
-Both are meant as a fine-tuning of a trained classifier: 10 epochs at a learning rate of 0.01
-in arXiv 2306.03715, as many outliers as ID images in a batch.
+Both are meant to fine-tune a trained classifier: arXiv 2306.03715 trains 10 epochs at a learning
+rate of 0.01, with as many outliers as ID images in a batch.
 """
 
 from typing import Any
@@ -29,9 +29,12 @@ def exposure(
     """CE + `weight` * mean[logsumexp(z) - mean z] over the logits z of `outlier_image`.
 
     Args:
-      shared_statistics: batch statistics of ID and outliers together, as published; see
-        `student.forward` for why the default is ID alone.
-      ce_transform: applied to the mean ID cross-entropy only.
+      model: the student.
+      image_shape: of an image.
+      weight: weight of the uniform cross-entropy.
+      shared_statistics: take batch statistics over ID and outlier images, as published;
+        `student.forward` says why the default is ID alone.
+      ce_transform: maps the mean ID cross-entropy.
     """
 
     def loss(params, model_state, batch, step, key):
@@ -65,8 +68,8 @@ def energy(
 ) -> Method:
     """CE + `weight` * (mean relu(E_in - margin_in)^2 + mean relu(margin_out - E_out)^2).
 
-    E = -logsumexp(z): low for ID. The margins are in units of the logits. Those published suit
-    the nets for CIFAR; before trusting them on another, look at the metrics `id_energy` and
+    E = -logsumexp(z) is low for ID. The margins are in units of the logits; the defaults are those
+    published for CIFAR. For another network choose them by the metrics `id_energy` and
     `outlier_energy`, the means of E.
     """
 

@@ -1,8 +1,8 @@
-"""Pixel-space outlier exposure: what DREAM-OOD (arXiv 2309.13415) does with the same latents.
+"""Pixel-space outlier exposure: DREAM-OOD's use (arXiv 2309.13415) of OAL's latents.
 
-The latents are decoded to images, the images pass through the student, and their prediction is
-pulled to the uniform distribution (arXiv 1812.04606). On top of distillation, so that it differs
-from the other methods in the use of the outliers alone.
+The latents are decoded to images, and the student is trained to predict the uniform distribution on
+them (arXiv 1812.04606). It is added to distillation, so the method differs from `oal` in the use of
+the outliers alone.
 """
 
 from typing import Any
@@ -26,10 +26,10 @@ def outlier_exposure(
 ) -> Method:
     """Distillation plus `weight` times the uniform cross-entropy on `outlier_image`.
 
-    Both pass in one batch, normalised by the statistics of the ID images alone, which are also
-    what the running statistics see. Normalising outliers by the running statistics instead lets
-    the student tell them from ID by the kind of statistics: in evaluation, where ID images are
-    normalised in that way too, its accuracy then falls to that of guessing (measured).
+    ID images and outliers pass as one batch, normalised by the statistics of the ID images alone,
+    which also move the running statistics. With outliers normalised by the running statistics the
+    student separates them from ID by the kind of statistics. In evaluation ID images are normalised
+    in that way too, and accuracy falls to that of guessing (measured).
     """
 
     def loss(params, model_state, batch, step, key):

@@ -1,4 +1,4 @@
-"""Every training method by name: how it is built, what it reads, and the rates of its groups.
+"""Every training method by name: its construction, its inputs, and the rates of its groups.
 
 A new method is one file beside this one, its options in `config.methods`, and an entry of
 `METHODS`.
@@ -30,7 +30,7 @@ from oal_jax.outliers.pools import OutlierPool
 
 
 class Parts(NamedTuple):
-    """What a method may be built of."""
+    """Inputs of the construction of a method."""
 
     config: Config
     net: Any  # the student
@@ -47,14 +47,14 @@ class Parts(NamedTuple):
         return self.net, self.image_shape
 
     def options(self, section: str, *without: str) -> dict[str, Any]:
-        """The options of a section of `config.method`, less some, and `ce_transform`."""
+        """The options of a section of `config.method` except some, and `ce_transform`."""
         options = dataclasses.asdict(getattr(self.config.method, section))
         options = {name: value for name, value in options.items() if name not in without}
         return options | {"ce_transform": self.ce_transform}
 
 
 class Recipe(NamedTuple):
-    """How a method is built, and what it reads beside ID images and labels.
+    """The construction of a method, and its inputs beside ID images and labels.
 
     Attributes:
       build: the method of the parts.
@@ -81,7 +81,7 @@ class Recipe(NamedTuple):
 
 
 def build(parts: Parts, constraint: float | None) -> Method:
-    """The method of the config; `constraint` is Unleashing Mask's, where the config has it."""
+    """The method of the config; `constraint` is Unleashing Mask's where the config uses it."""
     recipe = METHODS[parts.config.method.name]
     if not unleashed(parts.config):
         return recipe.build(parts)
@@ -122,7 +122,7 @@ def reads_estimate(config: Config) -> bool:
 
 
 def rates(config: Config) -> dict[str, float]:
-    """The learning rate of every group that the method may have; a frozen student has none."""
+    """The learning rate of every group that the method may have; 0 freezes the student."""
     frozen = config.method.name == "umap" and config.method.umap.freeze
     student = 0.0 if frozen else config.train.learning_rate
     own = recipe_of(config).rates(config)

@@ -32,17 +32,17 @@ def init_student(
 
 
 def output_sizes(model: Any, image_shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Number of classes and of features of a model of images to (logits, features)."""
+    """Numbers of classes and features of a model that maps images to (logits, features)."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     (logits, features), _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
     return logits.shape[1], features.shape[1]
 
 
 def join(first: Shaped[Array, "b ..."], second: Shaped[Array, "m ..."]) -> Shaped[Array, "b+m ..."]:
-    """Two batches as one, in gcd(b, m) groups: of each some rows of the first, then of the second.
+    """Join two batches in gcd(b, m) groups, each with rows of the first and then of the second.
 
-    Devices that share out both evenly share out the groups, so each joins its own rows. One behind
-    the other they would have to send each other what lies across the seam. `separate` undoes it.
+    Devices that split both batches evenly also split the groups evenly, so each joins its own rows.
+    A plain concatenation would move rows between devices. `separate` is the inverse.
     """
     groups = math.gcd(first.shape[0], second.shape[0])
     pieces = [a.reshape(groups, a.shape[0] // groups, *a.shape[1:]) for a in (first, second)]
@@ -52,7 +52,7 @@ def join(first: Shaped[Array, "b ..."], second: Shaped[Array, "m ..."]) -> Shape
 def separate(
     rows: Shaped[Array, "n ..."], count: int
 ) -> tuple[Shaped[Array, "b ..."], Shaped[Array, "m ..."]]:
-    """The two batches that `join` made one of, the first of `count` rows."""
+    """The two batches of a joined one, the first with `count` rows."""
     total = rows.shape[0]
     groups = math.gcd(count, total - count)
     pieces, each = rows.reshape(groups, total // groups, *rows.shape[1:]), count // groups
@@ -76,12 +76,12 @@ def forward(
 ) -> tuple[Outputs, Outputs, Any]:
     """One pass in training mode: outputs of `images`, of `others`, and the student's new state.
 
-    ID images and outliers are one batch (see `join`). By default its statistics are those of the
-    ID images alone, and so are the running ones: outliers are normalised as they will be in
-    evaluation, a start's running statistics stay valid, and no result depends on how many outliers
-    a batch has. `shared_statistics` takes both kinds, as the published codes do (one concatenated
-    batch in PyTorch's training mode); the running statistics are then those of the mixture. With
-    "maps" among the `mutable` the new state has the maps too, their rows as `join` has them.
+    ID images and outliers pass as one batch (see `join`). By default batch and running statistics
+    are those of the ID images alone. Then outliers are normalised as they will be in evaluation,
+    the running statistics of a trained start stay valid, and no result depends on the number of
+    outliers. `shared_statistics` takes the statistics over both, as the published codes do (one
+    concatenated batch in PyTorch's training mode). With "maps" in `mutable` the new state has the
+    maps too, with their rows joined.
     """
     count, options = images.shape[0], {}
     if others is not None:
@@ -109,11 +109,11 @@ def id_loss(
     labels: Int[Array, " b"],
     ce_transform: Transform | None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The mean cross-entropy on ID images, after `ce_transform` if there is one; metrics.
+    """The mean cross-entropy on ID images after `ce_transform`, and the metrics.
 
-    `ce_transform` maps the batch mean of the cross-entropy and nothing else of a method's loss. So
-    a constraint on the ID loss, such as Unleashing Mask's (arXiv 2306.03715), joins any method. The
-    metric `ce` is the cross-entropy before it.
+    `ce_transform` maps the batch mean of the cross-entropy and no other term of a method's loss. So
+    any method can take a constraint on the ID loss, such as Unleashing Mask's (arXiv 2306.03715).
+    The metric `ce` is the cross-entropy before it.
     """
     ce = jnp.mean(losses.cross_entropy(logits, labels))
     value = ce if ce_transform is None else ce_transform(ce)

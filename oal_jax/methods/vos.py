@@ -1,16 +1,16 @@
 """VOS: virtual outliers from class Gaussians in feature space (Du et al., arXiv 2202.01197).
 
-The latest features of every class are modelled by a Gaussian with a mean a class and one tied
-covariance. Of many samples of a class those of the lowest likelihood are its virtual
-outliers (section 3.1); they pass through the classifier's last layer, and a logistic loss on the
-energy, logsumexp with a learned weight a class, tells them from ID (section 3.2).
+A Gaussian per class, with one covariance for all, models the latest features of each class. The
+samples of lowest likelihood among many are the virtual outliers of a class (section 3.1). They pass
+through the classifier's last layer, and a logistic loss separates them from ID by -E, the logsumexp
+with a learned weight per class (section 3.2).
 
-Where this differs from the official code:
-- The means of the loss over ID images and over outliers are summed, as in the paper; the code
-  takes one mean over both, in which 10 outliers beside 128 images count for little.
-- The logistic slope is positive, so that ID has the larger energy from the start, and a class
-  weight stays above 1e-6, so that the logarithm is finite.
-- The samples are drawn without drawing them all: see `least_likely`.
+It differs from the official code:
+- The means of the loss over ID images and over outliers are summed, as in the paper. The code takes
+  one mean over both, in which 10 outliers beside 128 images have little weight.
+- The logistic slope is positive, so that -E of ID is the larger one from the start. A class weight
+  stays above 1e-6, so that the logarithm is finite.
+- The outliers are sampled without sampling all candidates (see `least_likely`).
 """
 
 from typing import Any
@@ -38,18 +38,24 @@ def virtual_outliers(
     refresh: int = 1,
     ce_transform: Transform | None = None,
 ) -> Method:
-    """CE + `weight` * the energy's logistic loss, from `start_step` on and with full queues.
+    """CE + `weight` * logistic loss of the energies, from `start_step` on and with full queues.
 
-    Groups: "student"; "energy" (`class_weight` (K,), `scale`, `offset`). State "vos": the queues
-    and the Gaussians' means and Cholesky factor. Defaults are the published ones for CIFAR;
-    there the loss starts after 40 of 100 epochs.
+    Groups: "student"; "energy" (`class_weight` (K,), `scale`, `offset`). State "vos": the queues,
+    and the means and the Cholesky factor of the Gaussians. The defaults are those published for
+    CIFAR, where the loss starts after 40 of 100 epochs.
 
     Args:
-      queue_size: features kept a class. The Gaussians wait until every queue is full.
-      samples: samples a class and step, of which the `per_class` least likely are the outliers.
-      ridge: added to the covariance's diagonal.
-      refresh: steps between two estimates of the Gaussians. One estimate costs
-        K * queue_size * d^2 multiplications; 1 is as published.
+      model: the student.
+      image_shape: of an image.
+      start_step: first step with the logistic loss.
+      weight: weight of the logistic loss.
+      queue_size: features per class. The Gaussians wait until every queue is full.
+      samples: samples per class and step.
+      per_class: the least likely samples of a class, which are its outliers.
+      ridge: added to the diagonal of the covariance.
+      refresh: steps between two estimates of the Gaussians; 1 is as published. One estimate costs
+        K * queue_size * d^2 multiplications.
+      ce_transform: maps the mean ID cross-entropy.
     """
     classes, width = output_sizes(model, image_shape)
 
@@ -64,7 +70,7 @@ def virtual_outliers(
             "queue": class_queue.empty(classes, queue_size, width),
             "means": jnp.zeros((classes, width)),
             "factor": jnp.eye(width),
-            "ready": jnp.zeros((), bool),  # whether the Gaussians have ever been estimated
+            "ready": jnp.zeros((), bool),  # whether the Gaussians have been estimated
         }
         return params, model_state
 
@@ -131,10 +137,10 @@ def least_likely(
 ) -> Float[Array, "m d"]:
     """The `per_class` draws of lowest density among `samples` from each N(mean, L L^T).
 
-    A draw is mean + L e with e standard normal, and its density falls with |e| alone. The length
-    and the direction of e are independent: so the lengths of all draws (chi with d degrees of
-    freedom) are drawn, and directions only for those that are kept. The same distribution as
-    drawing, weighing and sorting all samples, without their (K, samples, d) numbers.
+    A draw is mean + L e with e standard normal, and its density depends on |e| alone. Length and
+    direction of e are independent. So the lengths of all draws are sampled (chi with d degrees of
+    freedom), and directions only for the longest. The distribution is that of sampling and sorting
+    all draws, without their (K, samples, d) numbers.
     """
     classes, width = means.shape
     key_length, key_direction = jax.random.split(key)

@@ -1,20 +1,20 @@
 """WOODS: learning from wild data, a mixture of outliers and unlabelled ID (arXiv 2202.03299).
 
-The classifier is fine-tuned so that as much wild data as possible counts as OOD, while ID images
-are still told from it and still classified. With E = logsumexp of the logits and
-h(E) = -(a E + b), a > 0, learned:
+Fine-tunes a classifier so that as much wild data as possible counts as OOD, while few ID images do
+and ID images are still classified. With E = -logsumexp of the logits and a learned
+h(E) = a E - b, a > 0:
 
     minimise mean sigmoid(-h(E_wild))
     subject to mean sigmoid(h(E_id)) <= id_limit  and  CE <= ce_limit.
 
-Each constraint has an augmented Lagrangian with a multiplier and a penalty of its own; in the
-official code both multipliers are one tensor, by accident. Its h may have either sign of slope;
-here ID has the larger E, as the energy score needs it.
+Each constraint has an augmented Lagrangian with its own multiplier and penalty; the official code
+stores both multipliers in one tensor by accident. The slope of its h may have either sign; here it
+is positive, as the energy score needs a lower E of ID.
 
-At the end of an epoch the code measures the constraints on all ID images in evaluation mode and
-moves the multipliers. Here it is every `epoch_steps` steps, from the mean of the batches'
-constraints in training mode since the last time: no pass of its own, but values that lag behind
-the weights by half an epoch and contain the batch statistics' noise.
+At the end of an epoch the official code measures the constraints on all ID images in evaluation
+mode and moves the multipliers. Here they move every `epoch_steps` steps, by the mean of the
+batches' constraints in training mode. That needs no pass over the images, but the values lag behind
+the weights by half an epoch and have the noise of the batch statistics.
 """
 
 from typing import Any
@@ -41,19 +41,25 @@ def wild_mixture(
     shared_statistics: bool = False,
     ce_transform: Transform | None = None,
 ) -> Method:
-    """The objective above on `image`, `label` and `wild_image`; fine-tunes a trained classifier.
+    """The objective above on `image`, `label` and `wild_image`.
 
-    Groups: "student"; "energy" (`scale`, `offset` of h, a = softplus(scale)). State "woods":
+    Groups: "student"; "energy" (`scale`, `offset`; a = softplus(scale), b = offset). State "woods":
     multipliers (from 0), penalties (from 1), and the running sum of the constraints; the first
     entry of each is for the ID energy, the second for CE.
 
     Args:
+      model: the student.
+      image_shape: of an image.
       epoch_steps: steps between two updates of the multipliers.
-      ce_limit: in nats; as published twice the cross-entropy of the start on its training images.
+      ce_limit: largest cross-entropy, in nats; as published twice that of the start on its training
+        images.
       id_limit: alpha, the share of ID images that may count as OOD.
+      wild_weight: weight of the wild term.
       multiplier_rate: step of the multipliers (0.1, 1 or 2 in the published search).
       penalty_growth: factor on the penalty of a constraint above `tolerance` (1.1 or 1.5).
-      ce_transform: applied to the mean ID cross-entropy before `ce_limit` is taken off.
+      tolerance: largest constraint whose penalty stays.
+      shared_statistics: take batch statistics over ID and wild images, as published.
+      ce_transform: maps the mean ID cross-entropy before `ce_limit` is subtracted.
     """
 
     def init(key):
@@ -84,8 +90,8 @@ def wild_mixture(
             jax.nn.logsumexp(z, axis=-1) for z in (logits, wild_logits)
         )
         id_ood, wild_ood = (
-            jax.nn.sigmoid(-(slope * e + params["energy"]["offset"]))
-            for e in (id_neg_energy, wild_neg_energy)
+            jax.nn.sigmoid(-(slope * neg_energy + params["energy"]["offset"]))
+            for neg_energy in (id_neg_energy, wild_neg_energy)
         )
         id_as_ood = jnp.mean(id_ood)
         constraints = jnp.stack([id_as_ood - id_limit, ce - ce_limit])
@@ -116,7 +122,7 @@ def wild_mixture(
 
 
 def updated(woods: Groups, rate: float, growth: float, tolerance: float) -> Groups:
-    """Multipliers and penalties after an epoch, from the mean constraints; the sums restart.
+    """Multipliers and penalties after an epoch, from the mean constraints; sums become zero.
 
     multiplier += rate * c where penalty * c + multiplier >= 0, else -= rate * multiplier / penalty:
     the gradient of the augmented Lagrangian in the multiplier.

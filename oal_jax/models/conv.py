@@ -1,11 +1,10 @@
-"""What the classifiers share: convolution, batch normalisation with PyTorch's constants, maps.
+"""Parts of all classifiers: convolution, batch normalisation with PyTorch's constants, maps.
 
-A classifier's `dtype`, float32 or bfloat16, is that of its convolutions and matrix products, and
-of the activations between them. Everything else is float32 whatever it is: parameters and so
-gradients, the moments of batch and layer normalisation and what is done with them, the softmax of
-attention, and, from the pooled features on, the head: whoever applies it to features by hand, as
-some scores do, gets the logits that the classifier gives. float16 is not offered: its gradients
-underflow without a scale on the loss.
+A classifier's `dtype`, float32 or bfloat16, is the type of its convolutions, matrix products and
+activations. Always float32 are parameters and gradients, the arithmetic of batch and layer
+normalisation, the softmax of attention, the pooled features and the head. So scores that apply the
+head to features get the classifier's own logits. float16 is not offered: its gradients underflow
+without a scale on the loss.
 """
 
 from functools import partial
@@ -16,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# XLA's CPU convolution to a 2 x 2 map takes 20 times as long as the same product of patches
-# (measured, batch 128, 128 channels); to 4 x 4 and more it is the faster of the two.
+# XLA's CPU convolution to a 2 x 2 map takes 20 times as long as the product of patches (measured,
+# batch 128, 128 channels). To a 4 x 4 map and larger ones it is faster.
 _TINY_MAP = 9  # pixels of the output
 
 
@@ -38,9 +37,12 @@ def patches_product(
 
 
 def batch_norm(train: bool, affine: bool, dtype: Any = jnp.float32) -> partial[nn.BatchNorm]:
-    """`nn.BatchNorm` with PyTorch's constants, to be named; `affine`: with scale and offset.
+    """`nn.BatchNorm` with PyTorch's constants; its caller gives the name.
 
-    `dtype` is that of its output; it computes in float32.
+    Args:
+      train: normalise by the batch, and update the running statistics.
+      affine: with scale and offset.
+      dtype: of the output. It computes in float32.
     """
     return partial(
         nn.BatchNorm,
@@ -56,9 +58,9 @@ def batch_norm(train: bool, affine: bool, dtype: Any = jnp.float32) -> partial[n
 class Conv(nn.Module):
     """Convolution without bias; odd square kernel, padding (kernel - 1) / 2 as in PyTorch.
 
-    "SAME" would pad strided convolutions on the other side. Parameters are those of `nn.Conv`.
-    Where XLA's own convolution is slow it is computed as a matrix product.
-    It starts as N(0, 2 / fan); `fan` is "fan_out" (torchvision's ResNet) or "fan_in".
+    "SAME" would pad strided convolutions on the other side. The parameters are those of `nn.Conv`,
+    drawn from N(0, 2 / fan) with `fan` "fan_out" (torchvision's ResNet) or "fan_in". Where XLA's
+    own convolution is slow, a matrix product takes its place.
     """
 
     channels: int
@@ -89,12 +91,12 @@ class Conv(nn.Module):
 
 
 def rematerialised(block: type[nn.Module]) -> type[nn.Module]:
-    """A block of a student, called with (x, train, mask), that keeps nothing but its input."""
+    """A block, called with (x, train, mask), whose backward pass recomputes its activations."""
     return nn.remat(block, static_argnums=(2,))  # `train`; the module itself counts as the first
 
 
 def with_maps(net: nn.Module, variables: Any, images: Float[Array, "n h w c"]) -> tuple:
-    """(logits, features, feature maps from the input's side to the last) in evaluation mode."""
+    """(logits, features, feature maps from first to last) in evaluation mode."""
     (logits, features), sown = net.apply(variables, images, train=False, mutable=["maps"])
     maps = sown.get("maps", {})
     # stage2 before stage10.
@@ -103,6 +105,6 @@ def with_maps(net: nn.Module, variables: Any, images: Float[Array, "n h w c"]) -
 
 
 def sow_map(module: nn.Module, stage: int, x: Float[Array, "b h w c"]) -> None:
-    """Sow a feature map into the collection `maps`: free unless the caller makes it mutable."""
-    if not module.is_initializing():  # else it would become one of the module's variables
+    """Sow a feature map into the collection `maps`. Free unless the caller makes it mutable."""
+    if not module.is_initializing():  # there it would become one of the module's variables
         module.sow("maps", f"stage{stage}", x)

@@ -13,7 +13,7 @@ from oal_jax.models.normalise import normalise
 
 
 class DenseLayer(nn.Module):
-    """BN-ReLU-1 x 1 to 4 `growth` channels, BN-ReLU-3 x 3 to `growth`; behind what came in."""
+    """BN-ReLU-1 x 1 to 4 `growth` channels, BN-ReLU-3 x 3 to `growth`, appended to the input."""
 
     growth: int
     affine: bool
@@ -39,13 +39,12 @@ class DenseLayer(nn.Module):
 class DenseNet(nn.Module):
     """Images in [0, 1] to (logits, features): three dense blocks, half the channels between two.
 
-    Features are the global average pool. With depth 100 and growth 12 it has 745,174 parameters
-    for 10 classes where the batch normalisation is without scale and offset (`affine_bn=False`,
-    as arXiv 2306.03715 has it). `dropout` follows every convolution but the first, and wants
-    the random stream "dropout" in training. Maps are sown as `maps`: stage0 after the first
-    convolution, one after each transition, and last what is pooled. `dtype`: see `models.conv`;
-    logits and features are float32. With `remat` the backward pass computes what is inside of a
-    layer anew instead of keeping it.
+    Features are the global average pool. With depth 100, growth 12, 10 classes and no scale and
+    offset in the batch normalisation (`affine_bn=False`, as in arXiv 2306.03715) it has 745,174
+    parameters. `dropout` follows every convolution but the first and needs the random stream
+    "dropout" in training. Maps are sown as `maps`: stage0 after the first convolution, one after
+    each transition, and the input of the pool. `dtype`: see `models.conv`; logits and features are
+    float32. With `remat` the backward pass recomputes the activations of each layer.
     """
 
     num_classes: int
@@ -68,7 +67,7 @@ class DenseNet(nn.Module):
 
     @property
     def _layers(self) -> int:
-        """Of each block: two convolutions a layer, and four outside of the blocks."""
+        """Layers per block: each has two convolutions, and four are outside of the blocks."""
         return (self.depth - 4) // 6
 
     @nn.compact

@@ -1,4 +1,4 @@
-"""q(y | x) of the two CLUB estimators of OAL: a Gaussian whose mean and log-variance are MLPs."""
+"""q(y | x) of OAL's CLUB estimators: a Gaussian whose mean and log-variance are MLPs."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 
 class TorchDense(nn.Module):
-    """`nn.Dense` as PyTorch starts it: weights and bias U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    """`nn.Dense` with PyTorch's initialisation U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
 
     features: int
 
@@ -27,7 +27,7 @@ class TorchDense(nn.Module):
 
 
 class GaussianPredictor(nn.Module):
-    """q(y | x): mean by one MLP, log-variance by another that ends in tanh (so within [-1, 1]).
+    """q(y | x): one MLP gives the mean, another the log-variance, in [-1, 1] by a tanh.
 
     Source: arXiv 2406.16525, code of the k-NN term (`mean_hidden=(256,)`) and of the diffusion
     term (`mean_hidden=(32, 16, 256)`); `log_variance_hidden=(256,)` in both.

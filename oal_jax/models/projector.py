@@ -1,6 +1,6 @@
-"""Small maps into the student's feature space, from the teacher's features and from latents.
+"""Projectors into the student's feature space, from the teacher's features and from latents.
 
-They are float32 whatever the student's `dtype` is: they cost next to nothing beside it.
+They are always float32: they cost next to nothing beside the student.
 """
 
 import flax.linen as nn
@@ -30,7 +30,7 @@ class FeatureProjector(nn.Module):
 
 
 class LatentProjector(nn.Module):
-    """A of OAL: latents to student features by convolutions, then an MLP.
+    """A of OAL: convolutions and an MLP, from latents to student features.
 
     It has no batch statistics, so the output for a latent depends on that latent alone.
     """
@@ -43,7 +43,7 @@ class LatentProjector(nn.Module):
         """A student feature for each latent."""
         x = nn.gelu(Conv(self.hidden // 2, 3, 1, name="conv1")(latents))
         x = nn.gelu(Conv(self.hidden, 3, 2, name="conv2")(x))
-        while x.shape[1] > 4:  # 64 x 64 latents of full-size Stable Diffusion come down to 4 x 4
+        while x.shape[1] > 4:  # also the 64 x 64 latents of Stable Diffusion end at 4 x 4
             x = nn.gelu(Conv(self.hidden, 3, 2, name=f"down_{x.shape[1]}")(x))
         x = jnp.reshape(x, (x.shape[0], -1))
         x = nn.gelu(nn.Dense(2 * self.width, name="fc1")(x))

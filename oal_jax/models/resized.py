@@ -1,4 +1,4 @@
-"""A classifier on images of another size than it takes: resized inside the model, so inside jit."""
+"""A classifier with images resized to its input size inside the model, and so inside jit."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from jaxtyping import Array, Float
 
 
 class Resized(nn.Module):
-    """`net` on images brought to `size` x `size` by the bilinear filter, gray ones to its channels.
+    """`net` on images resized to `size` x `size` bilinearly, gray images repeated to `channels`.
 
     Enlarging is PyTorch's `interpolate(mode="bilinear", align_corners=False)`; reducing is
-    antialiased, as Pillow's. Images of the right size pass as they are. The variables are those of
-    `net`, by the same names.
+    antialiased as Pillow's. Images of this size stay unchanged. The variables are those of `net`,
+    by the same names.
     """
 
     net: nn.Module

@@ -52,10 +52,10 @@ class ResNetBlock(nn.Module):
 class ResNet(nn.Module):
     """Images in [0, 1] to (logits, features); features are the global average pool.
 
-    `width` is the number of channels of the first stage (64 in the paper); `affine_bn=False` leaves
-    the batch normalisation without scale and offset. Maps are sown as `maps`: stage0 after the
-    stem, then a map a stage. `dtype`: see `models.conv`; logits and features are float32. With
-    `remat` the backward pass computes what is inside of a block anew instead of keeping it.
+    `width` is the number of channels of the first stage (64 in the paper); with `affine_bn=False`
+    the batch normalisation has no scale and offset. Maps are sown as `maps`: stage0 after the
+    stem, then one per stage. `dtype`: see `models.conv`; logits and features are float32. With
+    `remat` the backward pass recomputes the activations of each block.
     """
 
     num_classes: int
@@ -82,8 +82,8 @@ class ResNet(nn.Module):
     ) -> tuple[Float[Array, "b k"], Float[Array, "b d"]]:
         """`train`: normalise by the batch and update the running statistics.
 
-        `statistics` says which images the batch statistics are made of (None: all); the others
-        are normalised by the same, so that nothing but their pixels tells them apart.
+        `statistics` marks the images that batch statistics are taken over (None: all). The others
+        are normalised by the same statistics, so they differ by their pixels alone.
         """
         mask = None if statistics is None else statistics[:, None, None, None]
         sizes: Sequence[int] = STAGES[self.depth]

@@ -1,4 +1,4 @@
-"""The Vision Transformer (Dosovitskiy et al., arXiv 2010.11929), timm's names and numerics."""
+"""The Vision Transformer (Dosovitskiy et al., arXiv 2010.11929) with timm's names and numerics."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 from oal_jax.models.conv import sow_map
 from oal_jax.models.normalise import normalise
 
-# What the head reads: the class token after the last norm, the mean of the other tokens after it,
-# or the norm of their mean (timm's `fc_norm`).
+# Input of the head: the class token after the last norm, the mean of the other tokens after it, or
+# the norm of their mean (timm's `fc_norm`).
 POOLS = ("token", "norm_mean", "mean_norm")
 
 
@@ -19,10 +19,10 @@ POOLS = ("token", "norm_mean", "mean_norm")
 def narrow_product(
     x: Float[Array, "*b n d"], y: Float[Array, "d e"] | Float[Array, "*b d e"]
 ) -> Float[Array, "*b n e"]:
-    """`x @ y`, and its gradients: each summed in float32 and rounded to their type once.
+    """`x @ y` and its gradients, each summed in float32 and rounded to the inputs' type once.
 
-    Accelerators do that of themselves. A CPU with matrix instructions for bfloat16 uses them when
-    it is asked for a float32 result alone: ViT-B/16 then takes 0.4 times the time of float32.
+    Accelerators do so by default. A CPU with matrix instructions for bfloat16 uses them only for a
+    float32 result: ViT-B/16 then takes 0.4 times the time of float32.
     """
 
     def on_cpu(x, y):
@@ -35,12 +35,12 @@ def _product_forward(x, y):
     return narrow_product(x, y), (x, y)
 
 
-def _product_backward(kept, slope):
-    x, y = kept
-    of_x = narrow_product(slope, jnp.swapaxes(y, -1, -2))
-    if y.ndim == 2:  # one for all rows of all batches
+def _product_backward(inputs, slope):
+    x, y = inputs
+    x_slope = narrow_product(slope, jnp.swapaxes(y, -1, -2))
+    if y.ndim == 2:  # one matrix for all rows of all batches
         x, slope = (a.reshape(-1, a.shape[-1]) for a in (x, slope))
-    return of_x, narrow_product(jnp.swapaxes(x, -1, -2), slope)
+    return x_slope, narrow_product(jnp.swapaxes(x, -1, -2), slope)
 
 
 narrow_product.defvjp(_product_forward, _product_backward)
@@ -68,8 +68,8 @@ class Attention(nn.Module):
         b, n, d = x.shape
         qkv = _dense(3 * d, self.dtype, "qkv", self.qkv_bias)(x)
         qkv = qkv.reshape(b, n, 3, self.heads, d // self.heads)
-        # Heads beside the batch: a batched matrix product, several times faster on CPU than the
-        # contraction with the heads in the middle.
+        # Heads next to the batch axis: a batched matrix product, several times faster on CPU than
+        # the contraction with the heads in the middle.
         q, k, v = jnp.transpose(qkv, (2, 0, 3, 1, 4))
         scores = jnp.matmul(q, jnp.swapaxes(k, -1, -2), preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores * (d // self.heads) ** -0.5, axis=-1).astype(self.dtype)
@@ -81,7 +81,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then a GELU MLP, each with a residual.
 
-    `layer_scale` multiplies what is added, channel by channel (arXiv 2103.17239).
+    `layer_scale` multiplies both residuals channel by channel (arXiv 2103.17239).
     """
 
     heads: int
@@ -112,11 +112,11 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Images in [0, 1] to (logits, features); features are the CLS token after the last norm.
 
-    `mean` and `std` (a value a channel) normalise the input, so that callers never have to.
-    `pool`, one of `POOLS`, gives other features; only "token" needs a `class_token`. Maps are sown
-    as `maps`: stage0 is the grid of embedded patches, then a map a block; no class token in them.
-    `dtype`: see `models.conv`; logits and features are float32. With `remat` the backward pass
-    computes what is inside of a block anew instead of keeping it.
+    `mean` and `std` (one value per channel) normalise the input. `pool`, one of `POOLS`, gives
+    other features; only "token" needs a `class_token`. Maps are sown as `maps`: stage0 is the grid
+    of embedded patches, then one per block, all without the class token. `dtype`: see
+    `models.conv`; logits and features are float32. With `remat` the backward pass recomputes the
+    activations of each block.
     """
 
     num_classes: int
@@ -138,13 +138,13 @@ class VisionTransformer(nn.Module):
     def __call__(
         self, images: Float[Array, "b h w c"], train: bool = False
     ) -> tuple[Float[Array, "b k"], Float[Array, "b d"]]:
-        """`train` is there for the classifiers' common form: no dropout, no batch statistics."""
+        """`train` has no effect: there is no dropout and there are no batch statistics."""
         del train
         b, h, w, c = images.shape
         p, first = self.patch, int(self.class_token)
         x = normalise(images, self.mean, self.std)
-        # A convolution with stride = kernel is a matrix product of flattened patches; the
-        # product is several times faster in XLA's CPU backend, gradients above all.
+        # A convolution with stride = kernel is a matrix product of flattened patches. The product
+        # is several times faster in XLA's CPU backend, its gradients above all.
         x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
         x = _dense(self.width, self.dtype, "patch_embed")(x.reshape(b, -1, p * p * c))
         if self.class_token:
@@ -162,7 +162,7 @@ class VisionTransformer(nn.Module):
             sow_map(self, i + 1, x[:, first:].reshape(grid))
         norm = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name="norm")
         if self.pool == "token":
-            features = norm(x[:, 0])  # nothing else is read, so nothing else is normalised
+            features = norm(x[:, 0])  # the other tokens are not read
         elif self.pool == "norm_mean":
             features = jnp.mean(norm(x)[:, first:], axis=1)
         else:

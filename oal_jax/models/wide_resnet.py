@@ -45,11 +45,11 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Module):
     """Images in [0, 1] to (logits, features): three stages of 16, 32 and 64 times `widen`.
 
-    Features are the global average pool. Depth 40 and `widen` 4 give WRN-40-4. `dropout` wants
-    the random stream "dropout" in training. Maps are sown as `maps`: stage0 after the first
-    convolution, one after each of the first two stages, and last what is pooled, which is
-    normalised and activated. `dtype`: see `models.conv`; logits and features are float32. With
-    `remat` the backward pass computes what is inside of a block anew instead of keeping it.
+    Features are the global average pool. Depth 40 and `widen` 4 give WRN-40-4. `dropout` needs the
+    random stream "dropout" in training. Maps are sown as `maps`: stage0 after the first
+    convolution, one after each of the first two stages, and the normalised and activated input of
+    the pool. `dtype`: see `models.conv`; logits and features are float32. With `remat` the backward
+    pass recomputes the activations of each block.
     """
 
     num_classes: int

@@ -34,14 +34,14 @@ _CHUNK = 256  # images compared at once
 
 
 class Draw(NamedTuple):
-    """What a step knows when it draws.
+    """Inputs of a pool's draw in one step.
 
     Attributes:
       key: the root key of the training's draws.
       step: number of the step.
-      indices: (b,) which ID images the batch has.
-      count: outliers that the batch gets.
-      mesh: of the devices.
+      indices: the ID images of the batch.
+      count: number of outliers.
+      mesh: the devices.
       parts: devices times microbatches, which share the batch evenly.
     """
 
@@ -59,13 +59,13 @@ class Draw(NamedTuple):
     def rows(self, name: str, size: int, count: int = 0) -> Int[Array, " n"]:
         """Rows of an array of `size`, without replacement where it has enough."""
         rows = draw_rows(self.at(name), size, count or self.count)
-        # Every device draws all rows: else the compiler shares out the draw too, and the devices
-        # send each other what they drew.
+        # Every device draws all rows. Otherwise the compiler splits the draw over the devices, and
+        # they exchange their rows.
         return jax.lax.with_sharding_constraint(rows, distributed.replicated(self.mesh))
 
 
 class Sizes(NamedTuple):
-    """What abstract shapes follow from; `latent_shape` (h, w, c) is None without a generator."""
+    """Inputs of a pool's `shape`; `latent_shape` (h, w, c) is None without a generator."""
 
     config: Config
     info: DatasetInfo
@@ -78,11 +78,11 @@ class OutlierPool(NamedTuple):
 
     Attributes:
       name: key of the draws in the batch, and of the pool's arrays.
-      draw: `draw(arrays, draw) -> outliers`; pure, runs inside jit. `arrays` holds those of all
-        pools.
+      draw: `draw(arrays, draw) -> outliers`; pure, runs inside jit. `arrays` has the arrays of all
+        pools by name.
       reads: (stage, file) of every file that `load` reads.
       load: `load(context) -> array on the host`; None where nothing is stored.
-      shape: `shape(sizes)`: the shape and type of what `load` returns.
+      shape: `shape(sizes)` gives the shape and type of the array of `load`.
     """
 
     name: str
@@ -198,7 +198,7 @@ def decoded_latents(config: Config, share: float = 0.0) -> OutlierPool:
 def images(config: Config, share: float = 0.0) -> OutlierPool:
     """Images of `outliers.images`, as `outlier_image`.
 
-    They are augmented as ID images are, or augmentation would give them away.
+    They are augmented as ID images are. Otherwise augmentation alone would separate the two.
 
     Args:
       share: outlier images per step as a fraction of the ID batch; 0: `method.outlier_batch`.
@@ -264,7 +264,7 @@ def _rows_of(name: str) -> Callable[[Mapping[str, Any], Draw], Array]:
 
 def _augmented(config: Config, array: Any, name: str, d: Draw, share: float = 0.0) -> Array:
     count = d.count
-    if share:  # devices and microbatches share them evenly
+    if share:  # rounded so that devices and microbatches share them evenly
         count = max(1, round(share * d.indices.shape[0] / d.parts)) * d.parts
     rows = d.rows(name, array.shape[0], count)
     views = jnp.broadcast_to(d.step, rows.shape)
@@ -280,11 +280,11 @@ def _images_shape(sizes: Sizes) -> jax.ShapeDtypeStruct:
 
 
 def outlier_images(context) -> np.ndarray:
-    """The images of the set `outliers.images`, or drawn ones, (N, H, W, c) uint8.
+    """Images of the set `outliers.images`, or procedural ones, (N, H, W, c) uint8.
 
     Raises:
-      UserError: there is no such set, or its images have another shape than the ID images, or are
-        some of them.
+      UserError: there is no such set, its images have another shape than the ID images, or some of
+        them are ID images.
     """
     name, shape = context.config.outliers.images, context.info.image_shape
     if name == PROCEDURAL:

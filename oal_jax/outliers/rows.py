@@ -1,18 +1,18 @@
-"""Rows of a pool, drawn inside jit at a cost that does not grow with the pool."""
+"""Random rows of a pool, drawn inside jit at a cost that does not grow with the pool."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key, UInt32
 
-_PERMUTED = 2**14  # rows of a pool that is permuted whole
+_PERMUTED = 2**14  # largest pool that is permuted whole
 _ROUNDS = 8
 
 
 def draw_rows(key: Key[Array, ""], size: int, count: int) -> Int[Array, " n"]:
-    """`count` rows of a pool of `size`, none twice where the pool has enough.
+    """`count` rows of a pool of `size`, without replacement where it has enough.
 
-    Small pools are permuted whole. Of a large one `distinct_rows` are drawn: a permutation of a
-    million rows would take longer than the step that wants a hundred of them.
+    Small pools are permuted whole. For large ones see `distinct_rows`: a permutation of a million
+    rows takes longer than a training step that reads a hundred of them.
     """
     if size <= _PERMUTED or size < count:
         return jax.random.choice(key, size, (count,), replace=size < count)
@@ -20,11 +20,11 @@ def draw_rows(key: Key[Array, ""], size: int, count: int) -> Int[Array, " n"]:
 
 
 def distinct_rows(key: Key[Array, ""], size: int, count: int) -> Int[Array, " n"]:
-    """`count` different numbers in [0, size), in O(count): a keyed permutation of 0, 1, 2, ...
+    """`count` different numbers in [0, size) in O(count): a keyed permutation of 0, 1, 2, ...
 
-    A Feistel network (Luby and Rackoff 1988) permutes the numbers of an even count of bits, at
-    most four times as many as wanted; what falls outside is permuted again until it is inside
-    (cycle walking, Black and Rogaway 2002), which keeps the numbers different.
+    A Feistel network (Luby and Rackoff 1988) permutes the numbers of an even number of bits, at
+    most 4 * size of them. Results outside [0, size) are permuted again until they are inside (cycle
+    walking, Black and Rogaway 2002), so all numbers stay different.
     """
     half = max(1, -(-(size - 1).bit_length() // 2))
     keys = jax.random.bits(key, (_ROUNDS,), jnp.uint32)

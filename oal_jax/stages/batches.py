@@ -1,4 +1,4 @@
-"""What the student's batches are drawn from, and how one is drawn: pure, inside jit."""
+"""The arrays of the student's batches, and the pure function that draws a batch inside jit."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def labelled_images(context: Context) -> ImageSet | Streamed:
 
 
 def make_arrays(context: Context, data: ImageSet | Streamed) -> dict[str, Any]:
-    """All that the batches are drawn from, on the host; the loop puts it on the devices."""
+    """The arrays of all batches on the host; the loop moves them to the devices."""
     config, recipe = context.config, registry.recipe_of(context.config)
     arrays = stored_arrays.arrays(data)
     if recipe.teacher and config.teacher.views:

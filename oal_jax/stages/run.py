@@ -1,4 +1,4 @@
-"""Runs the stages of a config that are not done yet, and opens the directory of a run."""
+"""Runs the unfinished stages of a config, and opens the directory of a run."""
 
 import dataclasses
 import errno
@@ -29,13 +29,13 @@ def run(
     reuse: Path | Sequence[Path] | None = None,
     watch: Callable[[str], AbstractContextManager[None]] = nullcontext,
 ) -> Path:
-    """Run every stage of a config that is not done yet; returns the working directory.
+    """Run every unfinished stage of a config; returns the working directory.
 
     Args:
       config: as written by the user; `smoke` is applied here.
       workdir: where everything is written.
       only: run the stages up to this one alone.
-      force: continue in a directory that another config made, and redo damaged stages.
+      force: continue in the directory of another config, and redo damaged stages.
       reuse: directories of other runs; a stage that is done there on the same inputs is copied.
       watch: `watch(stage)` is a context that surrounds each stage that runs.
 
@@ -61,10 +61,10 @@ def run(
 
 
 def ready(config: Config) -> Config:
-    """The config as the stages get it: expanded, checked, shrunk where `smoke` says so.
+    """The config for the stages: expanded, checked, and shrunk with `smoke`.
 
     Raises:
-      UserError: what is wrong with it.
+      UserError: the config is not valid.
     """
     config = sized(expand(config))
     validate(config)
@@ -110,7 +110,7 @@ def sized(config: Config) -> Config:
 
 
 def resolve(workdir: Path) -> Context:
-    """The context of a directory that `run` made, for the commands that read one."""
+    """The context of a run's directory, for the commands that read one."""
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} has no config.json; it is not the directory of a run")
@@ -119,7 +119,7 @@ def resolve(workdir: Path) -> Context:
 
 
 def _check_alike(config: Config) -> None:
-    """Raise `UserError` when this process was given another config than process 0."""
+    """Raise `UserError` when this process has another config than process 0."""
     here = flatten(config)
     there = processes.on_main(lambda: here)
     for key, value in here.items():
@@ -140,7 +140,7 @@ def _run_stage(
     directory, inputs = context.directory(stage.name), {}
 
     def prepare() -> str:
-        """Why the stage need not run; empty where it must, and its directory is ready."""
+        """The reason why the stage need not run; empty where its directory is ready for a run."""
         inputs.update(inputs_of(stage, context))
         if _done(directory, inputs, force):
             return "done already, skipped"
@@ -165,10 +165,10 @@ def _run_stage(
 
 @contextmanager
 def _alone(workdir: Path) -> Iterator[None]:
-    """One run at a time writes to a directory, which is made where there is none."""
+    """Create the directory if needed, and hold it: one run at a time writes to it."""
     processes.on_main(lambda: _make(workdir))
     if not distributed.is_main_process():
-        yield  # the first process holds it for all
+        yield  # process 0 holds it for all
         return
     busy = f"another run is at work in {workdir}; wait for it, or choose another --workdir"
     with artifacts.alone(workdir / ".lock", busy):
@@ -210,7 +210,7 @@ def _writable(workdir: Path) -> Iterator[None]:
 
 
 def _check_same(workdir: Path, before: dict[str, Any], config: Config) -> None:
-    # On which devices and with how many readers a run continues is free.
+    # A run may continue on other devices and with other readers.
     now = {key: value for key, value in flatten(config).items() if key not in DEVICE_KEYS}
     changed = [key for key in now if key not in before or before[key] != now[key]]
     if changed:

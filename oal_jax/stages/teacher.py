@@ -1,9 +1,8 @@
 """Stage `teacher`: the frozen classifier that is distilled; shipped, from a file, or trained.
 
-`teacher.weights` names a ViT or ResNet of somebody else, read by `oal_jax.pretrained.classifiers`.
-It keeps the size of its images and their normalisation; images of the ID set are resized inside
-the model. With `teacher.train` it is fine-tuned as arXiv 2406.16525's code does: Adam, the body at
-a rate far below the head's.
+`teacher.weights` names the file of a published ViT or ResNet (`oal_jax.pretrained.classifiers`). It
+has its own image size and normalisation; the model resizes images of the ID set. `teacher.train`
+fine-tunes it as arXiv 2406.16525's code does: Adam, with a rate of the body far below the head's.
 """
 
 import logging
@@ -39,16 +38,16 @@ from oal_jax.training.state import init_state, make_train_step
 
 SHIPPED = files("oal_jax") / "pretrained" / "weights" / "fashion_teacher.safetensors"
 _FILE = "teacher.safetensors"
-_CARD = "teacher.json"  # of weights: what network they are of
-_HEADS = ("head", "fc")  # by the network's names
+_CARD = "teacher.json"  # the network of a file's weights
+_HEADS = ("head", "fc")  # names of the head in a ViT and in a ResNet
 _LOGGER = logging.getLogger("absl")
-_FLOOR = 1e-4  # last multiplier of the rates of fine-tuning: 1e-8 of the head's 1e-4
+_FLOOR = 1e-4  # last multiplier of the fine-tuning rates: 1e-8 for the head's 1e-4
 
 
 def model(config: Config, num_classes: int) -> Any:
-    """The teacher's architecture by the config's sizes; it normalises its images itself.
+    """The teacher's network by the config's sizes; it normalises its images itself.
 
-    Without `teacher.weights` for images of the ID set's mean and standard deviation.
+    Without `teacher.weights` it normalises by the mean and standard deviation of the ID set.
     """
     t = config.teacher
     if t.weights:
@@ -63,7 +62,7 @@ def abstract_variables(config: Config, info: DatasetInfo) -> dict[str, Any]:
 
 
 def network(context: Context, num_classes: int) -> Any:
-    """The teacher's architecture: `model`, or that which the stage found in `teacher.weights`."""
+    """The teacher's network: `model`, or the one that the stage read from `teacher.weights`."""
     if not context.config.teacher.weights:
         return model(context.config, num_classes)
     card = artifacts.read_json(context.directory("teacher") / _CARD)
@@ -92,46 +91,46 @@ def _vit(config: Config, num_classes: int, mean, std) -> VisionTransformer:
 
 
 def run(context: Context) -> list[Path]:
-    """Write `teacher.safetensors`, its validation accuracy in the log when it is trained.
+    """Write `teacher.safetensors`, and for weights from a file `teacher.json`, their network.
 
-    Of weights from a file also `teacher.json`, which says what network they are of.
+    The log has the validation accuracy of a trained teacher.
     """
     config, stage = context.config.teacher, context.directory("teacher")
     path, written = stage / _FILE, []
     if config.weights:
-        given, tensors = _given(context)
+        classifier, tensors = _from_file(context)
         card = stage / _CARD
-        artifacts.write_json(card, _card(given))
+        artifacts.write_json(card, _card(classifier))
         written.append(card)
         if config.train:
             tensors = _train(context, tensors)
     elif config.train:
-        # Half precision: the weights ship inside the package, and features do not notice.
+        # Half precision, for the package: it does not change the features noticeably.
         tensors = {name: t.astype(np.float16) for name, t in _train(context).items()}
     else:
         tensors = _shipped(context)
     artifacts.write_tensors(path, tensors)
-    variables(context)  # a shape that does not fit the config is found here, not three stages later
+    variables(context)  # raises for shapes that do not fit the config
     return [path, *written]
 
 
 def _shipped(context: Context) -> dict[str, np.ndarray]:
-    """The tensors of the shipped weights, the head's of the ID classes alone.
+    """The tensors of the shipped weights, the head's for the ID classes alone.
 
-    Of classes that `data.leave_out` takes out the features still know: that is said.
+    Warns where `data.leave_out` takes out classes that these weights were trained on.
     """
     tensors = artifacts.read_tensors(Path(str(SHIPPED)))
     left = context.config.data.leave_out
     if not left:
         return tensors
-    kept, classes = context.info.kept_labels, len(context.info.all_class_names)
+    labels, classes = context.info.kept_labels, len(context.info.all_class_names)
     _LOGGER.warning(
         "the shipped teacher has been trained on '%s', which data.leave_out takes out of the ID"
         " set, and so has the shipped generator: they know that near-OOD set. teacher.train=True"
         " and generator.train=True train them without it",
         "', '".join(left),
     )
-    return {n: t[..., kept] if _of_head(n, t, classes) else t for n, t in tensors.items()}
+    return {n: t[..., labels] if _of_head(n, t, classes) else t for n, t in tensors.items()}
 
 
 def _of_head(name: str, tensor: np.ndarray, classes: int) -> bool:
@@ -142,7 +141,7 @@ def variables(context: Context) -> dict[str, Any]:
     """The teacher's variables, as `apply` takes them.
 
     Raises:
-      UserError: the weights are not those of the architecture in the config.
+      UserError: the shapes are not those of the config's teacher.
     """
     info = context.info
     net = network(context, info.num_classes)
@@ -152,17 +151,17 @@ def variables(context: Context) -> dict[str, Any]:
     expected = jax.eval_shape(lambda k: net.init(k, image), context.key)
     shapes = {name: leaf.shape for name, leaf in _flat(expected).items()}
     for name in sorted(shapes.keys() | tensors.keys()):
-        have = tensors[name].shape if name in tensors else None
-        if have != shapes.get(name):
+        shape = tensors[name].shape if name in tensors else None
+        if shape != shapes.get(name):
             raise UserError(
-                f"{path}: tensor {name} has shape {have}, the config's teacher wants"
-                f" {shapes.get(name)}; set teacher.train=True, or its sizes back"
+                f"{path}: tensor {name} has shape {shape}, not {shapes.get(name)} as in the"
+                " config's teacher; set teacher.train=True, or the sizes of the weights"
             )
     return _unflat({name: tensor.astype(np.float32) for name, tensor in tensors.items()})
 
 
 def load(context: Context):
-    """The teacher as a function of float images in [0, 1] to `Outputs` with features."""
+    """The teacher as a function from float images in [0, 1] to `Outputs` with features."""
     net = network(context, context.info.num_classes)
     return make_forward(net, variables(context), ("features",))
 
@@ -185,37 +184,38 @@ def _unflat(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return unflatten_dict(flat)
 
 
-def _given(context: Context) -> tuple[classifiers.Classifier, dict[str, np.ndarray]]:
-    """The network of `teacher.weights`, with a new head where the ID classes need one.
+def _from_file(context: Context) -> tuple[classifiers.Classifier, dict[str, np.ndarray]]:
+    """The classifier of `teacher.weights`, with a new head where the ID classes need one.
 
     Raises:
-      UserError: the file can't be read; its head is of other classes and is not trained anew.
+      UserError: the file can't be read, or its head has other classes and is not trained.
     """
     config = context.config.teacher
     classes = context.info.num_classes
     path = Path(config.weights).expanduser()
     if config.weights == GENERATED:
         path = _generate(context, classes)
-    found = classifiers.describe(path)["num_classes"]
-    if found != classes and not config.train:
+    count = classifiers.describe(path)["num_classes"]
+    if count != classes and not config.train:
         raise UserError(
-            f"{path} has {f'a head of {found} classes' if found else 'no head'}, the ID set has"
+            f"{path} has {f'a head of {count} classes' if count else 'no head'}, the ID set has"
             f" {classes} classes; set teacher.train=True to fine-tune it with a new head"
         )
     key = named(context.key, "teacher head")
-    given = classifiers.load_classifier(
+    classifier = classifiers.load_classifier(
         path,
         num_classes=classes,
         image_size=config.image_size or None,
-        new_head=None if found == classes else key,
+        new_head=None if count == classes else key,
     )
-    return given, {name: np.asarray(leaf) for name, leaf in _flat(given.variables).items()}
+    tensors = {name: np.asarray(leaf) for name, leaf in _flat(classifier.variables).items()}
+    return classifier, tensors
 
 
 def _generate(context: Context, classes: int) -> Path:
-    """A ViT of random weights as timm keeps one: of twice the ID images' size.
+    """The file of a ViT of random weights in timm's format, for twice the ID images' size.
 
-    Of a class more, where it is to get a new head.
+    It has one class more where it is to get a new head.
     """
     side = 2 * context.info.image_shape[0]
     net = _vit(context.config, classes + context.config.teacher.train, (0.5,) * 3, (0.5,) * 3)
@@ -225,16 +225,16 @@ def _generate(context: Context, classes: int) -> Path:
     return classifiers.save_timm(path, params, None, net, image_size=side)
 
 
-def _card(given: classifiers.Classifier) -> dict[str, Any]:
-    size, _, channels = given.config.image_shape
-    kind, fields = type(given.net).__name__, classifiers.fields(given.net)
+def _card(classifier: classifiers.Classifier) -> dict[str, Any]:
+    size, _, channels = classifier.config.image_shape
+    kind, fields = type(classifier.net).__name__, classifiers.fields(classifier.net)
     return {"kind": kind, "fields": fields, "image_size": size, "channels": channels}
 
 
 def _train(
     context: Context, start: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
-    """Train from random weights, or fine-tune those of `start`; the tensors by name."""
+    """Train from random weights, or fine-tune `start`; returns the tensors by name."""
     config, mesh = context.config.teacher, context.mesh
     distributed.check_batch("teacher.batch_size", config.batch_size, mesh)
     data, validation = context.all_train_images(), context.opened("validation")

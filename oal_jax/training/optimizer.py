@@ -1,4 +1,4 @@
-"""SGD with a rate a group, on one schedule, as the reference trains; Adam for teachers."""
+"""SGD with one rate per group, as in OAL's code, and Adam for teachers, on cosine schedules."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -8,9 +8,9 @@ import optax
 
 
 def one_cycle(peak: float, steps: int, warmup: float, floor: float) -> optax.Schedule:
-    """Linear warm-up over a fraction of the steps, then a cosine down to `floor` times the peak.
+    """Linear warm-up over a fraction of the steps, then a cosine to `floor` times the peak.
 
-    Without warm-up it is the reference's: peak (floor + (1 - floor) (1 + cos(pi t / steps)) / 2).
+    Without warm-up it is peak (floor + (1 - floor) (1 + cos(pi t / steps)) / 2), as in OAL's code.
     """
     warm = round(warmup * steps)
     if not warm:
@@ -33,19 +33,28 @@ def grouped_sgd(
     momentum: float,
     weight_decay: float,
     clip: float,
-    clip_apart: Collection[str] = ("club",),
+    clip_separately: Collection[str] = ("club",),
     nesterov: bool = True,
     rate_every: int = 1,
 ) -> optax.GradientTransformation:
-    """SGD for params of the form {group: tree}, `rates[group]` being its peak rate; 0: held.
+    """SGD for params of the form {group: tree}.
 
-    The rates change after every `rate_every` steps: with those of an epoch it is PyTorch's usual
-    schedule, whose rate stays the same all through an epoch.
+    Weight decay applies to every tensor and is added to the gradient before the momentum, as in
+    PyTorch (arXiv 2406.16525's code).
 
-    Weight decay falls on every tensor and is added to the gradient before the momentum, as in
-    PyTorch (arXiv 2406.16525's code). Before that the gradients of all groups are scaled down to
-    a joint norm of `clip`, if that is not 0; those in `clip_apart` to a norm of their own: the
-    likelihood of CLUB's q has gradients several times the student's, and would slow the student.
+    Args:
+      rates: peak rate of each group; 0 freezes it.
+      steps: of the whole training.
+      warmup: fraction of the steps of linear warm-up.
+      floor: last multiplier of the cosine schedule.
+      momentum: of all groups.
+      weight_decay: of all groups.
+      clip: largest joint norm of the gradients of all groups, before weight decay; 0: no clipping.
+      clip_separately: groups with a norm of their own. The likelihood of CLUB's q has gradients
+        several times the student's, and would slow the student.
+      nesterov: use Nesterov momentum.
+      rate_every: steps between two changes of the rates. With the steps of an epoch it is PyTorch's
+        usual schedule.
     """
 
     def sgd(rate: float) -> optax.GradientTransformation:
@@ -67,8 +76,8 @@ def grouped_sgd(
     groups = by_group({g: sgd(rate) for g, rate in rates.items()}, lambda g: g)
     if not clip:
         return groups
-    norms = {name: optax.clip_by_global_norm(clip) for name in ("apart", "together")}
-    label = lambda g: "apart" if g in clip_apart else "together"
+    norms = {name: optax.clip_by_global_norm(clip) for name in ("separate", "joint")}
+    label = lambda g: "separate" if g in clip_separately else "joint"
     return optax.chain(by_group(norms, label), groups)
 
 
@@ -93,10 +102,10 @@ def adam_by_part(
     steps: int,
     floor: float,
 ) -> optax.GradientTransformation:
-    """Adam without weight decay, a rate a part of the network, on one cosine schedule.
+    """Adam without weight decay, with one rate per part of the network, on one cosine schedule.
 
-    `part_of(path)` names the part, a key of `rates`, of the parameter at a path of the tree. With
-    a low rate of the body and a high one of a new head it fine-tunes a teacher, as arXiv
+    `part_of(path)` gives the part (a key of `rates`) of the parameter at a path of the tree. With a
+    low rate for the body and a high one for a new head it fine-tunes a teacher, as arXiv
     2406.16525's code does.
     """
 

@@ -1,4 +1,4 @@
-"""The state of a training run, and the step that every method shares."""
+"""The state of a training run, and the training step of every method."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,13 +19,13 @@ from oal_jax.runtime.keys import at_step
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step needs beside its batch. No random key: keys come from the step number."""
+    """Everything that a step reads beside its batch. Random keys follow from the step number."""
 
     step: Int[Array, ""]
-    params: dict[str, Any]  # a group of the method (student, projector, ...) to its parameters
-    model_state: dict[str, Any]  # the same groups to their batch statistics
+    params: dict[str, Any]  # parameters of each group of the method (student, projector, ...)
+    model_state: dict[str, Any]  # batch statistics of each group
     opt_state: optax.OptState
-    # {"params", "model_state"}: their moving averages; None: none is kept.
+    # Moving averages of both, {"params", "model_state"}; None without `train.ema`.
     average: dict[str, Any] | None = None
 
 
@@ -35,9 +35,9 @@ def init_state(
     key: Key[Array, ""],
     mesh: Mesh | None = None,
 ) -> TrainState:
-    """Fresh parameters of every group of the method, at step 0; compiled as one program.
+    """Fresh state of the method at step 0, compiled as one program.
 
-    With a mesh every device makes only what it keeps of them.
+    With a mesh each device initialises its own shards alone.
     """
     init = partial(fresh_state, method, optimizer)
     options = {"compiler_options": _quick_compilation()}
@@ -49,7 +49,7 @@ def init_state(
 def fresh_state(
     method: Method, optimizer: optax.GradientTransformation, key: Key[Array, ""]
 ) -> TrainState:
-    """The state of `init_state`; under `jax.eval_shape` its shapes."""
+    """The state of `init_state`, without compilation; for `jax.eval_shape`."""
     params, model_state = method.init(key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -60,9 +60,9 @@ def fresh_state(
 
 
 def _quick_compilation() -> dict[str, Any] | None:
-    """Options for a program that runs once: on CPU its compilation is most of its cost.
+    """Compiler options of a program that runs once, where compiling is most of the cost on CPU.
 
-    The bits of the result are the same; compiling a ResNet-18's takes 2.8 s instead of 6.9.
+    The result has the same bits. A ResNet-18 compiles in 2.8 s instead of 6.9.
     """
     if jax.default_backend() != "cpu":
         return None
@@ -79,21 +79,24 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure step of a method: gradient of its loss, one optimizer update.
 
-    With `accumulate` > 1 the gradient is the mean of those of the microbatches. They pass one after
-    another, so that the activations of one are in memory at a time:
-    - The loss must be a mean over examples; `config.rules` refuses the others.
-    - Batch statistics are those of a microbatch, and the running ones move once a microbatch.
+    With `accumulate` > 1 the gradient is the mean over microbatches, which pass one after another.
+    So the activations of one are in memory at a time:
+    - The loss must be a mean over examples; `methods.registry.check` refuses the others.
+    - Batch statistics are those of a microbatch, and the running ones move once per microbatch.
     - Metrics are means over the microbatches; `gradient_norm` is that of the mean gradient.
-    - Random draws of a step (virtual outliers, dropout) are independent in each microbatch, and
-      queues take the microbatches in turn.
+    - Random draws (virtual outliers, dropout) are independent in each microbatch, and queues take
+      the microbatches in turn.
 
-    Jit, donation and sharding are applied by the loop.
+    The loop applies jit, donation and sharding.
 
     Args:
-      accumulate: microbatches; row i of an array goes to number i % accumulate, so that each stays
-        spread over the devices where the batch is, and nothing moves between them.
-      unroll: microbatches as copies of one program instead of a `lax.scan`; None: on CPU, where a
-        gradient of a convolution inside a scan is about a hundred times slower.
+      method: its loss and parameters.
+      optimizer: updates all groups.
+      key: root key of the steps' draws.
+      accumulate: microbatches. Row i of an array is in microbatch i % accumulate, so each stays
+        split over the devices as the batch is, and no row moves between them.
+      unroll: compile the microbatches as copies of one program instead of a `lax.scan`. None: on
+        CPU, where the gradient of a convolution inside a scan is about a hundred times slower.
       ema: decay of the moving average of a state made by `with_average`.
     """
 
@@ -114,7 +117,7 @@ def make_train_step(
         metrics = metrics | {
             "loss": loss,
             "gradient_norm": optax.tree.norm(grads),
-            # Read by the guard: finite only if every parameter after the update is.
+            # The loop stops when it is not finite: then some parameter is not.
             "parameter_norm": optax.tree.norm(params),
         }
         average = state.average
@@ -126,14 +129,14 @@ def make_train_step(
 
 
 def with_average(state: TrainState) -> TrainState:
-    """The state, from here on with a moving average of its parameters and batch statistics."""
-    # Copies: a step gives the memory of both away.
+    """The state with moving averages of its parameters and batch statistics."""
+    # Copies: a step donates the memory of the originals.
     copied = jax.tree.map(jnp.copy, _averaged_of(state.params, state.model_state))
     return state.replace(average=copied)
 
 
 def averaged(state: TrainState) -> TrainState:
-    """The state to be evaluated and kept: with the moving averages, where there are any."""
+    """The state to evaluate and save: its moving averages in place of the originals, if any."""
     if state.average is None:
         return state
     params, model_state = state.average["params"], state.average["model_state"]
@@ -147,34 +150,34 @@ def _averaged_of(params: Groups, model_state: Groups) -> dict[str, Any]:
 
 
 def _moved(average: Any, new: Any, step: Int[Array, ""], decay: float) -> Any:
-    """The average after one more update, whose number, from 0, is `step`.
+    """The average after update number `step`, counted from 0.
 
-    The decay is min(decay, (1 + step) / (10 + step)): the average of a short training is one over
-    its last tenth or so, and does not remember its start, as in TensorFlow's
-    ExponentialMovingAverage with `num_updates`. Weights and batch statistics are averaged alike.
+    The decay is min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage
+    with `num_updates`. So the average of a short training is over about its last tenth, and its
+    initial weights do not count. Weights and batch statistics are averaged alike.
     """
-    kept = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    warm_decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
     def one(old, latest):
         if not jnp.issubdtype(latest.dtype, jnp.inexact):
             return latest
-        return old + (1.0 - kept).astype(latest.dtype) * (latest - old)
+        return old + (1.0 - warm_decay).astype(latest.dtype) * (latest - old)
 
     return jax.tree.map(one, average, new)
 
 
 def compiler_options(platform: str) -> dict[str, Any] | None:
-    """What to compile a step for a platform ("cpu", "gpu", "tpu") with.
+    """Compiler options of a step on a platform ("cpu", "gpu", "tpu").
 
-    XLA's CPU compiler drops optimization barriers before it orders the operations: then all
-    microbatches, and all that `remat` computes anew, are in memory at once. It compiles them well
-    if it is kept from that; where there are none, nothing changes.
+    XLA's CPU compiler drops optimization barriers before it schedules the operations. Then all
+    microbatches, and all activations that `remat` recomputes, are in memory at once. The option
+    keeps the barriers. It changes no program without them.
     """
     return {"xla_disable_hlo_passes": "cse_barrier_expander"} if platform == "cpu" else None
 
 
 def check_split(name: str, batch_size: int, accumulate: int, devices: int) -> None:
-    """Raise `UserError` when a batch's microbatches can't be split evenly over the devices."""
+    """Raise `UserError` if the microbatches of a batch can't be split evenly over the devices."""
     parts = accumulate * devices
     if batch_size % parts:
         raise UserError(
@@ -186,8 +189,8 @@ def check_split(name: str, batch_size: int, accumulate: int, devices: int) -> No
 def split(batch: Batch, count: int) -> Batch:
     """Every array (B, ...) as (count, B / count, ...): row i is in microbatch i % count.
 
-    Rows of a device that holds a contiguous piece of the batch stay on it: the new axis is taken
-    out of the middle, and the one that is spread over the devices stays first until it has gone.
+    A device that holds a contiguous piece of the batch keeps its rows: the reshape leaves the axis
+    that is split over the devices in front, and the new axis moves before it afterwards.
     """
 
     def one(array):
@@ -233,6 +236,6 @@ def _unrolled(function: Callable, carry: Any, microbatches: Batch, count: int) -
     for i in range(count):
         carry, output = function(carry, jax.tree.map(lambda x, i=i: x[i], microbatches), i)
         outputs.append(output)
-        # The barrier: no microbatch may begin before the one before it is through.
+        # No microbatch may begin before the previous one has ended.
         carry, microbatches = jax.lax.optimization_barrier((carry, microbatches))
     return carry, jax.tree.map(lambda *x: jnp.mean(jnp.stack(x), axis=0), *outputs)

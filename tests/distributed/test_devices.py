@@ -1,9 +1,7 @@
 """One program on any devices: meshes, shardings, the same draws and results, elastic restore."""
 
 import logging
-import os
 import shutil
-import subprocess
 import sys
 from contextlib import closing, contextmanager
 from functools import partial
@@ -12,22 +10,21 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import CLASSES, Net
 from jax.sharding import PartitionSpec
 
 from oal_jax import main
 from oal_jax import scores as post_hoc
-from oal_jax.aot import costs
 from oal_jax.config import Config
 from oal_jax.data.augment import augment
 from oal_jax.errors import UserError
-from oal_jax.methods import ce, registry, student
+from oal_jax.methods import ce
 from oal_jax.outliers import knn
-from oal_jax.runtime import artifacts, batched, distributed, ops, preemption, processes
+from oal_jax.runtime import artifacts, batched, distributed, preemption, processes
 from oal_jax.scores import Head, Outputs
 from oal_jax.scores.forward import make_forward
 from oal_jax.stages import generator, latents
@@ -40,23 +37,9 @@ from oal_jax.training.optimizer import grouped_sgd
 from oal_jax.training.state import init_state, make_train_step
 
 KEY = jax.random.key(5)
-SIZES = (1, 2, 4)  # and 8 in a process of its own
+SIZES = (1, 2, 4)
 QUICK = {"xla_backend_optimization_level": 0}  # the programs are tiny: compiling is the cost
-IMAGE, CLASSES = (6, 6, 1), 4
-
-
-class Net(nn.Module):
-    """The smallest classifier with what the methods rely on: batch statistics and a head `fc`."""
-
-    feature_width: int = 8
-
-    @nn.compact
-    def __call__(self, images, train=False, statistics=None):
-        x = nn.Conv(self.feature_width, (3, 3), use_bias=False, name="conv")(images)
-        mask = None if statistics is None else statistics[:, None, None, None]
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="bn")(x, mask=mask)
-        features = jnp.mean(nn.relu(x), axis=(1, 2))
-        return nn.Dense(CLASSES, name="fc")(features), features
+IMAGE = (6, 6, 1)
 
 
 def mesh_of(data, model=1):
@@ -184,7 +167,7 @@ def test_draws_are_the_same_bits_on_any_number_of_devices():
 
 
 PLAN = loop.Plan(examples=26, batch_size=8, epochs=2, log_every=2)
-NET = Net()
+NET = Net(feature_width=8)
 
 
 def sgd(groups, rate):
@@ -413,159 +396,6 @@ def test_batches_are_split_over_the_devices(size):
         assert {shard.data.shape for shard in batch.addressable_shards} == {({1: 6, 4: 2}[size], 3)}
     result = batched.apply(jax.jit(lambda x: 2 * x), [images], 6, mesh)
     np.testing.assert_array_equal(result, 2 * images)
-
-
-@pytest.mark.parametrize(("first", "second"), [(8, 12), (5, 3)])
-def test_two_batches_are_joined_and_separated(first, second):
-    a, b = 1 + np.arange(2 * first).reshape(first, 2), -np.arange(2 * second).reshape(second, 2)
-    joined = jax.jit(student.join)(a, b)
-    assert joined.shape == (first + second, 2)
-    parts = jax.jit(student.separate, static_argnums=1)(joined, first)
-    for one, other in zip(parts, (a, b), strict=True):
-        np.testing.assert_array_equal(one, other)
-    groups = np.gcd(first, second)  # each device has its share of both
-    shares = (np.asarray(joined)[:, 1] > 0).reshape(groups, -1).sum(axis=1)
-    np.testing.assert_array_equal(shares, first // groups)
-
-
-def test_joining_two_split_batches_sends_nothing():
-    rows = rows_over(4)
-    batches = [jax.ShapeDtypeStruct((n, 5), jnp.float32, sharding=rows) for n in (8, 12)]
-
-    def sent(join, separate):
-        def function(a, b):
-            joined = jax.lax.with_sharding_constraint(2 * join(a, b), rows)
-            return [jax.lax.with_sharding_constraint(part, rows) for part in separate(joined)]
-
-        text = jax.jit(function).lower(*batches).compile().as_text()
-        return costs.collectives(text)
-
-    assert sent(student.join, lambda x: student.separate(x, 8)) == {}
-    assert sent(lambda *both: jnp.concatenate(both), lambda x: (x[:8], x[8:])) != {}
-
-
-@pytest.mark.parametrize(("others", "shared"), [(24, False), (5, True)])
-def test_a_joined_pass_gives_what_a_plain_one_gives(others, shared):
-    images = [images_of(n) / np.float32(255) for n in (8, others)]
-    images[1] = np.sqrt(images[1])  # of other statistics
-    params, model_state = jax.jit(lambda: student.init_student(KEY, NET, IMAGE))()
-    forward = partial(student.forward, NET, shared_statistics=shared)
-    outputs, other_outputs, state = jax.jit(forward)(params, model_state, KEY, *images)
-    mask = None if shared else np.arange(8 + others) < 8
-    apply = partial(NET.apply, train=True, statistics=mask, mutable=["batch_stats"])
-    variables = {"params": params["student"], **model_state["student"]}
-    plain, plain_state = jax.jit(apply)(variables, np.concatenate(images))
-    expected = [rows[:8] for rows in plain], [rows[8:] for rows in plain], plain_state
-    for actual, values in zip((outputs, other_outputs, state), expected, strict=True):
-        chex.assert_trees_all_close(
-            list(jax.tree.leaves(actual)), jax.tree.leaves(values), atol=1e-5
-        )
-
-
-def method_of(name):
-    """(method, batch) of a name of the registry, made as stage `train` makes it."""
-    config = Config()
-    config.method.name = name
-    config.teacher.width = 6
-    config.method.exposure.poem_buffer = 16
-    virtual = config.method.virtual
-    virtual.queue, virtual.samples, virtual.candidates = 4, 16, 8
-    virtual.neighbour, virtual.boundary, virtual.npos_keep, virtual.start = 2, 4, 2, 0.0
-    rng, rows, latent = np.random.default_rng(0), 16, (5, 5, 4)
-    recipe = registry.METHODS[name]
-    each = rows * recipe.outliers_per_image(config)
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    batch = {
-        "image": rng.uniform(size=(rows, *IMAGE)).astype(np.float32),
-        "label": (np.arange(rows) % CLASSES).astype(np.int32),
-        "teacher_logits": normal(rows, CLASSES),
-        "teacher_features": normal(rows, 6),
-        "latent": normal(rows, *latent),
-        "outlier": normal(rows, 6),
-        "outlier_latent": normal(rows, *latent),
-        "outlier_image": rng.uniform(size=(each, *IMAGE)).astype(np.float32),
-        "wild_image": rng.uniform(size=(each, *IMAGE)).astype(np.float32),
-    }
-    parts = registry.Parts(
-        config,
-        NET,
-        IMAGE,
-        shapes={"latents": (rows, *latent)},
-        steps=10,
-        epoch_steps=5,
-        start_loss=1.0,
-        ce_transform=None,
-    )
-    return registry.make(parts, constraint=0.5), batch
-
-
-def steps_of_methods(mesh, names) -> dict[str, list[float]]:
-    """Loss, gradient norm and parameter norm of two steps of every method."""
-    found = {}
-    for name in names:
-        method, batch = method_of(name)
-        groups = list(jax.eval_shape(method.init, KEY)[0])
-        optimizer = sgd(groups, 0.01)
-        step = jax.jit(
-            make_train_step(method, optimizer, KEY),
-            compiler_options=QUICK,
-        )
-        state = init_state(method, optimizer, KEY, mesh)
-        batch = distributed.place(batch, distributed.over_data(mesh))
-        found[name] = []
-        for _ in range(2):
-            state, metrics = step(state, batch)
-            keys = ("loss", "gradient_norm", "parameter_norm")
-            found[name] += [float(metrics[key]) for key in keys]
-    return found
-
-
-def outliers_of_a_class():
-    rows = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
-    sizes = {"k": 5, "count": 8, "anchors": 4, "noise_rows": 16, "per_anchor": 2, "repeats": 2}
-    return knn.sample_class(KEY, ops.unit(rows), sigma=0.1, selection="top", **sizes)
-
-
-def flat(trained: Trained, drawn, steps) -> dict[str, np.ndarray]:
-    leaves = [*jax.tree.leaves(trained.state), trained.logged, *trained.outputs]
-    named = {f"train {i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
-    named |= {f"draw {name}": value for name, value in drawn.items()}
-    return named | {f"method {name}": np.array(values) for name, values in steps.items()}
-
-
-def write_results(path: Path) -> None:
-    """What the test below compares, on all devices of the process that it runs in."""
-    mesh = distributed.make_mesh()
-    assert mesh.size == 8
-    steps = steps_of_methods(mesh, registry.METHODS)
-    results = flat(train(mesh), draws(mesh), steps)
-    np.savez(path, **results, outliers=np.asarray(outliers_of_a_class()))
-
-
-@pytest.mark.slow
-def test_every_method_is_alike_on_one_two_and_eight_devices(tmp_path, trained_on_one):
-    code = "import sys, test_devices as t; t.write_results(t.Path(sys.argv[1]))"
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-c", code, str(tmp_path / "eight.npz")]
-    child = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-    try:
-        one, two = (steps_of_methods(mesh_of(size), registry.METHODS) for size in (1, 2))
-        here = flat(trained_on_one, draws(mesh_of(1)), one)
-        _, err = child.communicate(timeout=300)
-    finally:
-        child.kill()
-        child.wait()
-    assert child.returncode == 0, err
-    eight = dict(np.load(tmp_path / "eight.npz"))
-    np.testing.assert_allclose(eight.pop("outliers"), outliers_of_a_class(), rtol=1e-5, atol=1e-6)
-    assert eight.keys() == here.keys()
-    for name, value in here.items():
-        if name.startswith("draw") and name != "draw directions":
-            np.testing.assert_array_equal(eight[name], value, err_msg=name)
-        else:
-            np.testing.assert_allclose(eight[name], value, rtol=2e-3, atol=1e-4, err_msg=name)
-    for name, values in one.items():
-        np.testing.assert_allclose(two[name], values, rtol=2e-3, err_msg=name)
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path, capsys):
