@@ -3,19 +3,18 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import refusal
+from helpers import random_variables, refusal
 from safetensors.numpy import load_file
+from teacher_files import SIZES, resnet_file, vit_file
 
 from oal_jax import main
 from oal_jax.config import Config, Data, Teacher
 from oal_jax.models.resized import Resized
-from oal_jax.models.resnet import ResNet
 from oal_jax.models.vit import VisionTransformer
-from oal_jax.pretrained.classifiers import load_classifier, save_timm
+from oal_jax.pretrained.classifiers import load_classifier
 from oal_jax.runtime import distributed
 from oal_jax.scores import compute
 from oal_jax.stages import teacher
@@ -24,34 +23,6 @@ from oal_jax.stages.run import sized
 from oal_jax.training.optimizer import adam_by_part
 
 CONFIG = Path(__file__).parent.parent / "configs" / "cifar10_32px.py"
-SIZES = {"patch": 8, "width": 16, "depth": 1, "heads": 2, "mlp_ratio": 2.0}
-
-
-def random_variables(net, side):
-    """Weights in which nothing is zero, drawn without compiling the network's own init."""
-    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        values = rng.normal(size=leaf.shape).astype(np.float32)
-        if path[-1].key in ("scale", "var"):
-            return 1 + 0.2 * np.abs(values)
-        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 25
-        return values * np.float32(1 / np.sqrt(fan_in))
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def vit_file(path, classes=10, **sizes):
-    """A ViT of random weights for 16 pixels, as timm keeps one."""
-    net = VisionTransformer(classes, **SIZES | sizes, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
-    return save_timm(path, random_variables(net, 16)["params"], None, net, image_size=16)
-
-
-def resnet_file(path, classes=10):
-    net = ResNet(classes, width=2, stem="imagenet", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
-    variables = random_variables(net, 32)
-    return save_timm(path, variables["params"], variables["batch_stats"], net, image_size=32)
 
 
 def context_of(tmp_path, teacher_config, **fields):
@@ -89,7 +60,7 @@ def test_a_file_s_network_sees_enlarged_images(tmp_path, kind):
 def test_gray_images_become_those_of_three_channels():
     net = Resized(VisionTransformer(3, **SIZES), 16)
     gray = np.random.default_rng(0).uniform(size=(2, 16, 16, 1)).astype(np.float32)
-    variables = random_variables(net, 16)
+    variables = random_variables(net, gray)
     both = [jax.jit(net.apply)(variables, images) for images in (gray, np.repeat(gray, 3, 3))]
     for ours, theirs in zip(*both, strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -406,7 +406,7 @@ def write_inputs(root: Path) -> list[str]:
     """
     from PIL import Image
     from small_stable_diffusion import write_small
-    from test_teacher import vit_file
+    from teacher_files import vit_file
 
     rng, sizes = np.random.default_rng(0), {"train": 20, "validation": 6, "test": 6}
     sets = {f"mine/{s}/{c}": n for s, n in sizes.items() for c in ("cat", "pickup_truck")}
