@@ -185,8 +185,8 @@ def script(body: str) -> str:
         "import numpy as np\n"
         "from oal_jax.data import sources, stream\n"
         "from oal_jax.data.stored import SetSpec\n"
-        "from oal_jax.training import loop\n"
-        "PLAN = loop.Plan(examples=22, batch_size=4, epochs=4)\n"
+        "from oal_jax.training import arrays, loop\n"
+        "KEY, PLAN = jax.random.key(3), loop.Plan(examples=22, batch_size=4, epochs=3)\n"
         "def order(epoch):\n"
         "    return jax.device_get(loop.epoch_order(jax.random.key(3), epoch, PLAN))\n"
         "def opened(workers, **more):\n"
@@ -209,7 +209,7 @@ def test_worker_processes_give_the_same_and_end(mine, tmp_path):
     body = """
         with stream.rows(opened(0), order, 5, 15)(0) as batches:
             whole = list(batches)
-        with stream.rows(opened(2), order, 5, 15)(3) as batches:
+        with arrays.rows(opened(2), KEY, PLAN)(3) as batches:  # as the stages open it
             streamed = [next(batches)]
             children = multiprocessing.active_children()
             assert len(children) == 2
