@@ -218,7 +218,6 @@ def test_the_order_is_kept_and_decoding_stays_a_little_ahead(tmp_path, monkeypat
         return np.full(image_shape, number % 256, np.uint8), False
 
     monkeypatch.setattr(image_files, "decode", stand_in)
-    monkeypatch.setattr(image_files, "_SMALL", 0)
     seen, ahead = [], 0
     for chunk in stream(tmp_path, names, (2, 2, 1), workers=3):
         seen += chunk.names

@@ -23,7 +23,7 @@ from oal_jax.scores import Forward, Outputs, compute
 class Context:
     """One run: its resolved config, its directory, its devices, its root key.
 
-    What is read of the ID set is read once and kept as long as the context.
+    It reads `info` and the training images once and keeps them.
     """
 
     config: Config
@@ -51,7 +51,7 @@ class Context:
         return read_set(self._spec(split, name, limit))
 
     def opened(self, split: str, name: str = "", limit: int = 0) -> ImageSet | Streamed:
-        """The same in memory, or a stream where the config asks for that."""
+        """The same, as a stream if `data.stream`."""
         if not self.config.data.stream:
             return self.images(split, name, limit)
         source = open_source(self._spec(split, name, limit))
@@ -84,7 +84,7 @@ class Context:
         )
 
     def train_images(self) -> ImageSet | Streamed:
-        """The ID images that the student trains on; arrays are read-only."""
+        """The ID images that the student trains on. The arrays are read-only."""
         return self._train_images
 
     @cached_property
