@@ -374,8 +374,14 @@ def test_two_processes_run_the_whole_pipeline_as_one_does(tmp_path):
     with Group(tmp_path / "logs2", commands(two, 2, *SMOKE), env) as group:
         assert group.wait(900) == [0, 0], [group.err(0), group.err(1)]
     # What comes before the training has no sum over a batch: the same to the last digits.
-    for name in ("features/features", "features/views", "outliers/outliers", "latents/latents"):
-        pair = [load_file(d / f"{name}.safetensors") for d in (one, two)]
+    prepared = [
+        path.relative_to(one)
+        for stage in ("features", "outliers", "latents")
+        for path in (one / stage).glob("*.safetensors")
+    ]
+    assert prepared
+    for name in prepared:
+        pair = [load_file(directory / name) for directory in (one, two)]
         assert pair[0].keys() == pair[1].keys()
         for key, value in pair[0].items():
             np.testing.assert_allclose(pair[1][key], value, rtol=1e-5, atol=1e-5, err_msg=key)
@@ -422,8 +428,13 @@ def write_inputs(root: Path) -> list[str]:
         "generator": {"directory": write_small(root / "generator")},
         "method": {"name": "oal"},
         "outliers": {"source": "diffusion"},
-        "outliers.knn": {"features_per_class": 16, "neighbour": 8, "boundary": 4, "anchors": 4},
-        "latents": {"per_class": 4, "steps": 2, "chunk": 32, "pictures": 2},
+        "outliers.knn": {
+            "features_per_class": 16,
+            "neighbour": 8,
+            "boundary_points": 4,
+            "anchors": 4,
+        },
+        "latents": {"per_class": 4, "steps": 2, "chunk": 32},
         "student": {"architecture": "wide_resnet", "depth": 10, "width": 1},
         "train": {"epochs": 1, "batch_size": 8, "log_every": 1},
         "evaluation": {"batch_size": 8, "scores": "energy,mahalanobis"},
