@@ -148,3 +148,17 @@ def test_a_config_whose_files_are_named_by_flags():
 
 def test_spread_needs_two_values_for_a_deviation():
     assert cases.spread([1.0, 3.0]) == f"2.0 ± {np.std([1, 3], ddof=1):.1f}"
+
+
+@pytest.mark.slow
+def test_a_suite_trains_its_cases_and_resumes(tmp_path, capsys):
+    flags = ["--suite=ablation", f"--output={tmp_path / 'results.json'}", "--seeds=0", "--cases=ce"]
+    flags += [f"--workdir={tmp_path / 'runs'}", "--config.smoke=True"]
+    assert guard(run.main, ["run", *flags]) == 0
+    (row,) = json.loads((tmp_path / "results.json").read_text())
+    assert (row["case"], row["seed"], row["runs"]) == ("ce", 0, 1)
+    assert {"near", "far", "validation"} <= {metrics["group"] for metrics in row["metrics"]}
+    assert "| ce |" in capsys.readouterr().out
+    assert guard(run.main, ["run", *flags]) == 0
+    (again,) = json.loads((tmp_path / "results.json").read_text())
+    assert again["metrics"] == row["metrics"] and again["median_s"] == row["median_s"]
