@@ -101,7 +101,7 @@ def _our_jobs(args: argparse.Namespace) -> list[Job]:
     jobs = [Job("step", "jax", step, items=count)]
     for name, config in _recipes(args).items():
         mode = "first_piece" if config.outliers.official_code else "all_pieces"
-        ids, mask, empty = conditioning.class_tokens(sd, words, create.PROMPT, mode)
+        ids, mask, empty = conditioning.class_tokens(sd, words, mode)
         c = config.latents
         denoise = samplers.make_sampler(apply_unet, sd.schedule, c.sampler, c.steps, c.guidance)
 

@@ -8,12 +8,19 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
+import oal_jax.pretrained
 from oal_jax.generator import create
 from oal_jax.generator import stable_diffusion as stable
 from oal_jax.pretrained import torch_layout
 
+SHIPPED = Path(oal_jax.pretrained.__file__).parent / "weights" / "fashion_sd"
 WORDS = ("cat", "aquarium_fish", "pickup_truck")
-# A model with every kind of layer of v1.
+# The shipped model's layers, narrow: latents of 4 x 4, images of 16 px with one channel.
+TINY = {
+    "unet": {"block_out_channels": [32, 32], "sample_size": 4},
+    "vae": {"block_out_channels": [8, 8, 8], "norm_num_groups": 4, "sample_size": 16},
+}
+# Every kind of layer of v1: latents of 8 x 8, images of 16 px with three channels.
 SMALL = {
     "text_encoder": {"intermediate_size": 64},
     "unet": {
@@ -41,24 +48,30 @@ def draw(name: str, *shape: int) -> np.ndarray:
 
 
 def write_weights(directory: Path) -> Path:
-    """Safetensors files for the configs of a directory."""
+    """Writes safetensors files for the configs of a directory."""
     shapes = stable.param_shapes(stable.build(directory), directory)
     for component, tree in shapes.items():
         tensors = {}
         for path, leaf in traverse_util.flatten_dict(tree).items():
             name = torch_layout.torch_names(path)[0]
-            drawn = draw(name, *torch_layout.torch_shape(path, leaf.shape))
+            noise = draw(name, *torch_layout.torch_shape(path, leaf.shape))
             if path[-1] == "kernel":
-                tensors[name] = drawn / np.float32(np.sqrt(np.prod(drawn.shape[1:])))
+                tensors[name] = noise / np.float32(np.sqrt(np.prod(noise.shape[1:])))
             else:
-                tensors[name] = np.float32(0.1) * drawn + np.float32(path[-1] == "scale")
+                tensors[name] = np.float32(0.1) * noise + np.float32(path[-1] == "scale")
         stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
         file = directory / component / f"{stem}.safetensors"
         save_file(tensors, file, metadata={"format": "pt"})
     return directory
 
 
+def write_tiny(directory: Path) -> Path:
+    """The directory of a `TINY` model: tokenizer with two words, configs, weights."""
+    create.create(directory, ("cat", "dog"), width=32, overrides=TINY)
+    return write_weights(directory)
+
+
 def write_small(directory: Path, words: Sequence[str] = WORDS) -> Path:
-    """A whole one: tokenizer that has these words as tokens, configs, weights."""
+    """The directory of a `SMALL` model: tokenizer with these words, configs, weights."""
     create.create(directory, words, width=32, overrides=SMALL)
     return write_weights(directory)

@@ -1,8 +1,8 @@
-"""Full-size classifiers against what timm and torchvision gave once, without PyTorch.
+"""Full-size classifiers against stored logits and features of timm and torchvision.
 
-The weights are not kept but drawn from NumPy's generator by name; the file holds the names and
-shapes of PyTorch's tensors, and its logits and features. `-m parity` takes them anew and compares;
-`python tests/test_golden_classifiers.py` writes them.
+Weights are drawn by NumPy from the tensors' names. The golden file holds names and shapes of
+PyTorch's tensors, its logits and its features. `-m parity` compares the file with PyTorch;
+`python tests/test_golden_classifiers.py` writes it.
 """
 
 import json
@@ -30,7 +30,7 @@ HALF = (0.5, 0.5, 0.5)  # mean and standard deviation of the images
 
 
 def draw(name, shape):
-    """A tensor by its name: nothing is left at zero or one, and activations keep their scale."""
+    """Random values that depend on the name alone; activations keep their scale."""
     noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
     if name.endswith("running_var") or (name.endswith("weight") and len(shape) == 1):
         return np.exp(0.2 * noise)
@@ -49,12 +49,12 @@ def images():
     return np.random.default_rng(0).uniform(size=(2, 224, 224, 3)).astype(np.float32)
 
 
-def taken(name):
+def of_pytorch(name):
     """Names and shapes of PyTorch's tensors, its logits and its features."""
     torch = pytest.importorskip("torch")
     module = pytest.importorskip(LIBRARIES[name])
-    made = module.create_model if LIBRARIES[name] == "timm" else module.models.get_model
-    model = made(name).eval()
+    create = module.create_model if LIBRARIES[name] == "timm" else module.models.get_model
+    model = create(name).eval()
     shapes = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
     state = {key: torch.from_numpy(np.array(t)) for key, t in tensors_of(shapes).items()}
     model.load_state_dict(state, strict=True)
@@ -72,7 +72,7 @@ def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=TOLERANCE, atol=atol)
 
 
-def kept(name):
+def stored(name):
     with safe_open(GOLDEN, framework="numpy") as file:
         shapes = json.loads(file.metadata()[name])
         return shapes, file.get_tensor(f"{name}.logits"), file.get_tensor(f"{name}.features")
@@ -83,30 +83,30 @@ def kept(name):
     [pytest.param(n, marks=pytest.mark.slow if "base" in n else ()) for n in LIBRARIES],
 )
 def test_logits_and_features_are_those_of_pytorch(tmp_path, name):
-    shapes, logits, features = kept(name)
+    shapes, logits, features = stored(name)
     path = tmp_path / "model.safetensors"
     path.write_bytes(safetensors.numpy.save(tensors_of(shapes)))
-    made = load_classifier(path, mean=HALF, std=HALF)
+    classifier = load_classifier(path, mean=HALF, std=HALF)
     run = jax.jit(lambda f, x: f(x)._replace(layers=None, grams=None, regions=None))
-    outputs = run(made.forward, images())
+    outputs = run(classifier.forward, images())
     assert_close(outputs.logits, logits)
     assert_close(outputs.features, features)
 
 
 @pytest.mark.parity
-@pytest.mark.filterwarnings("default")  # PyTorch's and timm's own warnings are not ours to mend
+@pytest.mark.filterwarnings("default")  # PyTorch and timm give warnings of their own
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_the_file_is_what_pytorch_says(name):
-    (shapes, *values), (old_shapes, *old) = taken(name), kept(name)
+def test_the_file_holds_the_numbers_of_pytorch(name):
+    (shapes, *values), (old_shapes, *old) = of_pytorch(name), stored(name)
     assert shapes == old_shapes
     for value, before in zip(values, old, strict=True):
         assert_close(value, before)
 
 
 if __name__ == "__main__":
-    written, described = {}, {}
+    tensors, metadata = {}, {}
     for name in LIBRARIES:
-        shapes, logits, features = taken(name)
-        written |= {f"{name}.logits": logits, f"{name}.features": features}
-        described[name] = json.dumps(shapes)
-    GOLDEN.write_bytes(safetensors.numpy.save(written, metadata=described))
+        shapes, logits, features = of_pytorch(name)
+        tensors |= {f"{name}.logits": logits, f"{name}.features": features}
+        metadata[name] = json.dumps(shapes)
+    GOLDEN.write_bytes(safetensors.numpy.save(tensors, metadata=metadata))

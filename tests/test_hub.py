@@ -1,6 +1,6 @@
-"""Models of the Hugging Face hub: from a local server that answers as it does, and from its cache.
+"""Models of the Hugging Face hub, from a local server that imitates it and from the cache.
 
-Each call is a process of its own: the hub's library reads its environment once.
+Each call is a process of its own, since huggingface_hub reads its environment once.
 """
 
 import http.server
@@ -13,33 +13,32 @@ import threading
 from pathlib import Path
 
 import pytest
+from small_stable_diffusion import SHIPPED
 
-import oal_jax.pretrained
 from oal_jax.config import Config, hub_names
 from oal_jax.config.rules import validate
 from oal_jax.errors import UserError
 from oal_jax.generator import stable_diffusion as stable
 from oal_jax.pretrained import diffusers_directory, hub
 
-SHIPPED = Path(oal_jax.pretrained.__file__).parent / "weights" / "fashion_sd"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = f"hub:org/small-sd@{COMMIT}"
 SNAPSHOT = Path("models--org--small-sd", "snapshots", COMMIT)
-# What real repositories have beside the files that are read.
-UNWANTED = (
+# Other files of real repositories.
+IGNORED = (
     *("v1-4.ckpt", "v1-4.safetensors", "README.md", "safety_checker/model.safetensors"),
     *("unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors"),
     *("unet/diffusion_pytorch_model.non_ema.safetensors", "text_encoder/pytorch_model.bin"),
     *("vae/diffusion_flax_model.msgpack", "feature_extractor/preprocessor_config.json"),
 )
-# Repositories that the server refuses: status, the hub's own word for it.
+# Repositories that the server refuses: status and the hub's error code.
 REFUSED = {
     "org/gated": (403, "GatedRepo"),
     "org/nowhere": (404, "RepoNotFound"),
     "org/other-commit": (404, "RevisionNotFound"),
     "org/broken": (503, ""),
 }
-WANTED = sorted(p.relative_to(SHIPPED).as_posix() for p in SHIPPED.rglob("*") if p.is_file())
+READ = sorted(p.relative_to(SHIPPED).as_posix() for p in SHIPPED.rglob("*") if p.is_file())
 
 _LOCATE = """
 import sys
@@ -65,15 +64,15 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         repository = "/".join(path.removeprefix("/api/models").split("/")[1:3])
         headers, body, status = {}, b"", 200
         if repository in REFUSED:
-            status, word = REFUSED[repository]
-            headers = {"X-Error-Code": word} if word else {}
+            status, code = REFUSED[repository]
+            headers = {"X-Error-Code": code} if code else {}
         elif path.startswith("/api/models/"):
-            files = [{"rfilename": name} for name in (*WANTED, *UNWANTED)]
+            files = [{"rfilename": name} for name in (*READ, *IGNORED)]
             answer = {"id": repository, "sha": COMMIT, "siblings": files}
             body = json.dumps(answer).encode()
         else:
             name = path.split(f"/resolve/{COMMIT}/")[1]
-            body = (SHIPPED / name).read_bytes() if name in WANTED else b"not to be fetched"
+            body = (SHIPPED / name).read_bytes() if name in READ else b"not to be fetched"
             headers = {"ETag": f'"{name.replace("/", "-")}"', "X-Repo-Commit": COMMIT}
             if self.command == "GET":
                 self.server.fetched.append(name)
@@ -116,26 +115,26 @@ def locate(cache: Path, endpoint: str, *names: str, **more: str) -> list[str]:
     return run.stdout.splitlines()
 
 
-def test_fetches_what_is_read_and_then_never_asks_again(server, tmp_path):
+def test_fetches_the_files_that_are_read_once(server, tmp_path):
     cache = tmp_path / "cache"
     first, second = locate(cache, address(server), MODEL, MODEL)
     assert Path(first) == Path(second) == cache / SNAPSHOT
-    found = sorted(p.relative_to(first).as_posix() for p in Path(first).rglob("*") if p.is_file())
-    assert found == sorted(server.fetched) == WANTED
-    assert all(Path(first, name).read_bytes() == (SHIPPED / name).read_bytes() for name in WANTED)
+    names = sorted(p.relative_to(first).as_posix() for p in Path(first).rglob("*") if p.is_file())
+    assert names == sorted(server.fetched) == READ
+    assert all(Path(first, name).read_bytes() == (SHIPPED / name).read_bytes() for name in READ)
     stable.check(Path(first))
 
-    # What a download that was interrupted left is completed.
+    # An interrupted download is completed.
     Path(first, "vae", "config.json").unlink()
     shutil.rmtree(cache / "models--org--small-sd" / "blobs")
-    for name in WANTED:
+    for name in READ:
         target = Path(first, name)
         target.unlink(missing_ok=True)
         if not name.startswith("vae/"):
             shutil.copy(SHIPPED / name, target)
     server.fetched.clear()
     locate(cache, address(server), MODEL)
-    assert sorted(server.fetched) == [name for name in WANTED if name.startswith("vae/")]
+    assert sorted(server.fetched) == [name for name in READ if name.startswith("vae/")]
 
 
 def test_refusals_of_the_hub_are_one_line(server, tmp_path):
@@ -146,20 +145,20 @@ def test_refusals_of_the_hub_are_one_line(server, tmp_path):
         assert word in line
 
 
-def test_a_cache_is_enough_and_without_one_there_is_one_line(tmp_path):
-    """No server at all: offline by choice, and cut off."""
+def test_a_cached_model_needs_no_network(tmp_path):
+    """Offline by choice, and without a connection; another model is one line."""
     cache = tmp_path / "cache"
     shutil.copytree(SHIPPED, cache / SNAPSHOT)
     other = f"hub:org/other@{COMMIT}"
-    found, missing = locate(cache, "http://127.0.0.1:9", MODEL, other, HF_HUB_OFFLINE="1")
-    assert Path(found) == cache / SNAPSHOT
+    cached, missing = locate(cache, "http://127.0.0.1:9", MODEL, other, HF_HUB_OFFLINE="1")
+    assert Path(cached) == cache / SNAPSHOT
     assert other in missing and str(cache) in missing and "HF_HUB_OFFLINE" in missing
-    found, missing = locate(cache, "http://127.0.0.1:9", MODEL, other)
-    assert Path(found) == cache / SNAPSHOT
-    assert other in missing and "can't be reached (Connection refused)" in missing
+    cached, missing = locate(cache, "http://127.0.0.1:9", MODEL, other)
+    assert Path(cached) == cache / SNAPSHOT
+    assert other in missing and "Connection refused" in missing
 
 
-def test_the_command_ends_with_one_line_and_status_2(tmp_path):
+def test_the_command_exits_with_one_line_and_status_2(tmp_path):
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "oal_jax.main", "--config", "configs/fashion.py"]
     flags = ["--stage", "generator", f"--config.generator.directory={MODEL}"]
@@ -197,9 +196,9 @@ def test_names_and_paths():
 
 def test_needed_files():
     needed = diffusers_directory.needed
-    assert needed((*WANTED, *UNWANTED), "here") == WANTED
+    assert needed((*READ, *IGNORED), "here") == READ
     unet = "unet/diffusion_pytorch_model"
-    without = [name for name in WANTED if name != f"{unet}.safetensors"]
+    without = [name for name in READ if name != f"{unet}.safetensors"]
     half = [f"{unet}.fp16.safetensors", f"{unet}.bin"]
     assert f"{unet}.fp16.safetensors" in needed([*without, *half], "here")
     shards = [f"{unet}-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -210,4 +209,4 @@ def test_needed_files():
     with pytest.raises(UserError, match=r"pickled.*pretrained.convert --input \S+\.bin --output"):
         needed([*without, f"{unet}.bin"], "here")
     with pytest.raises(UserError, match=r"no tokenizer/vocab\.json"):
-        needed([name for name in WANTED if "vocab" not in name], "here")
+        needed([name for name in READ if "vocab" not in name], "here")

@@ -9,8 +9,9 @@ from safetensors.numpy import load_file, save_file
 from small_stable_diffusion import write_small
 
 from oal_jax.config import Config
+from oal_jax.data.sources import ImageSet
 from oal_jax.errors import UserError
-from oal_jax.generator import create, stable_diffusion
+from oal_jax.generator import create
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.stages import generator, latents
 from oal_jax.stages.context import Context
@@ -30,84 +31,81 @@ def context(model, tmp_path):
     config.data.train_images = 12
     config.teacher.width = 32
     config.generator.directory = str(model)
-    config.outliers.knn.repeats, config.outliers.knn.anchors, config.outliers.knn.keep = 1, 3, 1
-    config.latents.per_class, config.latents.pictures = 2, 1
-    config.latents.steps, config.latents.chunk = 2, 8
+    config.outliers.source = "diffusion"
+    config.latents.per_class, config.latents.steps, config.latents.chunk = 2, 2, 8
     outliers = np.random.default_rng(0).standard_normal((8, 3, 32)).astype(np.float32)
     tensors = {"outliers": outliers, "labels": np.arange(8, dtype=np.int32)}
     artifacts.write_tensors(tmp_path / "outliers" / "outliers.safetensors", tensors)
     return Context(config, tmp_path, distributed.make_mesh(), jax.random.key(0))
 
 
-def test_generator_names_its_files(context, model):
+def test_generator_stage_names_its_files(context, model):
     (path,) = generator.run(context)
-    said = json.loads(path.read_text())
-    assert said["directory"] == str(model) and "class_words" not in said
-    assert "unet/diffusion_pytorch_model.safetensors" in said["files"]
+    source = json.loads(path.read_text())
+    assert source["directory"] == str(model) and "class_words" not in source
+    assert "unet/diffusion_pytorch_model.safetensors" in source["files"]
+
+
+def test_class_words(context):
     context.config.generator.class_words = WORDS
     (path,) = generator.run(context)
     assert json.loads(path.read_text())["class_words"] == list(WORDS)
     assert generator.class_words(context) == WORDS
-    context.config.generator.class_words = (",".join(WORDS),)  # as a flag may give them
+    context.config.generator.class_words = (",".join(WORDS),)  # as a flag gives them
     assert generator.class_words(context) == WORDS
     context.config.generator.class_words = WORDS[:3]
-    with pytest.raises(UserError, match="class_words has 3 words, fashion has 8 classes"):
+    with pytest.raises(UserError, match=r"class_words .*3 .*fashion .*8"):
         generator.run(context)
     context.config.generator.class_words = (*WORDS[:7], "hippopotamus of the river")
-    with pytest.raises(UserError, match="tokens, the text encoder takes 16"):
+    with pytest.raises(UserError, match="hippopotamus .*16"):
         generator.run(context)
 
 
-def test_latents_at_another_size_and_of_id_images_on_demand(context):
-    assert latents.learns_from_id_latents(context.config)
-    context.config.method.micl = "reference"
-    assert not latents.learns_from_id_latents(context.config)
-    names = {path.name for path in latents.run(context)}
-    assert names == {"latents.safetensors", "pictures.safetensors", "prompts.json"}
-    written = load_file(context.directory("latents") / "latents.safetensors")
-    assert written["latents"].shape == (16, 4, 8, 8)
-    assert len(np.unique(written["latents"][:, 0, 0, 0])) == 16
-    shown = load_file(context.directory("latents") / "pictures.safetensors")
-    assert shown["outliers"].shape == shown["samples"].shape == (8, 1, 28, 28, 1)
-    of_id = latents.of_training_images(context)
-    assert of_id.shape == (12, 8, 8, 4) and of_id.dtype == np.float16
-    assert np.isfinite(of_id).all() and of_id.std() > 0
+def test_the_stage_writes_what_the_pools_read(context):
+    """Latents of sampled outliers and of ID images, at the generator's size."""
+    assert latents.samples(context.config)
+    paths = {path.name: load_file(path) for path in latents.run(context) if path.suffix != ".json"}
+    assert paths.keys() == latents.files(context.config) | {"pictures.safetensors"}
+    sampled = paths["latents.safetensors"]
+    assert sampled["latents"].shape == (16, 8, 8, 4) and sampled["latents"].dtype == np.float32
+    assert len(np.unique(sampled["latents"][:, 0, 0, 0])) == 16
+    assert sampled["labels"].tolist() == [*range(8), *range(8)]
+    assert latents.pictures(context)["outliers"].shape == (8, 2, 28, 28, 1)
+    id_latents = paths["id_latents.safetensors"]["latents"]
+    assert id_latents.shape == (12, 8, 8, 4) and id_latents.dtype == np.float16
+    assert np.isfinite(id_latents).all() and id_latents.std() > 0
 
 
-@pytest.mark.parametrize(
-    ("source", "kind", "left"),
-    [
-        ("random", "outliers", 0),
-        ("random", "class", 0),
-        ("random", "noised", 0),
-        ("diffusion", "outliers", 16),
-    ],
-)
-def test_without_pictures_none_is_drawn(context, monkeypatch, source, kind, left):
-    context.config.latents.pictures, context.config.outliers.source = 0, source
-    context.config.latents.kind = kind
+def test_without_sampled_latents_none_is_sampled(context):
+    context.config.outliers.source = "random"
+    assert not latents.samples(context.config) and latents.pictures(context) == {}
+    assert {path.name for path in latents.run(context)} == latents.files(context.config)
 
-    def none(*_):
-        raise AssertionError("decoded")
 
-    monkeypatch.setattr(stable_diffusion, "decode_latents", none)
-    latents.run(context)
-    assert latents.channels_last(context).shape == (left, 8, 8, 4)
-    shown = latents.pictures(context)
-    assert shown["outliers"].shape == shown["samples"].shape == (8, 0, 28, 28, 1)
+def test_latents_do_not_depend_on_the_batch_or_on_whether_the_set_is_streamed(context, monkeypatch):
+    class Halves(ImageSet):
+        def chunks(self, size, rows=None):
+            return super().chunks(5, rows)
+
+    sd, params = generator.load(context, components=("vae",))
+    data = context.train_images()
+    whole = generator.encode(context, sd, params, data)
+    assert whole.shape == (12, 8, 8, 4)
+    np.testing.assert_array_equal(generator.encode(context, sd, params, Halves(*data)), whole)
+    images = generator.decode(context, sd, params, whole, (28, 28, 1))
+    assert images.shape == data.images.shape and images.dtype == np.uint8
+    monkeypatch.setattr(generator, "_PIXELS", 5 * 16 * 16)
+    smaller = generator.encode(context, sd, params, data)
+    np.testing.assert_allclose(smaller, whole, atol=1e-5 * np.abs(whole).max())
 
 
 def test_chunks_are_of_one_area(context):
     chunk = context.config.latents.chunk = 200
-    assert latents.chunk_size(context, (4, 8, 8), 1000) == chunk
-    assert latents.chunk_size(context, (4, 16, 16), 1000) == 48
-    assert latents.chunk_size(context, (4, 64, 64), 1000) == 4  # one for each of the four devices
-    # No larger than all that is sampled: the one of each class that the report shows, as the
-    # training reads none of them.
-    assert latents.per_class(context.config) == 1
-    assert latents.chunk_size(context, (4, 8, 8), 10) == 12
-    context.config.outliers.source = "diffusion"
-    assert latents.chunk_size(context, (4, 8, 8), 10) == 20
+    assert latents.chunk_size(context, (8, 8, 4), 1000) == chunk
+    assert latents.chunk_size(context, (16, 16, 4), 1000) == 50
+    assert latents.chunk_size(context, (64, 64, 4), 1000) == 3
+    assert latents.chunk_size(context, (512, 512, 4), 1000) == 1
+    assert latents.chunk_size(context, (8, 8, 4), 10) == 20  # all that are sampled
 
 
 @pytest.mark.slow
@@ -115,7 +113,6 @@ def test_bfloat16_samples_are_near(context):
     run = {}
     for dtype in ("float32", "bfloat16"):
         context.config.generator.dtype = dtype
-        context.config.latents.per_class = 1
         latents.run(context)
         run[dtype] = load_file(context.directory("latents") / "latents.safetensors")["latents"]
     assert run["bfloat16"].dtype == np.float32 and not np.array_equal(*run.values())
@@ -132,5 +129,5 @@ def test_a_generator_that_does_not_fit_is_one_line(context, tmp_path):
     with pytest.raises(UserError, match=r"missing (post_)?quant_conv"):
         generator.run(context)
     context.config.generator.directory = ""
-    with pytest.raises(UserError, match="outliers have 32 dimensions.* token embeddings 128"):
+    with pytest.raises(UserError, match="outliers .*32 .* 128"):
         latents.run(context)

@@ -12,7 +12,7 @@ from oal_jax.pretrained.classifiers import load_classifier, save_timm
 
 pytestmark = [
     pytest.mark.parity,
-    # PyTorch's and timm's own warnings are not ours to mend.
+    # PyTorch and timm give warnings of their own.
     pytest.mark.filterwarnings("default"),
 ]
 
@@ -28,7 +28,7 @@ def torch():
 
 
 def randomised(torch, model):
-    """The model with nothing left at zero or one: biases, norms, running statistics, tokens."""
+    """The model with random biases, norms, running statistics and tokens."""
     generator = torch.Generator().manual_seed(0)
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point():
@@ -54,7 +54,7 @@ def images_of(size, channels=3):
 
 
 def prepared(torch, classifier, images):
-    """The images as PyTorch users give them: normalised, channels first."""
+    """PyTorch's inputs: normalised, channels first."""
     mean, std = (np.float32(values) for values in classifier.config[3:])
     return torch.from_numpy(((images - mean) / std).transpose(0, 3, 1, 2).copy())
 
@@ -74,7 +74,7 @@ def assert_close(actual, expected):
 
 
 def assert_comes_back(torch, classifier, model, path):
-    """What we write, another model of the same kind takes with strict=True, to the bit."""
+    """Another model of the same kind loads our file with strict=True, bit equal."""
     variables = classifier.variables
     save_timm(path, variables["params"], variables.get("batch_stats"), classifier.net)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -102,18 +102,18 @@ def test_timm_s_vits(torch, tmp_path, name):
     timm = pytest.importorskip("timm")
     model = randomised(torch, timm.create_model(name, **VITS[name]))
     path = saved(model, tmp_path / "vit.safetensors")
-    asked = None if "depth" in VITS[name] else f"{name}.augreg_in21k"
+    architecture = None if "depth" in VITS[name] else f"{name}.augreg_in21k"
     heads = model.blocks[0].attn.num_heads
-    made = load_classifier(path, asked, heads=heads if "gap" in name else None)
-    assert made.net.heads == heads
+    loaded = load_classifier(path, architecture, heads=heads if "gap" in name else None)
+    assert loaded.net.heads == heads
     published = timm.get_pretrained_cfg(name)
-    assert (made.config.mean, made.config.std) == (published.mean, published.std)
-    images = images_of(made.config.image_shape[0])
-    inputs = prepared(torch, made, images)
-    logits, features = ours(made, images)
+    assert (loaded.config.mean, loaded.config.std) == (published.mean, published.std)
+    images = images_of(loaded.config.image_shape[0])
+    inputs = prepared(torch, loaded, images)
+    logits, features = ours(loaded, images)
     assert_close(logits, model(inputs))
     assert_close(features, model.forward_head(model.forward_features(inputs), pre_logits=True))
-    assert_comes_back(torch, made, model, tmp_path / "back.safetensors")
+    assert_comes_back(torch, loaded, model, tmp_path / "back.safetensors")
 
 
 def test_position_embeddings_are_resized_as_timm_does(torch, tmp_path):
@@ -121,21 +121,21 @@ def test_position_embeddings_are_resized_as_timm_does(torch, tmp_path):
     model = randomised(torch, timm.create_model("vit_tiny_patch16_224", depth=1))
     path = saved(model, tmp_path / "vit.safetensors")
     for size in (384, 96):
-        made = load_classifier(path, image_size=size)
+        loaded = load_classifier(path, image_size=size)
         expected = timm.layers.resample_abs_pos_embed(
             model.pos_embed, [size // 16] * 2, num_prefix_tokens=1
         )
-        assert_close(np.asarray(made.variables["params"]["pos_embed"]), expected)
+        assert_close(np.asarray(loaded.variables["params"]["pos_embed"]), expected)
 
 
 def test_torchvision_s_vit(torch, tmp_path):
     torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.VisionTransformer(224, 16, 2, 3, 192, 768, num_classes=9)
     model = randomised(torch, model)
-    torch.nn.init.normal_(model.heads.head.weight)  # it starts as zeros
-    made = load_classifier(saved(model, tmp_path / "vit.safetensors"))
+    torch.nn.init.normal_(model.heads.head.weight)  # zeros initially
+    loaded = load_classifier(saved(model, tmp_path / "vit.safetensors"))
     images = images_of(224)
-    assert_close(ours(made, images)[0], model(prepared(torch, made, images)))
+    assert_close(ours(loaded, images)[0], model(prepared(torch, loaded, images)))
 
 
 @pytest.mark.parametrize(
@@ -151,16 +151,16 @@ def test_resnets_of_torchvision_and_timm(torch, tmp_path, library, name):
     module = pytest.importorskip(library)
     model = module.create_model(name) if library == "timm" else module.models.get_model(name)
     model = randomised(torch, model)
-    made = load_classifier(saved(model, tmp_path / "net.safetensors"), name)
-    assert made.config.architecture == f"{name}_224x224"
+    loaded = load_classifier(saved(model, tmp_path / "net.safetensors"), name)
+    assert loaded.config.architecture == f"{name}_224x224"
     images = images_of(224)
-    inputs, features = prepared(torch, made, images), []
+    inputs, features = prepared(torch, loaded, images), []
     model.fc.register_forward_pre_hook(lambda _, args: features.append(args[0]))
     expected = model(inputs)
-    logits, actual = ours(made, images)
+    logits, actual = ours(loaded, images)
     assert_close(logits, expected)
     assert_close(actual, features[0])
-    assert_comes_back(torch, made, model, tmp_path / "back.safetensors")
+    assert_comes_back(torch, loaded, model, tmp_path / "back.safetensors")
 
 
 def for_32_px(torch, model):
@@ -182,10 +182,10 @@ def test_openood_s_checkpoint_by_the_converter(torch, tmp_path):
     torch.save({"epoch": 3, "state_dict": state}, checkpoint)
     argv = ["convert", "--input", str(checkpoint), "--output", str(path)]
     assert convert.guard(convert.run, argv) == 0
-    made = load_classifier(path, "resnet18_32x32")
+    loaded = load_classifier(path, "resnet18_32x32")
     images = images_of(32)
-    assert_close(ours(made, images)[0], model(prepared(torch, made, images)))
-    assert_comes_back(torch, made, model, tmp_path / "back.safetensors")
+    assert_close(ours(loaded, images)[0], model(prepared(torch, loaded, images)))
+    assert_comes_back(torch, loaded, model, tmp_path / "back.safetensors")
 
 
 def test_converter_keeps_every_value_and_refuses_the_rest(torch, tmp_path, capsys):
@@ -198,8 +198,8 @@ def test_converter_keeps_every_value_and_refuses_the_rest(torch, tmp_path, capsy
         return code, capsys.readouterr()
 
     half = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).T  # not contiguous
-    code, said = run({"net.a": half, "net.n": torch.tensor(3)})
-    assert code == 0 and said.out.startswith("2 tensors, ")
+    code, printed = run({"net.a": half, "net.n": torch.tensor(3)})
+    assert code == 0 and printed.out.startswith("2 tensors, ")
     written = safetensors.numpy.load_file(target)
     np.testing.assert_array_equal(written["a"], half.float().numpy())
     assert written["a"].dtype == np.float32 and written["n"] == 3
@@ -210,8 +210,8 @@ def test_converter_keeps_every_value_and_refuses_the_rest(torch, tmp_path, capsy
         ({"student": {"a": half}, "teacher": {"a": half}}, "under student, teacher; give one"),
         (torch.nn.Linear(2, 2), "holds more than tensors"),
     ):
-        code, said = run(content)
-        assert code == 2 and message in said.err and said.err.count("\n") == 1
+        code, printed = run(content)
+        assert code == 2 and message in printed.err and printed.err.count("\n") == 1
         assert not target.exists()
     assert run({"student": {"a": half}, "teacher": {"b": half}}, "--key", "teacher")[0] == 0
     assert list(safetensors.numpy.load_file(target)) == ["b"]

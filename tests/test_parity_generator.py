@@ -1,7 +1,7 @@
 """Stable Diffusions in PyTorch diffusers: same files, same numbers.
 
-What needs PyTorch is of `-m parity`; a small random model's numbers are kept in a file, so that
-they are compared everywhere. `python tests/test_parity_generator.py` writes it anew.
+Tests with PyTorch run with `-m parity`. Its numbers for a small random model are also in a file,
+which the other tests compare with; `python tests/test_parity_generator.py` writes the file.
 """
 
 import functools
@@ -13,25 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from small_stable_diffusion import WORDS, draw, write_small
+from small_stable_diffusion import SHIPPED, WORDS, draw, write_small
 
-import oal_jax.pretrained
 from oal_jax.generator import conditioning, create, samplers
 from oal_jax.generator import stable_diffusion as stable
 
-DIRECTORY = Path(oal_jax.pretrained.__file__).parent / "weights" / "fashion_sd"
 GOLDEN = Path(__file__).parent / "golden" / "small_stable_diffusion.safetensors"
 TOLERANCE = 1e-3
 
 
 def parity(test):
-    # PyTorch's and diffusers' own warnings are not ours to mend.
+    # PyTorch and diffusers give warnings of their own.
     return pytest.mark.parity(pytest.mark.filterwarnings("default")(test))
 
 
 @pytest.fixture(scope="module")
 def ours():
-    return stable.load(DIRECTORY)
+    return stable.load(SHIPPED)
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +42,30 @@ def torch():
 @pytest.fixture(scope="module")
 def pipeline(torch):
     diffusers = pytest.importorskip("diffusers")
-    made = diffusers.StableDiffusionPipeline.from_pretrained(
-        str(DIRECTORY), torch_dtype=torch.float32
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+        str(SHIPPED), torch_dtype=torch.float32
     )
-    made.vae.float(), made.unet.float(), made.text_encoder.float()
-    return made
+    pipe.vae.float(), pipe.unet.float(), pipe.text_encoder.float()
+    return pipe
 
 
 @pytest.fixture(scope="module")
 def latents():
-    return np.random.default_rng(0).standard_normal((4, 4, 8, 8)).astype(np.float32)
+    return np.random.default_rng(0).standard_normal((4, 8, 8, 4)).astype(np.float32)
+
+
+def first(array):
+    """Channels first, as PyTorch has them."""
+    return np.moveaxis(array, -1, 1).copy()
+
+
+def last(array):
+    """Channels last, as JAX has them."""
+    return np.moveaxis(np.asarray(array), 1, -1)
 
 
 def _ids(sd):
-    ids, _, empty = conditioning.class_tokens(sd, create.FASHION_CLASSES, create.PROMPT)
+    ids, _, empty = conditioning.class_tokens(sd, create.FASHION_CLASSES)
     return ids, empty
 
 
@@ -65,7 +73,7 @@ def _ids(sd):
 def test_tokens_and_text_states(torch, pipeline, ours):
     sd, params = ours
     ids, _ = _ids(sd)
-    prompts = [create.PROMPT.format(name) for name in create.FASHION_CLASSES]
+    prompts = conditioning.class_prompts(create.FASHION_CLASSES)
     length = ids.shape[1]
     theirs = pipeline.tokenizer(prompts, padding="max_length", max_length=length).input_ids
     np.testing.assert_array_equal(ids, theirs)
@@ -77,12 +85,12 @@ def test_tokens_and_text_states(torch, pipeline, ours):
 def test_vae(torch, pipeline, ours, latents):
     sd, params = ours
     images = np.random.default_rng(1).random((2, 28, 28, 1), np.float32)
-    padded = np.asarray(stable.pad_images(sd, images)).transpose(0, 3, 1, 2) * 2 - 1
+    padded = first(stable.pad_images(sd, images)) * 2 - 1
     expected = pipeline.vae.encode(torch.from_numpy(padded)).latent_dist.mean * sd.scaling_factor
     encode = jax.jit(functools.partial(stable.encode_images, sd))
-    np.testing.assert_allclose(encode(params, images), expected, atol=TOLERANCE)
-    decoded = pipeline.vae.decode(torch.from_numpy(latents) / sd.scaling_factor).sample
-    expected = (decoded.permute(0, 2, 3, 1) * 0.5 + 0.5).clamp(0, 1)
+    np.testing.assert_allclose(encode(params, images), last(expected), atol=TOLERANCE)
+    decoded = pipeline.vae.decode(torch.from_numpy(first(latents)) / sd.scaling_factor).sample
+    expected = last((decoded * 0.5 + 0.5).clamp(0, 1))
     decode = jax.jit(functools.partial(stable.decode_latents, sd))
     np.testing.assert_allclose(decode(params, latents), expected, atol=TOLERANCE)
 
@@ -93,10 +101,11 @@ def test_unet(torch, pipeline, ours, latents):
     states = np.array(stable.encode_prompts(sd, params, _ids(sd)[0][:4]))
     times = np.array([0, 1, 500, 999], np.int32)
     expected = pipeline.unet(
-        torch.from_numpy(latents), torch.from_numpy(times).long(), torch.from_numpy(states)
+        torch.from_numpy(first(latents)), torch.from_numpy(times).long(), torch.from_numpy(states)
     ).sample
     apply = jax.jit(functools.partial(stable.apply_unet, sd))
-    np.testing.assert_allclose(apply(params, latents, times, states), expected, atol=TOLERANCE)
+    ours_out = apply(params, latents, times, states)
+    np.testing.assert_allclose(ours_out, last(expected), atol=TOLERANCE)
 
 
 @parity
@@ -116,12 +125,12 @@ def test_guided_sampling(torch, pipeline, ours, latents, name, steps, guidance):
     scheduler = torch_scheduler(diffusers, name, config)
     scheduler.set_timesteps(steps)
     assert len(scheduler.timesteps) == steps + (name == "pndm")
-    x = torch.from_numpy(latents)
+    x = torch.from_numpy(first(latents))
     conditions = torch.from_numpy(cond), torch.from_numpy(uncond).expand(cond.shape)
     for time in scheduler.timesteps:
         with_text, without = (pipeline.unet(x, time, states).sample for states in conditions)
         x = scheduler.step(without + guidance * (with_text - without), time, x).prev_sample
-    np.testing.assert_allclose(ours_out, x, atol=TOLERANCE * float(x.abs().max()))
+    np.testing.assert_allclose(ours_out, last(x), atol=TOLERANCE * float(x.abs().max()))
 
 
 @parity
@@ -167,16 +176,16 @@ def test_a_standard_directory_of_pytorch(torch, tmp_path):
     states = text_encoder(torch.tensor(ids, dtype=torch.long))[0]
     np.testing.assert_allclose(stable.encode_prompts(sd, params, ids), states, atol=TOLERANCE)
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 4, 16, 16)).astype(np.float32)
+    x = rng.standard_normal((2, 16, 16, 4)).astype(np.float32)
     times = np.array([3, 801], np.int32)
-    expected = unet(torch.tensor(x), torch.tensor(times).long(), states).sample
+    expected = unet(torch.tensor(first(x)), torch.tensor(times).long(), states).sample
     out = jax.jit(functools.partial(stable.apply_unet, sd))(params, x, times, states.numpy())
-    np.testing.assert_allclose(out, expected, atol=TOLERANCE)
+    np.testing.assert_allclose(out, last(expected), atol=TOLERANCE)
     images = rng.random((1, 128, 128, 3), np.float32)
-    pixels = torch.tensor(images).permute(0, 3, 1, 2) * 2 - 1
+    pixels = torch.tensor(first(images)) * 2 - 1
     expected = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
     latents = jax.jit(functools.partial(stable.encode_images, sd))(params, images)
-    np.testing.assert_allclose(latents, expected, atol=TOLERANCE)
+    np.testing.assert_allclose(latents, last(expected), atol=TOLERANCE)
 
 
 # --- golden numbers -------------------------------------------------------------------------------
@@ -199,19 +208,19 @@ def golden_of_pytorch(torch, directory: Path) -> dict[str, np.ndarray]:
         "text_encoder": transformers.CLIPTextModel,
     }
     for component, cls in loaded.items():
-        model, said = cls.from_pretrained(str(directory / component), output_loading_info=True)
-        assert not said["missing_keys"] and not said["unexpected_keys"]
+        model, info = cls.from_pretrained(str(directory / component), output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
         loaded[component] = model.eval()
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(str(directory), **loaded)
     pipe.set_progress_bar_config(disable=True)
     config = pipe.scheduler.config
     table = pipe.text_encoder.get_input_embeddings().weight
     vectors, noise = torch.tensor(draw("vectors", 3, 32)), torch.tensor(draw("noise", 3, 4, 8, 8))
-    found = {}
+    numbers = {}
     for mode in conditioning.INJECTION_MODES:
         states, sampled = [], {name: [] for name in samplers.SAMPLERS}
         for row, word in enumerate(WORDS):
-            prompt = create.PROMPT.format(word.replace("_", " "))
+            prompt = conditioning.PROMPT.format(word.replace("_", " "))
             rows = edited_rows(pipe, word, mode)
             before = table[rows].clone()
             table[rows] = vectors[row]
@@ -227,14 +236,14 @@ def golden_of_pytorch(torch, directory: Path) -> dict[str, np.ndarray]:
                 )
                 sampled[name].append(sample.images)
             table[rows] = before
-        found[f"states.{mode}"] = torch.cat(states)
-        found |= {f"latents.{n}": torch.cat(parts) for n, parts in sampled.items() if parts}
+        numbers[f"states.{mode}"] = torch.cat(states)
+        numbers |= {f"latents.{n}": torch.cat(parts) for n, parts in sampled.items() if parts}
     time = torch.tensor([17, 481, 999])
-    found["unet"] = pipe.unet(noise, time, found["states.first_piece"]).sample
+    numbers["unet"] = pipe.unet(noise, time, numbers["states.first_piece"]).sample
     pixels = torch.tensor(draw("pixels", 2, 3, 16, 16)).clamp(-1, 1)
-    found["encoded"] = pipe.vae.encode(pixels).latent_dist.mean * 0.18215
-    found["decoded"] = pipe.vae.decode(noise / 0.18215).sample.clamp(-1, 1) / 2 + 0.5
-    return {name: np.ascontiguousarray(value.numpy()) for name, value in found.items()}
+    numbers["encoded"] = pipe.vae.encode(pixels).latent_dist.mean * 0.18215
+    numbers["decoded"] = pipe.vae.decode(noise / 0.18215).sample.clamp(-1, 1) / 2 + 0.5
+    return {name: np.ascontiguousarray(value.numpy()) for name, value in numbers.items()}
 
 
 def torch_scheduler(diffusers, name: str, config):
@@ -250,11 +259,11 @@ def torch_scheduler(diffusers, name: str, config):
 @parity
 def test_the_golden_numbers_are_those_of_pytorch(torch, tmp_path):
     pytest.importorskip("diffusers")
-    found, kept = golden_of_pytorch(torch, write_small(tmp_path)), load_file(GOLDEN)
-    assert found.keys() == kept.keys() and GOLDEN.stat().st_size < 300_000
-    for name, value in kept.items():
+    numbers, stored = golden_of_pytorch(torch, write_small(tmp_path)), load_file(GOLDEN)
+    assert numbers.keys() == stored.keys() and GOLDEN.stat().st_size < 300_000
+    for name, value in stored.items():
         scale = np.abs(value).max()
-        np.testing.assert_allclose(found[name], value, atol=1e-4 * scale, err_msg=name)
+        np.testing.assert_allclose(numbers[name], value, atol=1e-4 * scale, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +283,7 @@ def assert_relative(ours, golden: np.ndarray) -> None:
 @pytest.mark.parametrize("mode", conditioning.INJECTION_MODES)
 def test_golden_text_states(small, golden, mode):
     sd, params = small
-    ids, mask, _ = conditioning.class_tokens(sd, WORDS, create.PROMPT, mode)
+    ids, mask, _ = conditioning.class_tokens(sd, WORDS, mode)
     assert mask.sum(axis=1).tolist() == ([1, 1, 1] if mode == "first_piece" else [1, 2, 2])
     vectors = draw("vectors", 3, 32)
     ours = jax.jit(functools.partial(conditioning.encode_with_injection, sd))(
@@ -286,21 +295,21 @@ def test_golden_text_states(small, golden, mode):
 def test_golden_networks(small, golden):
     sd, params = small
     times = np.array([17, 481, 999], np.int32)
-    noise = draw("noise", 3, 4, 8, 8)
+    noise = last(draw("noise", 3, 4, 8, 8))
     unet = jax.jit(functools.partial(stable.apply_unet, sd))
-    assert_relative(unet(params, noise, times, golden["states.first_piece"]), golden["unet"])
-    pixels = np.clip(draw("pixels", 2, 3, 16, 16), -1, 1).transpose(0, 2, 3, 1)
+    assert_relative(unet(params, noise, times, golden["states.first_piece"]), last(golden["unet"]))
+    pixels = last(np.clip(draw("pixels", 2, 3, 16, 16), -1, 1))
     encode = jax.jit(functools.partial(stable.encode_images, sd))
-    assert_relative(encode(params, pixels / 2 + 0.5), golden["encoded"])
+    assert_relative(encode(params, pixels / 2 + 0.5), last(golden["encoded"]))
     decode = jax.jit(functools.partial(stable.decode_latents, sd))
-    assert_relative(decode(params, noise), golden["decoded"].transpose(0, 2, 3, 1))
+    assert_relative(decode(params, noise), last(golden["decoded"]))
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_golden_chain(small, golden, name):
     """Tokenizer, injection, text encoder, 20 steps with guidance: diffusers' pipeline."""
     sd, params = small
-    ids, mask, empty = conditioning.class_tokens(sd, WORDS, create.PROMPT)
+    ids, mask, empty = conditioning.class_tokens(sd, WORDS)
     apply = functools.partial(stable.apply_unet, sd)
     sampler = samplers.make_sampler(apply, sd.schedule, name, 20, guidance=7.5)
 
@@ -309,16 +318,16 @@ def test_golden_chain(small, golden, name):
         cond = conditioning.encode_with_injection(sd, params, ids, mask, vectors)
         return sampler(params, noise, cond, stable.encode_prompts(sd, params, empty))
 
-    ours = chain(params, draw("vectors", 3, 32), draw("noise", 3, 4, 8, 8))
-    assert_relative(ours, golden[f"latents.{name}"])
+    ours = chain(params, draw("vectors", 3, 32), last(draw("noise", 3, 4, 8, 8)))
+    assert_relative(ours, last(golden[f"latents.{name}"]))
 
 
 if __name__ == "__main__":
     import torch as library
 
     library.set_grad_enabled(False)
-    with tempfile.TemporaryDirectory() as made:
-        tensors = golden_of_pytorch(library, write_small(Path(made)))
+    with tempfile.TemporaryDirectory() as scratch:
+        tensors = golden_of_pytorch(library, write_small(Path(scratch)))
     GOLDEN.parent.mkdir(exist_ok=True)
     save_file(tensors, GOLDEN)
     print({name: value.shape for name, value in tensors.items()}, GOLDEN.stat().st_size)

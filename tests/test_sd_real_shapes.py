@@ -213,7 +213,7 @@ def test_text_states(torch, directory, mode):
     theirs = transformers.CLIPTextModel(config).eval()
     theirs.save_pretrained(directory / "text_encoder")
     sd, params = read(directory, "text_encoder")
-    ids, mask, _ = conditioning.class_tokens(sd, WORDS, create.PROMPT, mode)
+    ids, mask, _ = conditioning.class_tokens(sd, WORDS, mode)
     plain = theirs(torch.tensor(ids, dtype=torch.long))[0]
     assert_close(stable.encode_prompts(sd, params, ids), plain)
     vectors = np.random.default_rng(0).standard_normal((len(WORDS), 768)).astype(np.float32)
@@ -240,16 +240,17 @@ def test_unet(torch, directory):
     for parameter in theirs.parameters():
         parameter.copy_(parameter.half().float())
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((1, 4, 64, 64)).astype(np.float32)
+    x = rng.standard_normal((1, 64, 64, 4)).astype(np.float32)
     states = rng.standard_normal((1, 77, 768)).astype(np.float32)
     times = np.array([481], np.int32)
-    expected = theirs(torch.tensor(x), torch.tensor(times).long(), torch.tensor(states)).sample
+    latents = torch.tensor(x).permute(0, 3, 1, 2)
+    expected = theirs(latents, torch.tensor(times).long(), torch.tensor(states)).sample
     theirs.half().save_pretrained(directory / "unet", variant="fp16")
     del theirs
     gc.collect()
     sd, params = read(directory, "unet")
     apply = jax.jit(functools.partial(stable.apply_unet, sd))
-    assert_close(apply(params, x, times, states), expected)
+    assert_close(apply(params, x, times, states), expected.permute(0, 2, 3, 1))
 
 
 @pytest.mark.parity
@@ -272,8 +273,9 @@ def test_vae(torch, directory):
     image = rng.random((1, 512, 512, 3), np.float32)
     pixels = torch.tensor(image).permute(0, 3, 1, 2) * 2 - 1
     mean = theirs.encode(pixels).latent_dist.mean * 0.18215
-    latent = rng.standard_normal((1, 4, 64, 64)).astype(np.float32)
-    decoded = theirs.decode(torch.tensor(latent) / 0.18215).sample.permute(0, 2, 3, 1)
+    latent = rng.standard_normal((1, 64, 64, 4)).astype(np.float32)
+    decoded = theirs.decode(torch.tensor(latent).permute(0, 3, 1, 2) / 0.18215).sample
+    mean, decoded = mean.permute(0, 2, 3, 1), decoded.permute(0, 2, 3, 1)
     decoded = (decoded * 0.5 + 0.5).clamp(0, 1)
     del theirs, tensors
     gc.collect()

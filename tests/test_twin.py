@@ -298,7 +298,7 @@ def test_outliers_enter_the_prompt_where_ours_do(torch, generators, injection):
 
     (sd, params), twin = generators
     words = create.FASHION_CLASSES
-    ids, mask, _ = conditioning.class_tokens(sd, words, diffusion.PROMPT, injection)
+    ids, mask, _ = conditioning.class_tokens(sd, words, injection)
     their_mask = diffusion.injection_mask(twin, words, injection)
     np.testing.assert_array_equal(mask, their_mask)
     norms = np.linalg.norm(conditioning.token_embeddings(sd, params, words), axis=1)

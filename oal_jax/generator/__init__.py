@@ -1,5 +1,4 @@
 """Stable Diffusion: text conditioning with an injected embedding, samplers, training.
 
-Importing this package is cheap: diffusers and transformers are imported when a model is loaded or
-made.
+Importing this package is cheap: diffusers and transformers are imported when a model is built.
 """

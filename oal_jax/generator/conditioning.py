@@ -3,8 +3,8 @@
 As in DREAM-OOD (arXiv 2309.13415) and OAL (arXiv 2406.16525), the vector enters at the *input* of
 the text encoder, before the position embedding and the transformer. The reference implementation
 overwrites a row of the embedding table, encodes, and restores the row, so all prompts of a batch
-share one vector. Here the table stays as it is and the output of the embedding layer is replaced
-where a mask says so: every row of a batch has its own vector, and the function jits.
+share one vector. Here the table is not changed: the output of the embedding layer is replaced where
+a mask is True. So every row of a batch has its own vector, and the function jits.
 """
 
 import re
@@ -20,32 +20,31 @@ from oal_jax.generator import flax_models
 from oal_jax.generator import stable_diffusion as stable
 from oal_jax.generator.stable_diffusion import Params, StableDiffusion
 
+PROMPT = "A high-quality image of the {}"
 INJECTION_MODES = ("first_piece", "all_pieces")
 _MARKED = re.compile(r"\[([^\[\]]+)\]")
-# What data sets call their classes where they have no words for them: WordNet's numbers, or ours.
+# Class names that are no words: WordNet's numbers, and those of data sets without names.
 _NO_WORDS = re.compile(r"n\d{8}|class \d+")
 
 
 def prompt_word(name: str) -> tuple[str, str]:
-    """What a class is called in a prompt, and the part of it that the outlier takes the place of.
+    """The word of a class in its prompt, and the part of it that the outlier replaces.
 
-    Data sets join words with underscores: "pickup_truck" is "pickup truck", all of it replaced. A
-    pair of brackets marks a part: "[kite] bird" prompts for a kite bird and replaces the kite.
-    (So the reference's suffixes against ambiguous words, "kite bird", "chest box", "tick bite", can
-    be given as class words, and its shorter labels too: it prompts for a "pickup truck" and
-    replaces "truck". It has neither for CIFAR-10, where its labels are those of CIFAR-100, nor is
-    its second sentence, glued to "nail" without a space, of any use; both are left out.)
+    Underscores are spaces: "pickup_truck" becomes "pickup truck", all of it replaced. Brackets mark
+    a part: "[kite] bird" prompts for a kite bird and replaces the kite. So the reference's suffixes
+    against ambiguous words ("kite bird", "chest box", "tick bite") and its shorter labels ("pickup
+    [truck]") can be given as class words. Its second sentence for "nail" is left out.
 
     Raises:
-        UserError: it is no word at all: empty, or a number such as WordNet's.
+      UserError: the name is empty, or a number such as WordNet's.
     """
     words = " ".join(name.replace("_", " ").split())
     marked = _MARKED.search(words)
     prompt = _MARKED.sub(r"\1", words)
     if not prompt or _NO_WORDS.fullmatch(prompt):
         raise UserError(
-            f"class name {name!r} is no word that a prompt could name; give generator.class_words,"
-            " one a class in the order of the labels"
+            f"class name {name!r} is no word for a prompt; give generator.class_words, one word per"
+            " class in the order of the labels"
         )
     return prompt, marked[1].strip() if marked else prompt
 
@@ -64,23 +63,21 @@ def injection_mask(
     words: Sequence[str],
     mode: str = "first_piece",
 ) -> Bool[np.ndarray, "B L"]:
-    """Where the outlier goes: which positions of tokenized prompts belong to the class word.
+    """The positions of tokenized prompts that belong to the class word.
 
     Args:
-        sd: the model, for its tokenizer.
-        ids: token ids from `stable_diffusion.tokenize`.
-        words: the class word of each prompt, as `prompt_word` takes it.
-        mode: "first_piece", as the reference: every position with the token id of the word's first
-            piece, wherever it stands in the prompt. "all_pieces": the whole of the word, and only
-            where all its pieces stand in a row.
+      sd: the model, for its tokenizer.
+      ids: token ids from `stable_diffusion.tokenize`.
+      words: class name of each prompt, for `prompt_word`.
+      mode: "first_piece", as in the reference: every position in the prompt with the token id of
+        the word's first piece. "all_pieces": all pieces of the word, where they stand in a row.
 
     Returns:
-        True where the embedding is to be replaced. Begin and end marks and padding are never part
-        of a word.
+      True where the embedding is to be replaced; never at begin marks, end marks and padding.
 
     Raises:
-        UserError: an unknown mode, or a prompt without its class word (nothing would be injected:
-            the reference's CIFAR-10 latents came about that way).
+      UserError: an unknown mode, or a prompt without its class word. (Then nothing would be
+        injected: the reference's CIFAR-10 latents came about that way.)
     """
     if mode not in INJECTION_MODES:
         raise UserError(f"injection mode {mode!r} is none of {', '.join(INJECTION_MODES)}")
@@ -108,16 +105,16 @@ def encode_with_injection(
     """Text states of prompts whose masked token embeddings are replaced; jits and vmaps.
 
     Args:
-        sd: the model.
-        params: its parameters; only "text_encoder" is used.
-        ids: token ids.
-        mask: from `injection_mask`.
-        vectors: one outlier a prompt, of the text encoder's width and at the norm of a token
-            embedding.
+      sd: the model.
+      params: its parameters; only "text_encoder" is used.
+      ids: token ids.
+      mask: from `injection_mask`.
+      vectors: one outlier per prompt, of the text encoder's width, with the norm of a token
+        embedding.
 
     Returns:
-        Last hidden states after the final layer norm. A row with an all-false mask is encoded
-        unchanged.
+      Last hidden states after the final layer norm. A row whose mask is all False is encoded as it
+      is.
     """
     if vectors.shape[-1] != sd.text_width:
         raise UserError(
@@ -138,30 +135,28 @@ def encode_with_injection(
 def token_embeddings(
     sd: StableDiffusion, params: Params, words: Sequence[str]
 ) -> Float[Array, "K D"]:
-    """The rows of the embedding table that `first_piece` replaces: one for each class word.
+    """The embedding of each class word's first piece.
 
-    Their norms are the scale at which outliers are injected (OAL multiplies each unit outlier by
-    them).
+    OAL multiplies a class's unit outliers by the norm of this embedding.
     """
     rows = np.asarray([_piece_ids(sd, prompt_word(word)[1])[0] for word in words])
     table = params["text_encoder"]["text_model"]["embeddings"]["token_embedding"]["embedding"]
     return jnp.asarray(table)[rows].astype(jnp.float32)
 
 
-def class_prompts(class_names: Sequence[str], template: str) -> list[str]:
-    """One prompt a class; `template` has one `{}`, for example "A high-quality image of the {}"."""
-    return [template.format(prompt_word(name)[0]) for name in class_names]
+def class_prompts(class_names: Sequence[str]) -> list[str]:
+    """`PROMPT` for each class."""
+    return [PROMPT.format(prompt_word(name)[0]) for name in class_names]
 
 
 def class_tokens(
     sd: StableDiffusion,
     class_names: Sequence[str],
-    template: str,
     mode: str = "first_piece",
 ) -> tuple[Int[np.ndarray, "K L"], Bool[np.ndarray, "K L"], Int[np.ndarray, "1 L"]]:
     """Token ids and injection masks of the class prompts, and the ids of the empty prompt.
 
-    A batch with labels `y` is then conditioned by `ids[y]`, `mask[y]` and one outlier a row.
+    A batch with labels `y` is conditioned by `ids[y]`, `mask[y]` and one outlier per row.
     """
-    ids = stable.tokenize(sd, class_prompts(class_names, template))
+    ids = stable.tokenize(sd, class_prompts(class_names))
     return ids, injection_mask(sd, ids, class_names, mode), stable.tokenize(sd, [""])

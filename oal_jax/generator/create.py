@@ -1,14 +1,14 @@
-"""Makes a small Stable Diffusion from scratch: its tokenizer and configs.
+"""Tokenizer and configs of a new small Stable Diffusion.
 
 The architecture is that of Stable Diffusion v1 (CLIP text transformer, UNet with cross-attention,
-KL autoencoder) at a size that a CPU trains in minutes. What is unusual about it has a reason:
+KL autoencoder) at a size that a CPU trains in minutes. Three sizes are unusual:
 
-- `layers_per_block = 0` in the UNet leaves one residual block a level on the way up and none on the
-  way down: sampling cost is what a CPU run waits for, and it halves it.
-- Width 64 is the least that works: the Flax UNet normalises in 32 groups, and with one channel a
-  group the norm would cancel the time embedding.
-- The text width is the teacher's feature width, so that a boundary point of the teacher can replace
-  a token embedding.
+- `layers_per_block = 0` in the UNet leaves one residual block per level on the way up and none on
+  the way down. That halves the cost of sampling, which dominates a run on CPU.
+- Width 64 is the smallest that works: the Flax UNet normalises in 32 groups, and with one channel
+  per group the norm would cancel the time embedding.
+- The text width is the teacher's feature width, so that an outlier of the teacher's features can
+  replace a token embedding.
 """
 
 import collections
@@ -19,29 +19,27 @@ from pathlib import Path
 from typing import Any
 
 from oal_jax.config.class_names import FASHION as FASHION_CLASSES
+from oal_jax.generator.conditioning import PROMPT
 from oal_jax.pretrained import diffusers_directory
-
-PROMPT = "A high-quality image of the {}"
 
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
 _WORD_END = "</w>"
 
 
 def _byte_alphabet() -> list[str]:
-    """One printable character a byte, as in byte-level BPE: printable bytes, then the others."""
+    """One printable character per byte, as in byte-level BPE: printable bytes, then the others."""
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(256 - len(plain))]
 
 
 def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges that make every given word one token (Sennrich et al., arXiv 1508.07909).
+    """Byte-pair merges that make every word one token (Sennrich et al., arXiv 1508.07909).
 
     Args:
-        words: lower-case words of letters and digits; repeated words count.
+      words: lower-case words of letters and digits; repeated words count.
 
     Returns:
-        Pairs in the order in which they are applied: the most frequent first, ties in alphabetical
-        order.
+      Pairs in the order of their application: the most frequent first, ties alphabetically.
     """
     counts = collections.Counter(words)
     pieces = {word: (*word[:-1], word[-1] + _WORD_END) for word in counts}
@@ -73,7 +71,7 @@ def _merge(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 def write_tokenizer(folder: Path, class_names: Sequence[str], length: int) -> int:
     """Writes a CLIP tokenizer with a vocabulary for the prompt and the class names.
 
-    Returns the number of tokens. Byte-level, so any other text still encodes, letter by letter.
+    It is byte-level, so any other text is encoded letter by letter. Returns the number of tokens.
     """
     texts = [PROMPT.format(""), *class_names]
     letters = "".join(c if c.isalnum() else " " for c in " ".join(texts).lower())
@@ -101,9 +99,9 @@ def configs(*, vocabulary: int, width: int = 128, length: int = 16) -> dict[str,
     """The config files of the small model, by component.
 
     Args:
-        vocabulary: number of tokens; the last two are the begin and end marks.
-        width: width of the text states, of a token embedding and so of an injected outlier.
-        length: tokens a prompt is padded to.
+      vocabulary: number of tokens; the last two are the begin and end marks.
+      width: width of the text states, which is also that of token embeddings and outliers.
+      length: tokens of a padded prompt.
     """
     text_encoder = {
         "architectures": ["CLIPTextModel"],
@@ -132,7 +130,7 @@ def configs(*, vocabulary: int, width: int = 128, length: int = 16) -> dict[str,
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
         "block_out_channels": [64, 64],
         "layers_per_block": 0,
-        # The number of heads: diffusers kept this misnomer for the sake of old configs.
+        # The number of heads, which old configs call by this name.
         "attention_head_dim": 4,
         "cross_attention_dim": width,
         "norm_num_groups": 32,
@@ -194,22 +192,20 @@ def create(
 ) -> None:
     """Writes the tokenizer and the configs of a small Stable Diffusion.
 
-    No weights: the trainers make their own, and `diffusers_directory.save` puts them here. What
-    `stable_diffusion.build` needs is complete.
+    `stable_diffusion.build` reads them. `diffusers_directory.save` adds weights.
 
     Args:
-        directory: where to; made if absent.
-        class_names: words that become single tokens (each run of letters and digits for itself).
-        width: text width, the teacher's feature width.
-        length: tokens a prompt is padded to.
-        overrides: component name to config entries that replace the defaults (smaller nets for
-            tests).
+      directory: created if missing.
+      class_names: each of their runs of letters and digits becomes a single token.
+      width: text width, the teacher's feature width.
+      length: tokens of a padded prompt.
+      overrides: component name to config entries that replace the defaults.
     """
     directory = Path(directory)
     vocabulary = write_tokenizer(directory / "tokenizer", class_names, length)
-    made = configs(vocabulary=vocabulary, width=width, length=length)
+    contents = configs(vocabulary=vocabulary, width=width, length=length)
     for name, values in (overrides or {}).items():
-        made[name].update(values)
-    diffusers_directory.save(directory, {}, made)
+        contents[name].update(values)
+    diffusers_directory.save(directory, {}, contents)
     diffusers_directory.write_json(directory / "scheduler" / "scheduler_config.json", SCHEDULER)
     diffusers_directory.write_json(directory / "model_index.json", _MODEL_INDEX)

@@ -1,8 +1,8 @@
 """The one place that imports diffusers' and transformers' Flax models.
 
 Both libraries announce the end of their Flax code with a log line at import and at every trace. The
-versions are pinned, the lines say nothing that a user could act on, and a sampler would print
-hundreds: they are filtered here, and only they.
+versions are pinned, so a user cannot act on these lines, and a sampler would print hundreds. They
+are filtered here, and no others.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ import jax.numpy as jnp
 from oal_jax.errors import UserError
 from oal_jax.generator import attention
 
-_USE_TORCH = "USE_TORCH"  # which both libraries look at
+_USE_TORCH = "USE_TORCH"  # environment variable that both libraries read
 
 
-def _is_wanted(record: logging.LogRecord) -> bool:
+def _is_no_notice(record: logging.LogRecord) -> bool:
     return "classes are deprecated and will be removed" not in record.getMessage()
 
 
 @contextlib.contextmanager
 def _without_notices() -> Iterator[None]:
-    """Silences both libraries while they are imported, and their Flax modules' notices after."""
+    """Silences both libraries during their import, and their Flax modules' notices after it."""
     roots = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     levels = [root.level for root in roots]
     for root in roots:
@@ -42,24 +42,24 @@ def _without_notices() -> Iterator[None]:
         yield
     for root, level in zip(roots, levels, strict=True):
         root.setLevel(level)
-    # On each logger: a filter on a parent, or on its handlers, would not keep lines from the root.
+    # On each logger: a filter on a parent does not apply to what its children log.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("diffusers.", "transformers.")) and "flax" in name:
-            logging.getLogger(name).addFilter(_is_wanted)
+            logging.getLogger(name).addFilter(_is_no_notice)
 
 
 def leave_torch_out() -> None:
-    """Have both libraries do without PyTorch, unless the user's environment says otherwise.
+    """Keeps both libraries from importing PyTorch, unless the user's environment sets USE_TORCH.
 
-    Where it is installed they import it, which takes seconds. For a whole process, in which their
-    PyTorch classes are then missing: for a command, not for a library.
+    Importing it takes seconds. This changes the whole process, in which the libraries' PyTorch
+    classes are then missing: it is for commands, not for library code.
     """
     os.environ.setdefault(_USE_TORCH, "0")
 
 
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
-    """Where it is to be left out, `import torch` fails here: diffusers tries it all the same."""
+    """Makes `import torch` fail after `leave_torch_out`: diffusers ignores USE_TORCH."""
     hidden = os.environ.get(_USE_TORCH) == "0" and "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None
@@ -95,7 +95,7 @@ def libraries() -> SimpleNamespace:
     )
 
 
-# What the Flax classes fix in code. A config that says otherwise describes another network.
+# Entries whose value the Flax classes fix in code. Another value describes another network.
 _UNET_FIXED = {
     "_class_name": ("UNet2DConditionModel", "FlaxUNet2DConditionModel"),
     "act_fn": ("silu",),
@@ -122,7 +122,7 @@ _VAE_FIXED = {
     **dict.fromkeys(("shift_factor", "latents_mean"), (None,)),
 }
 _TEXT_FIXED = {"model_type": ("clip_text_model", "clip")}
-# An unknown name of a block would be built as the last of these.
+# The Flax classes build the last of these for a block of an unknown name.
 _BLOCKS = {
     "UNet": {
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -155,17 +155,17 @@ def _build(name: str, config: Mapping[str, Any], fixed: Mapping[str, tuple], dty
 
 
 def make_unet(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
-    """The UNet of a `unet/config.json`; `UserError` where the Flax class cannot express it."""
+    """The UNet of a `unet/config.json`; `UserError` if the Flax class cannot express it."""
     return _build("UNet", config, _UNET_FIXED, dtype)
 
 
 def make_vae(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
-    """The autoencoder that a `vae/config.json` describes."""
+    """The autoencoder of a `vae/config.json`; `UserError` if the Flax class cannot express it."""
     return _build("AutoencoderKL", config, _VAE_FIXED, dtype)
 
 
 def make_text_encoder(config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
-    """CLIP's text transformer, a linen module, that a `text_encoder/config.json` describes."""
+    """CLIP's text transformer of a `text_encoder/config.json`, as a linen module."""
     _check("text encoder", config, _TEXT_FIXED)
     classes = libraries()
     return classes.CLIPText(classes.CLIPTextConfig.from_dict(dict(config)), dtype=dtype)
@@ -195,12 +195,12 @@ def _positions(ids: jax.Array) -> jax.Array:
 
 
 def _own_arithmetic():
-    # Their code relies on implicit rank promotion, which a strict caller may have switched off.
+    # The libraries rely on implicit rank promotion, which a strict caller may have forbidden.
     return jax.numpy_rank_promotion("allow")
 
 
 def _exact_gelu(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-    """Gates with the exact GELU of the PyTorch original; the port has the tanh approximation."""
+    """Gates with the exact GELU, as PyTorch does; the Flax class has the tanh approximation."""
     if type(context.module).__name__ != "FlaxGEGLU" or context.method_name != "__call__":
         return next_fun(*args, **kwargs)
     linear, gate = jnp.split(context.module.proj(args[0]), 2, axis=-1)
@@ -208,7 +208,7 @@ def _exact_gelu(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> 
 
 
 def _bounded_attention(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-    """Attends over large maps by `attention.attend`; the port holds all scores at once."""
+    """Attends over large maps by `attention.attend`; the Flax class holds all scores at once."""
     module = context.module
     if type(module).__name__ != "FlaxAttention" or context.method_name != "__call__":
         return next_fun(*args, **kwargs)
@@ -228,21 +228,21 @@ def apply_unet(
     """The network's prediction (noise or velocity).
 
     Args:
-        unet: module from `make_unet`.
-        params: its parameters.
-        latents: (B, h, w, C).
-        timesteps: (B,) int32 or float32, in training steps (0 to 999).
-        states: (B, L, width) text states.
+      unet: module from `make_unet`.
+      params: its parameters.
+      latents: (B, h, w, C).
+      timesteps: (B,) int32 or float32, in training steps (0 to 999).
+      states: (B, L, width) text states.
 
     Returns:
-        (B, h, w, C) in the module's dtype.
+      (B, h, w, C) in the module's dtype.
     """
     with (
         _own_arithmetic(),
         nn.intercept_methods(_exact_gelu),
         nn.intercept_methods(_bounded_attention),
     ):
-        # The port takes channels first, as PyTorch does; the rest of the project has them last.
+        # The Flax class takes channels first, as PyTorch does.
         first = jnp.moveaxis(latents, -1, 1)
         out = unet.apply({"params": params}, first, jnp.asarray(timesteps), states)
     return jnp.moveaxis(out.sample, 1, -1)
@@ -251,7 +251,7 @@ def apply_unet(
 def apply_text_encoder(text_encoder: nn.Module, params: Any, ids: jax.Array) -> jax.Array:
     """Last hidden states after the final layer norm, (B, L, width), of token ids (B, L).
 
-    No padding mask, as in Stable Diffusion: the padding tokens attend and are attended to.
+    There is no padding mask, as in Stable Diffusion: padding tokens attend and are attended to.
     """
     with _own_arithmetic():
         out = text_encoder.apply({"params": params}, ids, jnp.ones_like(ids), _positions(ids))
@@ -264,12 +264,12 @@ def apply_vae_encoder(
     """Mean and log variance of the latents of images.
 
     Args:
-        vae: module from `make_vae`.
-        params: its parameters.
-        images: (B, channels, H, W) in [-1, 1].
+      vae: module from `make_vae`.
+      params: its parameters.
+      images: (B, channels, H, W) in [-1, 1].
 
     Returns:
-        Two arrays (B, h, w, C), not scaled.
+      Two arrays (B, h, w, C), not scaled.
     """
     with _own_arithmetic():
         posterior = vae.apply({"params": params}, images, method=vae.encode).latent_dist
@@ -278,7 +278,7 @@ def apply_vae_encoder(
 
 def apply_vae_decoder(vae: nn.Module, params: Any, latents: jax.Array) -> jax.Array:
     """Images (B, channels, H, W), about in [-1, 1], of unscaled latents (B, h, w, C)."""
-    # The port guesses the layout from the last axis; channels-last input leaves nothing to guess.
+    # The Flax class guesses the layout from the last axis and expects channels there.
     with _own_arithmetic():
         out = vae.apply({"params": params}, latents, method=vae.decode)
     return out.sample

@@ -27,18 +27,18 @@ SAMPLERS = ("dpm_solver_pp_2m", "pndm", "ddim")
 ApplyUNet = Callable[[Any, Array, Array, Array], Array]
 
 
-class Plan(NamedTuple):
-    """What a sampler does at each call of the network; every array has one row a call.
+class Coefficients(NamedTuple):
+    """The multistep coefficients of a sampler; every array has one row per network call.
 
     Attributes:
-        times: time passed to the network, in training steps.
-        alpha, sigma: of the noise process at that time.
-        a: weight of the point the step starts from.
-        b: (calls, order) weights of the outputs, the newest first.
-        push: whether the output enters the history (the corrector call of PLMS does not).
-        hold: whether the step starts from the previous start instead of the newest point (that same
-            call).
-        predicts_clean: whether the outputs are predicted clean latents instead of noise.
+      times: time passed to the network, in training steps.
+      alpha, sigma: coefficients of the noise process at that time.
+      a: weight of the point that the step starts from.
+      b: (calls, order) weights of the outputs, the newest first.
+      push: whether the output enters the history (the corrector call of PLMS does not).
+      hold: whether the step starts where the previous step started, not from the newest point (the
+        corrector call of PLMS).
+      predicts_clean: whether m_j are predicted clean latents instead of noise.
     """
 
     times: np.ndarray
@@ -52,13 +52,13 @@ class Plan(NamedTuple):
 
 
 def _leading_times(schedule: NoiseSchedule, steps: int) -> tuple[np.ndarray, int]:
-    """Descending times with equal spacing from the schedule's end; that spacing."""
+    """Descending times at equal distances from the schedule's end; and that distance."""
     ratio = schedule.train_steps // steps
     return np.arange(steps)[::-1] * ratio + schedule.steps_offset, ratio
 
 
 def _ddim_coefficients(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of x and of the noise for a step between two alpha^2.
+    """Weights of x and of the noise for a step from `start` to `end`, both alpha^2.
 
     arXiv 2010.02502, equation 12 with sigma = 0.
     """
@@ -66,17 +66,17 @@ def _ddim_coefficients(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, 
     return a, np.sqrt(1.0 - end) - a * np.sqrt(1.0 - start)
 
 
-def _plan_ddim(schedule: NoiseSchedule, steps: int) -> Plan:
+def _ddim(schedule: NoiseSchedule, steps: int) -> Coefficients:
     squared = schedule.alphas_cumprod()
     times, ratio = _leading_times(schedule, steps)
     ends = times - ratio
     end = np.where(ends >= 0, squared[np.maximum(ends, 0)], schedule.final_alpha_cumprod())
     a, b = _ddim_coefficients(squared[times], end)
     always, never = np.ones(steps, bool), np.zeros(steps, bool)
-    return _plan(squared, times, a, b[:, None], always, never, predicts_clean=False)
+    return _rounded(squared, times, a, b[:, None], always, never, predicts_clean=False)
 
 
-def _plan_pndm(schedule: NoiseSchedule, steps: int) -> Plan:
+def _pndm(schedule: NoiseSchedule, steps: int) -> Coefficients:
     """A Heun-like pair of calls for the first interval, then Adams-Bashforth of order 2, 3, 4."""
     squared = schedule.alphas_cumprod()
     times, ratio = _leading_times(schedule, steps)
@@ -101,12 +101,12 @@ def _plan_pndm(schedule: NoiseSchedule, steps: int) -> Plan:
     )
     weights = orders[np.minimum(np.arange(steps + 1), 4)]
     corrector = np.arange(steps + 1) == 1
-    return _plan(
+    return _rounded(
         squared, calls, a, slope[:, None] * weights, ~corrector, corrector, predicts_clean=False
     )
 
 
-def _plan_dpm(schedule: NoiseSchedule, steps: int) -> Plan:
+def _dpm(schedule: NoiseSchedule, steps: int) -> Coefficients:
     squared = schedule.alphas_cumprod()
     points = np.round(np.linspace(0, schedule.train_steps - 1, steps + 1)).astype(np.int64)
     points = points[::-1]
@@ -123,48 +123,47 @@ def _plan_dpm(schedule: NoiseSchedule, steps: int) -> Plan:
         half[-1] = 0.0  # diffusers' rule: with few steps, a last one of first order is stabler
     b = np.stack([gain * (1.0 + half), -gain * half], axis=1)
     always, never = np.ones(steps, bool), np.zeros(steps, bool)
-    return _plan(squared, points[:-1], a, b, always, never, predicts_clean=True)
+    return _rounded(squared, points[:-1], a, b, always, never, predicts_clean=True)
 
 
-def _plan(squared, times, a, b, push, hold, *, predicts_clean: bool) -> Plan:
+def _rounded(squared, times, a, b, push, hold, *, predicts_clean: bool) -> Coefficients:
     alpha, sigma = np.sqrt(squared[times]), np.sqrt(1.0 - squared[times])
     f32 = (np.asarray(v, np.float32) for v in (alpha, sigma, a, b))
-    return Plan(np.asarray(times, np.int32), *f32, push, hold, predicts_clean)
+    return Coefficients(np.asarray(times, np.int32), *f32, push, hold, predicts_clean)
 
 
-_PLANS = {"ddim": _plan_ddim, "pndm": _plan_pndm, "dpm_solver_pp_2m": _plan_dpm}
+_FORMULAS = {"ddim": _ddim, "pndm": _pndm, "dpm_solver_pp_2m": _dpm}
 
 
-def make_plan(schedule: NoiseSchedule, name: str, steps: int) -> Plan:
+def coefficients(schedule: NoiseSchedule, name: str, steps: int) -> Coefficients:
     """The coefficients of a sampler.
 
     Args:
-        schedule: the noise process.
-        name: "pndm" (steps + 1 network calls), "ddim" or "dpm_solver_pp_2m" (steps calls).
-            The history of "pndm" is of noise even where the network predicts velocities; diffusers
-            averages the velocities there.
-        steps: number of intervals, 1 to the number of training steps less one.
+      schedule: the noise process.
+      name: "pndm" (steps + 1 network calls), "ddim" or "dpm_solver_pp_2m" (steps calls). "pndm"
+        averages noise even if the network predicts velocities; diffusers averages the velocities.
+      steps: number of intervals, 1 to the number of training steps less one.
 
     Raises:
-        UserError: an unknown name or an impossible number of steps.
+      UserError: an unknown name or an impossible number of steps.
     """
-    if name not in _PLANS:
+    if name not in _FORMULAS:
         raise UserError(f"sampler {name!r} is none of {', '.join(SAMPLERS)}")
     if not 1 <= steps < schedule.train_steps:
         raise UserError(f"sampler steps must be in 1 .. {schedule.train_steps - 1}, not {steps}")
-    return _PLANS[name](schedule, steps)
+    return _FORMULAS[name](schedule, steps)
 
 
 def initial_noise(
     key: jax.Array, indices: Array, latent_shape: tuple[int, int, int]
 ) -> Float[Array, "N h w C"]:
-    """Standard normal noise of the samples with these indices.
+    """Standard normal noise of the samples `indices`.
 
-    It depends on the key and a sample's own index, not on how samples are batched.
+    A sample's noise depends on the key and its own index, not on the batch.
     """
     height, width, channels = latent_shape
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
-    # Drawn channels first, as published samplers draw it.
+    # Drawn channels first, as diffusers draws it.
     noise = jax.vmap(lambda k: jax.random.normal(k, (channels, height, width)))(keys)
     return jnp.moveaxis(noise, 1, -1)
 
@@ -179,33 +178,24 @@ def make_sampler(
     """Builds a pure sampling function.
 
     Args:
-        apply_unet: `(params, latents (B, h, w, C), times (B,), states (B, L, D)) -> (B, h, w, C)`.
-        schedule: the noise process that the network was trained on.
-        name: see `make_plan`.
-        steps: see `make_plan`.
-        guidance: scale w of classifier-free guidance (arXiv 2207.12598): uncond + w (cond -
-            uncond). With 1 the network is called with the condition only.
+      apply_unet: `(params, latents (B, h, w, C), times (B,), states (B, L, D)) -> (B, h, w, C)`.
+      schedule: noise process of the network's training.
+      name, steps: as for `coefficients`.
+      guidance: scale w of classifier-free guidance (arXiv 2207.12598): uncond + w (cond -
+        uncond). With 1 the network is called with the condition alone.
 
     Returns:
-        `sample(params, noise, cond, uncond) -> latents`, float32, to be jitted by the caller:
-        `noise` (N, h, w, C) standard normal, `cond` (N, L, D), `uncond` (1, L, D) or (N, L, D).
-        Each sample is computed on its own: results do not depend on the batch, up to rounding.
+      `sample(params, noise, cond, uncond) -> latents`, float32, to be jitted by the caller:
+      `noise` (N, h, w, C) standard normal, `cond` (N, L, D), `uncond` (1, L, D) or (N, L, D).
+      A sample does not depend on the others of its batch, up to rounding.
     """
-    plan = make_plan(schedule, name, steps)
-    rows = {
-        "time": jnp.asarray(plan.times),
-        "alpha": jnp.asarray(plan.alpha),
-        "sigma": jnp.asarray(plan.sigma),
-        "a": jnp.asarray(plan.a),
-        "b": jnp.asarray(plan.b),
-        "push": jnp.asarray(plan.push),
-        "hold": jnp.asarray(plan.hold),
-    }
-    order = plan.b.shape[1]
-    corrects = bool(plan.hold.any())
+    table = coefficients(schedule, name, steps)
+    rows = jax.tree.map(jnp.asarray, table._replace(predicts_clean=None))
+    order = table.b.shape[1]
+    corrects = bool(table.hold.any())
 
     def predict(params, x, time, states):
-        """The guided output of the network at one time for all samples."""
+        """The guided output of the network for all samples, at one time."""
         count = x.shape[0]
         if guidance == 1.0:
             return apply_unet(params, x, jnp.full((count,), time), states).astype(jnp.float32)
@@ -227,18 +217,17 @@ def make_sampler(
 
         def body(carry, row):
             x, start, history = carry
-            alpha, sigma = row["alpha"], row["sigma"]
-            out = predict(params, x, row["time"], states)
+            out = predict(params, x, row.times, states)
             if schedule.prediction_type == "v_prediction":
-                out = alpha * out + sigma * x
-            if plan.predicts_clean:
-                out = (x - sigma * out) / alpha
-            start = jnp.where(row["hold"], start, x) if corrects else x
+                out = row.alpha * out + row.sigma * x
+            if table.predicts_clean:
+                out = (x - row.sigma * out) / row.alpha
+            start = jnp.where(row.hold, start, x) if corrects else x
             recent = (out, *history)
-            x = row["a"] * start + sum(row["b"][j] * recent[j] for j in range(order))
+            x = row.a * start + sum(row.b[j] * recent[j] for j in range(order))
             pushed = recent[: order - 1]
             if corrects:
-                pushed = jax.tree.map(lambda n, o: jnp.where(row["push"], n, o), pushed, history)
+                pushed = jax.tree.map(lambda n, o: jnp.where(row.push, n, o), pushed, history)
             return (x, start if corrects else (), pushed), None
 
         history = (jnp.zeros_like(x),) * (order - 1)

@@ -27,13 +27,13 @@ class NoiseSchedule(NamedTuple):
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
         """From the content of a `scheduler_config.json` of diffusers.
 
-        What it says of the noise process is taken; which sampler runs is the caller's choice, so
-        `_class_name` and `skip_prk_steps` say nothing here (PNDM is always the one without
-        Runge-Kutta steps). Older configs are read as diffusers' pipeline reads them: an offset of 0
-        or none means 1, and `clip_sample`, which is for images, not latents, means nothing.
+        The noise process is read; the sampler is the caller's choice, so `_class_name` and
+        `skip_prk_steps` are ignored (PNDM never takes Runge-Kutta steps). Older configs are read as
+        diffusers' pipeline reads them: an offset of 0 or none means 1, and `clip_sample`, which is
+        for images and not for latents, is ignored.
 
         Raises:
-            UserError: betas or a prediction type that are not supported; a number that is none.
+          UserError: betas or a prediction type that are not supported; a value that is no number.
         """
         for key in ("trained_betas", "rescale_betas_zero_snr"):
             if config.get(key):
@@ -44,7 +44,7 @@ class NoiseSchedule(NamedTuple):
             beta_end=config.get("beta_end", 0.02),
             beta_schedule=config.get("beta_schedule", "linear"),
             steps_offset=1,
-            # Where it is not said, diffusers' DDIM has another default than its other schedulers.
+            # Without an entry, diffusers' DDIM has another default than its other schedulers.
             set_alpha_to_one=config.get(
                 "set_alpha_to_one", config.get("_class_name") == "DDIMScheduler"
             ),
@@ -71,5 +71,5 @@ class NoiseSchedule(NamedTuple):
         return np.cumprod(1.0 - betas)
 
     def final_alpha_cumprod(self) -> float:
-        """alpha^2 of the point that the last step of PNDM and DDIM goes to."""
+        """alpha^2 of the end of the last step of PNDM and DDIM."""
         return 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod()[0])

@@ -1,8 +1,7 @@
-"""A Stable Diffusion read from a diffusers directory, as static modules and a tree of parameters
-apart.
+"""A Stable Diffusion of a diffusers directory: static modules, and a tree of parameters.
 
-Images are (B, H, W, channels) float32 in [0, 1], as everywhere in this project; latents are (B, C,
-h, w) float32, scaled to about unit variance, as Stable Diffusion keeps them.
+Images are (B, H, W, channels) float32 in [0, 1]. Latents are (B, h, w, C) float32, scaled to about
+unit variance.
 """
 
 from collections.abc import Sequence
@@ -23,12 +22,12 @@ from oal_jax.pretrained import diffusers_directory
 Params = dict[str, Any]
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-_PIPELINE = "StableDiffusion"  # what the names of its pipelines in model_index.json begin with
+_PIPELINE = "StableDiffusion"  # prefix of its pipelines' names in model_index.json
 _OTHER_PIPELINES = ("StableDiffusionXL", "StableDiffusion3")
 
 
 class StableDiffusion(NamedTuple):
-    """What of a Stable Diffusion does not change in training: modules, tokenizer, constants."""
+    """The parts of a Stable Diffusion that training does not change."""
 
     tokenizer: Any
     text_encoder: nn.Module
@@ -39,7 +38,7 @@ class StableDiffusion(NamedTuple):
 
     @property
     def text_width(self) -> int:
-        """Width of a token embedding: what an injected outlier must have."""
+        """Width of a token embedding, and so of an injected outlier."""
         return self.text_encoder.config.hidden_size
 
     @property
@@ -57,16 +56,14 @@ def build(directory: Path, dtype: Any = jnp.float32) -> StableDiffusion:
     """Modules and constants of a directory, without its weights.
 
     Raises:
-        UserError: a config is absent, damaged, or asks for something that the Flax models cannot
-            do.
+      UserError: a config is missing or damaged, or the Flax classes cannot express it.
     """
     directory = Path(directory)
     read = diffusers_directory.read_json
     _check_pipeline(directory)
     unet = flax_models.make_unet(read(directory / "unet" / "config.json"), dtype)
     vae_config = read(directory / "vae" / "config.json")
-    # The autoencoder stays in float32 whatever the rest: it is small and its means are the training
-    # targets.
+    # The autoencoder is always float32: it is small, and its means are training targets.
     vae = flax_models.make_vae(vae_config)
     text_encoder = flax_models.make_text_encoder(
         read(directory / "text_encoder" / "config.json"), dtype
@@ -117,7 +114,7 @@ def init_params(sd: StableDiffusion, key: jax.Array) -> Params:
 
 
 def param_shapes(sd: StableDiffusion, directory: Path) -> Params:
-    """`jax.ShapeDtypeStruct`s of all parameters; `UserError` where the configs fit no network."""
+    """`jax.ShapeDtypeStruct`s of all parameters; `UserError` if the configs fit no network."""
     try:
         return jax.eval_shape(lambda key: init_params(sd, key), jax.random.key(0))
     except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
@@ -132,21 +129,21 @@ def load(
 ) -> tuple[StableDiffusion, Params]:
     """Modules and parameters of a diffusers directory.
 
-    Weights are read a tensor at a time: beside the parameters, the host holds the largest of them.
+    Weights are read one tensor at a time, so the host holds one more tensor than the parameters.
 
     Args:
-        directory: a Stable Diffusion v1 or v2 in diffusers' layout, or one made by `create`.
-        dtype: of the UNet and the text encoder (float32 or bfloat16); the autoencoder is float32.
-        components: whose parameters are read.
+      directory: a Stable Diffusion v1 or v2 in diffusers' layout, or the directory of `create`.
+      dtype: of the UNet and the text encoder, float32 or bfloat16; the autoencoder is float32.
+      components: parts whose parameters are read.
 
     Returns:
-        The static part and {"text_encoder", "unet", "vae"} parameter trees.
+      The static part and {"text_encoder", "unet", "vae"} parameter trees.
 
     Raises:
-        UserError: see `build` and `oal_jax.pretrained.diffusers_directory.read_params`.
+      UserError: see `build` and `oal_jax.pretrained.diffusers_directory.read_params`.
     """
     directory = Path(directory)
-    diffusers_directory.files(directory)  # what is missing is said before anything is read
+    diffusers_directory.files(directory)  # raises for a missing file before anything is read
     sd = build(directory, dtype)
     shapes = param_shapes(sd, directory)
     params = {
@@ -159,7 +156,7 @@ def load(
 
 
 def check(directory: Path) -> StableDiffusion:
-    """`build`, which raises what `load` would, but reads no weights: names and shapes tell."""
+    """`build`, with all checks of `load`, but reads only the headers of the weights."""
     directory = Path(directory)
     diffusers_directory.files(directory)
     sd = build(directory)
@@ -172,11 +169,10 @@ def tokenize(sd: StableDiffusion, texts: Sequence[str]) -> Int[np.ndarray, "B L"
     """Token ids, padded to the tokenizer's length.
 
     Raises:
-        UserError: a text is longer than that; a cut prompt would lose its class word, which stands
-            last.
+      UserError: a text is longer. Cutting a prompt would remove its class word, which is last.
     """
     length = sd.text_encoder.config.max_position_embeddings
-    # Not verbose: it would warn of what is an error here.
+    # Not verbose: a text that is too long is an error here, no warning.
     lengths = [len(ids) for ids in sd.tokenizer(list(texts), verbose=False)["input_ids"]]
     for text, n in zip(texts, lengths, strict=True):
         if n > length:
@@ -207,7 +203,7 @@ def pad_images(sd: StableDiffusion, images: Float[Array, "B H W c"]) -> Float[Ar
     """Images centred on a black square of the autoencoder's size (28 x 28 becomes 32 x 32).
 
     Raises:
-        UserError: the images are larger than that, or have another number of channels.
+      UserError: the images are larger, or have another number of channels.
     """
     size, channels = sd.image_size, sd.vae.in_channels
     height, width = images.shape[1:3]
@@ -223,7 +219,7 @@ def pad_images(sd: StableDiffusion, images: Float[Array, "B H W c"]) -> Float[Ar
 
 
 def _is_padded(sd: StableDiffusion, shape: Sequence[int]) -> bool:
-    """Whether images of this height and width lack less than a latent's pixel on each side."""
+    """Whether images of this height and width are padded: by less than a latent pixel a side."""
     size = sd.image_size
     return all(size - 2 * size // sd.latent_shape[0] < side <= size for side in shape)
 
@@ -231,11 +227,11 @@ def _is_padded(sd: StableDiffusion, shape: Sequence[int]) -> bool:
 def fit_images(sd: StableDiffusion, images: Float[Array, "B H W c"]) -> Float[Array, "B S S c"]:
     """Images at the autoencoder's size.
 
-    Padded by `pad_images` where they lack less than a latent's pixel on each side (28 px to 32),
-    else resized, bilinear (32 or 224 px to 512).
+    Images that are smaller by less than one latent pixel a side are padded by `pad_images` (28 px
+    to 32). Others are resized, bilinear (32 or 224 px to 512).
 
     Raises:
-        UserError: the images are not square, or have another number of channels.
+      UserError: the images are not square, or have another number of channels.
     """
     height, width, channels = images.shape[1:]
     size = sd.image_size
@@ -253,7 +249,7 @@ def fit_images(sd: StableDiffusion, images: Float[Array, "B H W c"]) -> Float[Ar
 def encode_images(
     sd: StableDiffusion, params: Params, images: Float[Array, "B H W c"]
 ) -> Float[Array, "B h w C"]:
-    """Scaled means of the latents of images in [0, 1], brought to size by `fit_images`."""
+    """Scaled means of the latents of images in [0, 1], which `fit_images` brings to size."""
     pixels = jnp.moveaxis(fit_images(sd, images), -1, 1) * 2.0 - 1.0
     mean, _ = flax_models.apply_vae_encoder(sd.vae, params["vae"], pixels)
     return mean * sd.scaling_factor
@@ -268,10 +264,11 @@ def decode_latents(
     """Images in [0, 1] of scaled latents.
 
     Args:
-        sd: the model.
-        params: its parameters; only "vae" is used.
-        latents: scaled latents.
-        size: (height, width) of the images: what `fit_images` did to such images is undone.
+      sd: the model.
+      params: its parameters; only "vae" is used.
+      latents: scaled latents.
+      size: (height, width) of the images, obtained by the inverse of `fit_images`; None: the
+        autoencoder's size.
     """
     pixels = flax_models.apply_vae_decoder(sd.vae, params["vae"], latents / sd.scaling_factor)
     images = jnp.clip(jnp.moveaxis(pixels, 1, -1) * 0.5 + 0.5, 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Stable Diffusion v1 by its published sizes: modules without weights or tokenizer.
+"""Modules of Stable Diffusion v1 at its published sizes, without weights or tokenizer.
 
 Source: the config files of CompVis's v1-1 to v1-4 in diffusers' layout, which v1-5 shares
 (arXiv 2112.10752; text encoder: CLIP ViT-L/14, arXiv 2103.00020). 860 M parameters in the UNet.
@@ -34,7 +34,7 @@ UNET = {
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
     "block_out_channels": [320, 640, 1280, 1280],
     "layers_per_block": 2,
-    "attention_head_dim": 8,  # the number of heads: diffusers kept this misnomer
+    "attention_head_dim": 8,  # the number of heads, which old configs call by this name
     "cross_attention_dim": 768,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
@@ -55,7 +55,7 @@ _SCALING_FACTOR = 0.18215
 
 
 def build(dtype: Any = jnp.float32) -> StableDiffusion:
-    """The modules, the UNet and the text encoder computing in `dtype`; `tokenizer` is None."""
+    """The modules; UNet and text encoder compute in `dtype`. `tokenizer` is None."""
     return StableDiffusion(
         tokenizer=None,
         text_encoder=flax_models.make_text_encoder(_TEXT_ENCODER, dtype),

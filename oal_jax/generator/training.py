@@ -1,7 +1,6 @@
-"""Training of the small Stable Diffusion: first the autoencoder, then the text encoder and UNet on
-its latents.
+"""Trainers of the small Stable Diffusion: the autoencoder, then the text encoder and UNet.
 
-Pure functions; the loop is the caller's. On a CPU call one step at a time: the gradient of a
+They are pure functions, without a loop. On CPU call one step at a time: the gradient of a
 convolution inside a scan is about a hundred times slower there.
 """
 
@@ -25,7 +24,7 @@ Metrics = dict[str, Array]
 
 @flax.struct.dataclass
 class GeneratorState:
-    """State of either trainer; `ema_params`, the average of `params`, is None where not kept."""
+    """State of either trainer; `ema_params` (average of `params`) is None for the autoencoder."""
 
     step: Int[Array, ""]
     params: Any
@@ -42,7 +41,7 @@ def _optimizer(learning_rate: float, warmup: int, steps: int, weight_decay: floa
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
-        # Gains and biases are not decayed; only matrices and kernels are.
+        # Only matrices and kernels decay, not gains and biases.
         optax.adamw(
             schedule,
             weight_decay=weight_decay,
@@ -61,22 +60,23 @@ def make_vae_trainer(
     weight_decay: float = 1e-4,
     kl_weight: float = 5e-4,
 ) -> tuple[Init, TrainStep]:
-    """Trainer of the autoencoder: squared error plus a lightly weighted KL term (arXiv 2112.10752,
-    section 3.1).
+    """Trainer of the autoencoder: squared error plus a small KL term.
+
+    Source: arXiv 2112.10752, section 3.1.
 
     Args:
-        sd: the model; only its autoencoder is used.
-        root_key: typed key; the draws of step n come from it, the trainer's name and n.
-        steps: length of the cosine schedule.
-        learning_rate: peak rate of AdamW.
-        warmup: steps of linear warm-up, at most a tenth of all.
-        weight_decay: decoupled, on kernels only.
-        kl_weight: weight of the KL divergence a latent element against the squared error a pixel
-            (range [-1, 1]).
+      sd: the model; only its autoencoder is used.
+      root_key: typed key; step n folds in the trainer's name and n.
+      steps: length of the cosine schedule.
+      learning_rate: peak rate of AdamW.
+      warmup: steps of linear warm-up, at most a tenth of `steps`.
+      weight_decay: of AdamW, for kernels only.
+      kl_weight: weight of the KL divergence per latent element, relative to the squared error per
+        pixel of range [-1, 1].
 
     Returns:
-        `init(key) -> state` and `train_step(state, batch) -> (state, metrics)`; batch = {"image":
-        (B, H, W, c) in [0, 1]}; metrics are `loss`, `mse`, `kl` and `psnr` (dB).
+      `init(key) -> state` and `train_step(state, batch) -> (state, metrics)`; batch = {"image":
+      (B, H, W, c) in [0, 1]}; metrics are `loss`, `mse`, `kl` and `psnr` (dB).
     """
     optimizer = _optimizer(learning_rate, warmup, steps, weight_decay)
 
@@ -128,30 +128,29 @@ def make_diffusion_trainer(
     snr_clip: float = 5.0,
     ema_decay: float = 0.998,
 ) -> tuple[Init, TrainStep]:
-    """Trainer of the UNet and the text encoder together, on latents computed beforehand.
+    """Joint trainer of the UNet and the text encoder, on stored latents.
 
     The loss is the squared error of the predicted noise, weighted by min(SNR_t, snr_clip) / SNR_t
-    (Hang et al., arXiv 2303.09556, equation 8): without it nearly clean latents, whose noise is the
-    easiest to see, take most of the gradient.
+    (Hang et al., arXiv 2303.09556, equation 8). Without this weight, nearly clean latents dominate
+    the gradient.
 
     Args:
-        sd: the model; its schedule must predict noise ("epsilon").
-        root_key: typed key; the draws of step n come from it, the trainer's name and n.
-        prompt_ids: token ids of the K class prompts; a label indexes them.
-        empty_ids: token ids of the empty prompt, for guidance without a classifier (arXiv
-            2207.12598).
-        steps: length of the cosine schedule.
-        learning_rate: peak rate of AdamW.
-        warmup: steps of linear warm-up, at most a tenth of all.
-        weight_decay: decoupled, on matrices and kernels only.
-        condition_dropout: probability with which an example is trained under the empty prompt.
-        snr_clip: largest weight of an example, in units of its signal-to-noise ratio.
-        ema_decay: of the moving average; the first steps use (1 + n) / (10 + n) where that is less.
+      sd: the model; its schedule must predict noise ("epsilon").
+      root_key: typed key; step n folds in the trainer's name and n.
+      prompt_ids: token ids of the K class prompts; a label indexes them.
+      empty_ids: token ids of the empty prompt, for classifier-free guidance (arXiv 2207.12598).
+      steps: length of the cosine schedule.
+      learning_rate: peak rate of AdamW.
+      warmup: steps of linear warm-up, at most a tenth of `steps`.
+      weight_decay: of AdamW, for matrices and kernels only.
+      condition_dropout: probability that an example gets the empty prompt.
+      snr_clip: see above.
+      ema_decay: decay of the moving average; at most (1 + n) / (10 + n) in step n.
 
     Returns:
-        `init(key) -> state` and `train_step(state, batch) -> (state, metrics)`; batch = {"latent":
-        scaled (B, h, w, C), "label": (B,) int32}. Use `state.ema_params` afterwards:
-        {"text_encoder", "unet"}.
+      `init(key) -> state` and `train_step(state, batch) -> (state, metrics)`; batch = {"latent":
+      scaled (B, h, w, C), "label": (B,) int32}. Use `state.ema_params` afterwards:
+      {"text_encoder", "unet"}.
     """
     if sd.schedule.prediction_type != "epsilon":
         raise ValueError("the diffusion trainer predicts noise")
@@ -166,7 +165,7 @@ def make_diffusion_trainer(
             "text_encoder": flax_models.init_text_encoder(sd.text_encoder, text_key),
             "unet": flax_models.init_unet(sd.unet, unet_key),
         }
-        # A copy: both trees are donated to the step, and one buffer cannot be donated twice.
+        # A copy: the step gets both trees donated, and a buffer cannot be donated twice.
         ema = jax.tree.map(jnp.copy, params)
         return GeneratorState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
@@ -180,7 +179,7 @@ def make_diffusion_trainer(
         noisy = jnp.sqrt(signal) * latents + jnp.sqrt(1.0 - signal) * noise
         dropped = jax.random.bernoulli(drop_key, condition_dropout, (batch,))
         rows = jnp.where(dropped, empty_row, labels)
-        # The text encoder runs once a prompt, not once an example.
+        # The text encoder runs once per prompt, not once per example.
         states = stable.encode_prompts(sd, params, ids)[rows]
         predicted = stable.apply_unet(sd, params, noisy, timesteps, states)
         errors = jnp.mean((predicted - noise) ** 2, axis=(1, 2, 3))

@@ -1,9 +1,9 @@
-"""Classifiers from other people's weight files, and ours as files that timm and torchvision load.
+"""Classifiers from weight files of other libraries, and files that timm and torchvision load.
 
-Known are Vision Transformers (timm's and torchvision's names in safetensors; Google's npz) and
+Supported are Vision Transformers (timm's and torchvision's names in safetensors; Google's npz) and
 ResNet-18/34/50 for 224 px and for 32 px (torchvision's, timm's and OpenOOD's names in safetensors).
-What they are is read off names and shapes. Nothing is unpickled and torch isn't needed:
-`python -m oal_jax.pretrained.convert` makes safetensors of a `.ckpt` or `.pth` file.
+The architecture follows from names and shapes. Nothing is unpickled and torch isn't needed:
+`python -m oal_jax.pretrained.convert` turns a `.ckpt` or `.pth` file into safetensors.
 """
 
 import json
@@ -29,7 +29,7 @@ from oal_jax.pretrained import resnet, vit
 from oal_jax.pretrained.tensor_files import TensorFile, fit, read
 from oal_jax.runtime import artifacts
 
-_METADATA = "oal_jax"  # key of what a file of ours says of itself
+_METADATA = "oal_jax"  # key of our own entry in a file's metadata
 # OpenOOD's constants for CIFAR-10 and CIFAR-100, by the number of classes.
 _CIFAR: dict[int, Moments] = {
     10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -40,17 +40,17 @@ _UNIT: Moments = ((0.0,) * 3, (1.0,) * 3)
 
 
 class Config(NamedTuple):
-    """What a file was found to be."""
+    """The classifier of a file."""
 
     architecture: str  # "resnet18_32x32", "vit_base_patch16_224", ...
     num_classes: int
-    image_shape: tuple[int, int, int]  # height, width, channels; ResNets take other sizes, too
-    mean: tuple[float, ...]  # of pixels in [0, 1]: the network subtracts it itself
+    image_shape: tuple[int, int, int]  # height, width, channels; ResNets also take other sizes
+    mean: tuple[float, ...]  # of pixels in [0, 1]; the network subtracts it
     std: tuple[float, ...]
 
 
 class Classifier(NamedTuple):
-    """A network with its weights; `forward` and `head` are what `calibrate` asks for."""
+    """A network with its weights; `forward` and `head` are arguments of `calibrate`."""
 
     net: nn.Module
     variables: dict[str, Any]
@@ -73,39 +73,39 @@ def load_classifier(
 ) -> Classifier:
     """A classifier from a `.safetensors` file or from one of Google's `.npz` files.
 
-    Normalisation, where it is not given, is what the file says of itself (as `save_timm` writes
-    it), or `config.json` beside a `model.safetensors`, as timm's repositories have it. Else it goes
-    by the kind: 0.5 for ViTs of timm and Google (0 and 1 for those without a bias in `qkv`, timm's
-    "miil"), ImageNet's for ViTs with layer scale (DINOv2), torchvision's ViTs and ResNets for 224
-    px, OpenOOD's CIFAR constants for ResNets for 32 px of 10 or 100 classes. A file that fits
-    none of these needs `mean` and `std`.
+    Without `mean` and `std`, the normalisation is that of the file's metadata (see `save_timm`) or
+    of a `config.json` beside a `model.safetensors` (timm's repositories). Else it follows from the
+    architecture: 0.5 for ViTs of timm and Google (0 and 1 for those without a bias in `qkv`, timm's
+    "miil"); ImageNet's for ViTs with layer scale (DINOv2), torchvision's ViTs and ResNets for 224
+    px; OpenOOD's CIFAR constants for ResNets for 32 px of 10 or 100 classes. Any other file needs
+    `mean` and `std`.
 
     Args:
       path: the file.
-      architecture: what it must hold: "resnet18", "resnet18_32x32", "vit_base_patch16_224"; timm's
-        tags (".augreg_in21k") are ignored. None: whatever it holds.
-      num_classes: classes that it must have, or that a new head gets.
-      mean, std: of pixels in [0, 1], a value a channel, or one for all.
+      architecture: required architecture: "resnet18", "resnet18_32x32", "vit_base_patch16_224".
+        timm's tags (".augreg_in21k") are ignored. None allows any.
+      num_classes: required number of classes, or that of a new head.
+      mean, std: of pixels in [0, 1], one value per channel, or one for all.
       image_size: height and width of the images. A ViT's position embeddings are resized to it.
       heads: attention heads of a ViT of unusual width or without class token (see `vit.infer`).
-      new_head: a key: the file's head, if it has one, is replaced by a random one.
+      new_head: key of a random head, which replaces the head of the file.
 
     Raises:
-      UserError: not such a file; another architecture or number of classes; tensors that are
-        missing, left over or of the wrong shape, listed.
+      UserError: the file can't be read; another architecture or number of classes; tensors that
+        are missing, left over or of the wrong shape, all listed.
     """
     for argument, value in (("num_classes", num_classes), ("image_size", image_size)):
         if value is not None and value < 1:
             raise UserError(f"{argument} must be 1 or more, got {value}")
     file = vit.without_root(read(path))
-    said = _said(file)
-    family, inferred = _infer(file, heads or said.get("heads"))
+    metadata = _metadata(file)
+    family, inferred = _infer(file, heads or metadata.get("heads"))
     name = family.architecture(inferred)
     _check_architecture(file, architecture, name)
     classes, drop = _classes(file, inferred["num_classes"], num_classes, new_head)
-    given = _moments(file, family, inferred, said, mean, std)
-    net = _net(family, inferred | {"num_classes": classes}, given)
-    size = image_size or said.get("image_size") or _file_size(family, inferred)
+    normalisation = _moments(file, family, inferred, metadata, mean, std)
+    net = _net(family, inferred | {"num_classes": classes}, normalisation)
+    size = image_size or metadata.get("image_size") or _file_size(family, inferred)
     flat = _variables(file, family, inferred, net, drop, name)
     if new_head is not None:
         flat |= _new_head(new_head, family.HEAD, net, classes)
@@ -120,29 +120,29 @@ def load_classifier(
         variables,
         (np.asarray(last["kernel"]), np.asarray(last["bias"])),
         Partial(_checked(shape, family is vit, net), variables),
-        Config(name, classes, shape, *given),
+        Config(name, classes, shape, *normalisation),
     )
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """What a file's names and shapes tell, without building the network.
+    """The sizes of a file's network, from names and shapes, without building it.
 
     `width` of a feature, `depth`, `num_classes` (0: no head), `channels`; of a ViT also `patch`,
     `heads` and `mlp_ratio`.
 
     Raises:
-      UserError: as `load_classifier`, where the architecture can't be read off.
+      UserError: as `load_classifier`, if the architecture is unknown.
     """
     file = vit.without_root(read(path))
-    family, found = _infer(file, _said(file).get("heads"))
+    family, sizes = _infer(file, _metadata(file).get("heads"))
     if family is resnet:
-        found |= {"width": _net(family, found, _UNIT).feature_width}
+        sizes |= {"width": _net(family, sizes, _UNIT).feature_width}
     names = ("width", "depth", "num_classes", "channels", "patch", "heads", "mlp_ratio")
-    return {name: found[name] for name in names if name in found}
+    return {name: sizes[name] for name in names if name in sizes}
 
 
 def _infer(file: TensorFile, heads: int | None) -> tuple[Any, dict[str, Any]]:
-    """The reader of the file's family, and what it reads off the shapes."""
+    """The module of the file's family, and the sizes that it infers."""
     if resnet.recognises(file.tensors):
         return resnet, resnet.infer(file)
     if vit.kind(file.tensors):
@@ -153,71 +153,73 @@ def _infer(file: TensorFile, heads: int | None) -> tuple[Any, dict[str, Any]]:
     )
 
 
-def _check_architecture(file: TensorFile, wanted: str | None, found: str) -> None:
-    asked = (wanted or found).partition(".")[0]
-    if found != asked and not found.startswith(f"{asked}_"):
-        raise UserError(f"{file.path} holds {found}, not {wanted}")
+def _check_architecture(file: TensorFile, required: str | None, actual: str) -> None:
+    name = (required or actual).partition(".")[0]
+    if actual != name and not actual.startswith(f"{name}_"):
+        raise UserError(f"{file.path} holds {actual}, not {required}")
 
 
-def _classes(file, found: int, wanted: int | None, new_head) -> tuple[int, bool]:
-    """The number of classes, and whether the file's head is left aside."""
+def _classes(file, actual: int, required: int | None, new_head) -> tuple[int, bool]:
+    """The number of classes, and whether the file's head is dropped."""
     if new_head is not None:
-        if not (wanted or found):
+        if not (required or actual):
             raise UserError(f"{file.path} has no head; give num_classes with new_head")
-        return wanted or found, True
-    if not found:
+        return required or actual, True
+    if not actual:
         raise UserError(
             f"{file.path} has no head; give num_classes and new_head=KEY for a random one"
         )
-    if wanted not in (None, found):
+    if required not in (None, actual):
         raise UserError(
-            f"{file.path} has a head of {found} classes, not {wanted}; give new_head=KEY for a"
+            f"{file.path} has a head of {actual} classes, not {required}; give new_head=KEY for a"
             " random one"
         )
-    return found, False
+    return actual, False
 
 
-def _said(file: TensorFile) -> dict[str, Any]:
-    """mean, std, heads and image_size as the file, or timm's `config.json` beside it, has them."""
+def _metadata(file: TensorFile) -> dict[str, Any]:
+    """mean, std, heads and image_size from the file's metadata or timm's `config.json`."""
     try:
         if _METADATA in file.metadata:
             return _typed(json.loads(file.metadata[_METADATA]))
         card = file.path.with_name("config.json")
         if file.path.name == "model.safetensors" and card.is_file():
-            found = json.loads(card.read_text("utf-8")).get("pretrained_cfg", {})
-            return _typed({name: found[name] for name in ("mean", "std") if name in found})
+            content = json.loads(card.read_text("utf-8")).get("pretrained_cfg", {})
+            return _typed({name: content[name] for name in ("mean", "std") if name in content})
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file.path}: what is said of it can't be read ({error})") from None
+        raise UserError(
+            f"{file.path}: its metadata, or config.json beside it, can't be read ({error})"
+        ) from None
     return {}
 
 
-def _typed(said: Mapping[str, Any]) -> dict[str, Any]:
-    kinds = {"mean": _floats, "std": _floats, "heads": int, "image_size": int}
-    return {name: kinds[name](said[name]) for name in kinds if said.get(name) is not None}
+def _typed(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    types = {"mean": _floats, "std": _floats, "heads": int, "image_size": int}
+    return {name: types[name](metadata[name]) for name in types if metadata.get(name) is not None}
 
 
 def _floats(values) -> tuple[float, ...]:
     return tuple(map(float, values))
 
 
-def _moments(file, family, inferred, said, mean, std) -> Moments:
+def _moments(file, family, inferred, metadata, mean, std) -> Moments:
     if (mean is None) != (std is None):
         raise UserError("give both of mean and std, or neither")
     if mean is not None:
-        found = _floats(mean), _floats(std)
-    elif "mean" in said and "std" in said:
-        found = said["mean"], said["std"]
+        result = _floats(mean), _floats(std)
+    elif "mean" in metadata and "std" in metadata:
+        result = metadata["mean"], metadata["std"]
     else:
-        found = _default_moments(file, family, inferred)
+        result = _default_moments(file, family, inferred)
     channels = inferred["channels"]
-    if found is None or any(len(values) not in (1, channels) for values in found):
+    if result is None or any(len(values) not in (1, channels) for values in result):
         raise UserError(
             f"{file.path}: the normalisation of its {channels}-channel images is not known; give"
             " mean and std"
         )
-    if not np.isfinite(found).all() or min(found[1]) <= 0:
-        raise UserError(f"{file.path}: mean {found[0]} and std {found[1]} are no normalisation")
-    return found
+    if not np.isfinite(result).all() or min(result[1]) <= 0:
+        raise UserError(f"{file.path}: mean {result[0]} and std {result[1]} are no normalisation")
+    return result
 
 
 def _default_moments(file: TensorFile, family, inferred: Mapping[str, Any]) -> Moments | None:
@@ -228,19 +230,19 @@ def _default_moments(file: TensorFile, family, inferred: Mapping[str, Any]) -> M
         return moments("imagenet")
     if not inferred["qkv_bias"]:
         return _UNIT
-    # timm's backbones without a head are normalised in several ways.
+    # timm's backbones without a head have several normalisations.
     return _HALF if inferred["num_classes"] else None
 
 
 def fields(net: nn.Module) -> dict[str, Any]:
-    """What to make a network of a file anew with, as JSON has it: its sizes and normalisation."""
+    """JSON-serialisable constructor arguments of a network: its sizes and normalisation."""
     return {name: getattr(net, name) for name in (*_FILE_FIELDS[type(net)], "mean", "std")}
 
 
-def _net(family, inferred: Mapping[str, Any], given: Moments) -> nn.Module:
+def _net(family, inferred: Mapping[str, Any], normalisation: Moments) -> nn.Module:
     module = ResNet if family is resnet else VisionTransformer
     fields = {name: value for name, value in inferred.items() if name in _FILE_FIELDS[module]}
-    return module(**fields, mean=given[0], std=given[1])
+    return module(**fields, mean=normalisation[0], std=normalisation[1])
 
 
 _FILE_FIELDS = {
@@ -270,8 +272,8 @@ def _variables(file, family, inferred, net, drop_head, name) -> dict[tuple, np.n
     expected = jax.eval_shape(partial(net.init, jax.random.key(0)), image)
     shapes = {path: leaf.shape for path, leaf in flatten_dict(expected).items()}
     if family is vit:
-        places, of_head = vit.places(shapes, file, inferred)
-        unused = of_head if drop_head else []
+        places, pre_logits = vit.places(shapes, file, inferred)
+        unused = pre_logits if drop_head else []
     else:
         places, unused = resnet.places(shapes, file)
     if drop_head:
@@ -297,18 +299,18 @@ def _resized(file, flat, inferred, size: int) -> dict[tuple, np.ndarray]:
     return flat | {path: resized}
 
 
-# Cached, so that equal checks are one function to jit.
+# Cached, so that jit sees one function for equal arguments.
 @cache
 def _checked(shape: tuple[int, int, int], fixed_size: bool, net: nn.Module):
     return partial(_check_and_run, shape, fixed_size, net)
 
 
 def _check_and_run(shape, fixed_size, net, variables, images):
-    wanted = ", ".join(map(str, ("n", *(shape if fixed_size else ("h", "w", shape[2])))))
-    given = images.shape[1:] if fixed_size else images.shape[3:]
-    if images.ndim != 4 or given != (shape if fixed_size else shape[2:]):
+    actual, expected = (images.shape[1:], shape) if fixed_size else (images.shape[3:], shape[2:])
+    if images.ndim != 4 or actual != expected:
+        axes = ", ".join(map(str, shape if fixed_size else ("h", "w", shape[2])))
         hint = "; image_size resizes the position embeddings" if fixed_size else ""
-        raise UserError(f"images have shape {images.shape}, the network takes ({wanted}){hint}")
+        raise UserError(f"images have shape {images.shape}, the network takes (n, {axes}){hint}")
     return with_maps(net, variables, images)
 
 
@@ -318,15 +320,15 @@ def export_timm(
     """A trained ResNet or ViT of `oal_jax.models` as PyTorch tensors by timm's names.
 
     timm's and torchvision's ResNets and timm's `VisionTransformer` of the same sizes take them with
-    `strict=True`; for the 32 px stem their `conv1` and `maxpool` must be replaced first. Images
-    must be normalised by `net.mean` and `net.std` there, which is no part of the weights.
+    `strict=True`; for the 32 px stem their `conv1` and `maxpool` must be replaced first. Their
+    images must be normalised by `net.mean` and `net.std`, which the weights do not include.
 
     Args:
-      params, batch_stats: the variables, as `net.apply` takes them; no batch_stats for a ViT.
+      params, batch_stats: variables of `net.apply`; a ViT has no batch_stats.
       net: the module.
 
     Raises:
-      UserError: a stem, or a module, that timm does not have.
+      UserError: timm has no such stem or module.
     """
     variables = {"params": params, "batch_stats": batch_stats or {}}
     flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(variables).items()}
@@ -344,10 +346,9 @@ def save_timm(
     net: nn.Module,
     image_size: int | None = None,
 ) -> Path:
-    """`export_timm` as a safetensors file, written whole or not at all.
+    """Writes `export_timm` as a safetensors file, atomically.
 
-    The normalisation, the heads and `image_size` go into its metadata, where `load_classifier`
-    finds them.
+    Normalisation, heads and `image_size` are in its metadata, which `load_classifier` reads.
 
     Returns:
       The file.
@@ -359,8 +360,8 @@ def save_timm(
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: give a name that ends in .safetensors")
     tensors = export_timm(params, batch_stats, net)
-    said = {"mean": net.mean, "std": net.std, "image_size": image_size}
-    said |= {"heads": net.heads} if isinstance(net, VisionTransformer) else {}
-    metadata = {"format": "pt", _METADATA: json.dumps(said)}
+    entry = {"mean": net.mean, "std": net.std, "image_size": image_size}
+    entry |= {"heads": net.heads} if isinstance(net, VisionTransformer) else {}
+    metadata = {"format": "pt", _METADATA: json.dumps(entry)}
     artifacts.write_bytes(path, safetensors.numpy.save(tensors, metadata))
     return path

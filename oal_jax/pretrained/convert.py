@@ -1,9 +1,8 @@
 """`python -m oal_jax.pretrained.convert --input model.ckpt --output model.safetensors`.
 
-The tensors of a PyTorch checkpoint (`torch.save`: .ckpt, .pt, .pth, .bin) as a safetensors file
-that `load_classifier` reads. The only place that reads such files, with `weights_only=True`: a file
-that holds more than tensors and plain values is refused. Needs torch. Exit codes as those of
-`oal_jax.main`.
+Writes the tensors of a PyTorch checkpoint (`torch.save`: .ckpt, .pt, .pth, .bin) as a safetensors
+file, which `load_classifier` reads. Needs torch. A file that holds more than tensors and plain
+values is refused (`weights_only=True`). Exit codes are those of `oal_jax.main`.
 """
 
 import sys
@@ -16,12 +15,12 @@ import numpy as np
 from oal_jax.errors import UserError
 from oal_jax.runtime.command import BareParser, guard
 
-# Modules that wrap the network, one name of which is before every tensor's.
+# Modules that wrap the network: their name is a prefix of every tensor's.
 _WRAPPERS = ("module", "_orig_mod", "model", "net")
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse the arguments, convert, print a line about it."""
+    """Parses the arguments, converts, and prints one line."""
     parser = BareParser("oal_jax.pretrained.convert", __doc__)
     parser.add_argument("--input", type=Path, required=True, help="file of torch.save")
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
@@ -33,18 +32,18 @@ def run(argv: Sequence[str]) -> None:
 
 
 def convert(source: Path, target: Path, key: str | None = None) -> dict[str, np.ndarray]:
-    """Writes the tensors of `source` to `target`, whole or not at all; returns them.
+    """Writes the tensors of `source` to `target`, atomically; returns them.
 
-    Names that all begin with a wrapper's ("module.", of `DataParallel`) lose it.
+    A wrapper's prefix that all names share ("module.", of `DataParallel`) is removed.
 
     Args:
       source: a file of `torch.save`.
-      target: ends in `.safetensors`; replaced where it is there.
-      key: the entry that holds the tensors, where there are several.
+      target: ends in `.safetensors`; replaced if it exists.
+      key: the entry that holds the tensors, if there are several.
 
     Raises:
       UserError: torch is missing, no such file, a file that can't be read with
-        `weights_only=True`, no tensors in it or several lots of them.
+        `weights_only=True`, none or several entries that hold tensors.
     """
     from oal_jax.runtime import artifacts
 
@@ -61,8 +60,8 @@ def _load(source: Path) -> Any:
         import torch
     except ImportError:
         raise UserError(
-            "converting a PyTorch checkpoint needs torch; pip install torch, or convert the file"
-            " where torch is"
+            "converting a PyTorch checkpoint needs torch; pip install torch, or convert the file on"
+            " a machine that has it"
         ) from None
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
@@ -71,13 +70,13 @@ def _load(source: Path) -> Any:
     except Exception as error:  # damaged files raise many unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"--input {source} is damaged, or holds more than tensors ({reason[:160]}); where it"
-            " was made, save model.state_dict() alone"
+            f"--input {source} is damaged, or holds more than tensors ({reason[:160]}); save"
+            " model.state_dict() alone, with the program that wrote it"
         ) from None
 
 
 def _state_dict(source: Path, content: Any, key: str | None) -> Mapping[str, Any]:
-    """The tensors by name: the file itself, or the one entry of it that is such a dict."""
+    """The tensors by name: the content of the file, or its one entry that is such a dict."""
     if key is not None:
         if not isinstance(content, Mapping) or not _is_state(content.get(key)):
             raise UserError(f"--input {source} has no tensors by name under --key {key}")
@@ -85,12 +84,13 @@ def _state_dict(source: Path, content: Any, key: str | None) -> Mapping[str, Any
     if _is_state(content):
         return content
     entries = content.items() if isinstance(content, Mapping) else ()
-    found = {str(name): value for name, value in entries if _is_state(value)}
-    if not found:
+    states = {str(name): value for name, value in entries if _is_state(value)}
+    if not states:
         raise UserError(f"--input {source} is no state dict: it holds no tensors by name")
-    if len(found) > 1:
-        raise UserError(f"--input {source} has tensors under {', '.join(found)}; give one as --key")
-    return next(iter(found.values()))
+    if len(states) > 1:
+        names = ", ".join(states)
+        raise UserError(f"--input {source} has tensors under {names}; give one as --key")
+    return next(iter(states.values()))
 
 
 def _is_state(value: Any) -> bool:

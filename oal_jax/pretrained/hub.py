@@ -1,8 +1,7 @@
-"""Models on the Hugging Face hub: the directory of one, fetched where the cache lacks it.
+"""Directories of Hugging Face hub models, from the local cache or the network.
 
-The local cache is looked at first, and nothing is asked of the network when all is there
-(`HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, `HF_ENDPOINT` and `HF_TOKEN` mean what they mean to
-huggingface_hub).
+A model that is complete in the cache needs no network. `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE`,
+`HF_ENDPOINT` and `HF_TOKEN` have their usual meaning.
 """
 
 import errno
@@ -12,11 +11,11 @@ from pathlib import Path
 from oal_jax.config.hub_names import HubModel, parse
 from oal_jax.errors import UserError
 
-_SECONDS = 30  # that the hub has to answer what files a model has
+_TIMEOUT = 30  # seconds for the hub to list the files of a model
 
 
 def locate(text: str) -> Path:
-    """The directory that a path or a `hub:` name means, fetched if need be; see `fetch`."""
+    """The directory of a path or of a `hub:` name; see `fetch`."""
     model = parse(text)
     return fetch(model) if model else Path(text).expanduser()
 
@@ -24,11 +23,12 @@ def locate(text: str) -> Path:
 def fetch(model: HubModel) -> Path:
     """The directory of a model in diffusers' layout, from the cache or else from the hub.
 
-    Only what `diffusers_directory` reads is fetched: configs, tokenizer and one safetensors (or
-    msgpack) file a component, whatever variants, pickles and single-file checkpoints are beside.
+    Only the files that `diffusers_directory` reads are fetched: configs, tokenizer and one
+    safetensors (or msgpack) file per component. Variants, pickles and single-file checkpoints are
+    not.
 
     Raises:
-        UserError: neither the cache nor the hub has it; it isn't in diffusers' layout.
+      UserError: neither the cache nor the hub has the model, or it isn't in diffusers' layout.
     """
     import huggingface_hub as hub
     from huggingface_hub import errors
@@ -39,10 +39,10 @@ def fetch(model: HubModel) -> Path:
     if cached is not None:
         return cached
     try:
-        info = hub.HfApi().model_info(model.repository, revision=model.commit, timeout=_SECONDS)
+        info = hub.HfApi().model_info(model.repository, revision=model.commit, timeout=_TIMEOUT)
         names = [file.rfilename for file in info.siblings or ()]
-        wanted = diffusers_directory.needed(names, str(model))
-        path = hub.snapshot_download(model.repository, revision=model.commit, allow_patterns=wanted)
+        files = diffusers_directory.needed(names, str(model))
+        path = hub.snapshot_download(model.repository, revision=model.commit, allow_patterns=files)
     except errors.OfflineModeIsEnabled:
         raise UserError(
             f"{model} is not in the cache {hub.constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set;"
@@ -50,7 +50,7 @@ def fetch(model: HubModel) -> Path:
         ) from None
     except errors.GatedRepoError:
         raise UserError(
-            f"{model} wants its licence accepted: do so on {hub.constants.ENDPOINT}/"
+            f"{model} requires that its licence is accepted: do so on {hub.constants.ENDPOINT}/"
             f"{model.repository}, then set HF_TOKEN or run 'hf auth login'"
         ) from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
@@ -58,7 +58,7 @@ def fetch(model: HubModel) -> Path:
             f"{model}: {hub.constants.ENDPOINT} has no such repository or commit, or it is private"
             " and HF_TOKEN is not set"
         ) from None
-    except OSError as error:  # what requests raises, too, and an answer that is an error
+    except OSError as error:  # requests' errors are OSErrors too
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
@@ -70,24 +70,22 @@ def fetch(model: HubModel) -> Path:
 
 
 def _cached(model: HubModel) -> Path | None:
-    """The snapshot in the cache, if all of it is there: a download can have been interrupted."""
+    """The snapshot in the cache if it is complete; an interrupted download is not."""
     import huggingface_hub as hub
     from huggingface_hub import errors
 
     from oal_jax.pretrained import diffusers_directory
 
     try:
-        found = hub.snapshot_download(
-            model.repository, revision=model.commit, local_files_only=True
-        )
-        diffusers_directory.files(Path(found))
+        path = hub.snapshot_download(model.repository, revision=model.commit, local_files_only=True)
+        diffusers_directory.files(Path(path))
     except (errors.LocalEntryNotFoundError, UserError):
         return None
-    return Path(found)
+    return Path(path)
 
 
 def _reason(error: OSError) -> str:
-    """What is at the bottom of an error that wraps others."""
+    """The HTTP status or the system's message inside an error that wraps others."""
     response = getattr(error, "response", None)
     if response is not None:
         return f"HTTP {response.status_code}"

@@ -34,7 +34,7 @@ def recognises(names: Iterable[str]) -> bool:
 def infer(file: TensorFile) -> dict[str, Any]:
     """depth, width, stem, channels and num_classes (0: no head), from names and shapes.
 
-    A 3 x 3 stem is taken for OpenOOD's, of stride 1 and without a pool.
+    A 3 x 3 stem is read as OpenOOD's, of stride 1 and without a pool.
 
     Raises:
       UserError: blocks or a stem of another kind of ResNet.
@@ -73,7 +73,7 @@ def architecture(inferred: Mapping[str, Any]) -> str:
 
 
 def default_size(inferred: Mapping[str, Any]) -> int:
-    """Height and width of the images that the stem is made for."""
+    """Height and width of the images for which the stem is designed."""
     return 224 if inferred["stem"] == "imagenet" else 32
 
 
@@ -88,7 +88,7 @@ def torch_name(path: tuple[str, ...]) -> str:
 def places(
     shapes: Mapping[tuple, tuple[int, ...]], file: TensorFile
 ) -> tuple[dict[tuple, Place], list[str]]:
-    """Where the file has each variable; and the counters of batches, which nothing reads."""
+    """The place of each variable in the file; and names of the batch counters, which are unused."""
     # OpenOOD's ResNets for 32 px call the projection of a residual by another name.
     openood = any(".shortcut." in name for name in file.tensors)
 
@@ -107,7 +107,7 @@ def _load(path, arrays) -> np.ndarray:
 
 
 def export(variables: Mapping[tuple, np.ndarray], stem: str) -> dict[str, np.ndarray]:
-    """PyTorch's tensors of a trained network's variables; `UserError` for a stem of our own."""
+    """PyTorch's tensors of a trained network's variables; `UserError` for stem 'small'."""
     if stem == "small":
         raise UserError(
             "timm and torchvision have no ResNet with stem 'small' (3 x 3, stride 2); train with"

@@ -1,6 +1,6 @@
 """Names and array layouts of PyTorch checkpoints, derived from a Flax parameter tree.
 
-diffusers' and transformers' Flax ports keep the module structure of the PyTorch originals, so the
+diffusers' and transformers' Flax classes have the module structure of their PyTorch ones, so the
 PyTorch name of every leaf follows from its path in the Flax tree. Three things differ:
 
 - numbered submodules: `down_blocks_0` in Flax is `down_blocks.0` in PyTorch;
@@ -16,15 +16,13 @@ import numpy as np
 
 Path = tuple[str, ...]
 
-# Module lists of the ports: only in these does a trailing number mean an index (`linear_1` is a
-# plain name).
+# Module lists. Only after these is a trailing number an index (`linear_1` is a plain name).
 _LISTS = (
     "attentions|down_blocks|downsamplers|net|resnets|to_out|transformer_blocks|up_blocks|upsamplers"
 )
 _INDEXED = re.compile(rf"^({_LISTS})_(\d+)$")
 
-# The attention of the autoencoder, which the Flax port still calls by its first names; checkpoints
-# exist with both.
+# The attention of the autoencoder. The Flax class has the names of early checkpoints.
 _VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -34,11 +32,11 @@ def torch_names(path: Path) -> tuple[str, ...]:
     """The names a Flax leaf may have in a PyTorch checkpoint, the current one first.
 
     Args:
-        path: keys from the root of the Flax tree to the leaf, for example
-            `("down_blocks_0", "resnets_1", "conv1", "kernel")`.
+      path: keys from the root of the Flax tree to the leaf, for example
+        `("down_blocks_0", "resnets_1", "conv1", "kernel")`.
 
     Returns:
-        One name, or two where older checkpoints used another.
+      One name, or two if older checkpoints used another.
     """
     *modules, leaf = path
     parts = [_INDEXED.sub(r"\1.\2", module) for module in modules]
@@ -59,7 +57,7 @@ def torch_shape(path: Path, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def same_weights(shape: Sequence[int], expected: Sequence[int]) -> bool:
-    """Whether a tensor is of a shape, or is a dense kernel kept as a 1 x 1 convolution, or back.
+    """Whether two shapes are equal, or those of a dense kernel and of a 1 x 1 convolution.
 
     The attention of early autoencoders, and `proj_in` and `proj_out`, exist as both.
     """
@@ -78,7 +76,7 @@ def to_torch(path: Path, array: np.ndarray) -> np.ndarray:
 
 
 def from_torch(path: Path, array: np.ndarray) -> np.ndarray:
-    """A PyTorch tensor in Flax's layout (a view where numpy allows one)."""
+    """A PyTorch tensor in Flax's layout, as a view."""
     if path[-1] == "kernel" and array.ndim == 2:
         return array.T
     if path[-1] == "kernel" and array.ndim == 4:

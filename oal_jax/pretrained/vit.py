@@ -1,6 +1,6 @@
 """Vision Transformers between the names of timm, torchvision and Google and `models.vit`.
 
-The numbers are timm's: exact GELU and layer norms of epsilon 1e-6, for Google's files as well.
+As in timm, GELU is exact and layer norms have epsilon 1e-6, for Google's files as well.
 """
 
 import math
@@ -51,7 +51,7 @@ _TORCHVISION = (
     (re.compile(r"^pos_embed"), "encoder.pos_embedding"),
     (re.compile(r"^patch_embed\.proj"), "conv_proj"),
 )
-_MLP = {True: (("mlp.fc1", "mlp.linear_1"), ("mlp.fc2", "mlp.linear_2")),  # as they are published
+_MLP = {True: (("mlp.fc1", "mlp.linear_1"), ("mlp.fc2", "mlp.linear_2")),  # published files
         False: (("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.3"))}  # fmt: skip
 # From paths in the Flax tree.
 _GOOGLE = (
@@ -67,7 +67,7 @@ _GOOGLE = (
     (re.compile(r"^pos_embed"), "Transformer/posembed_input/pos_embedding"),
     (re.compile(r"^patch_embed"), "embedding"),
 )
-# What the files call by these names belongs to a head of two layers.
+# The first layer of a head of two layers.
 _PRE_LOGITS = re.compile(r"^pre_logits[./]")
 _KINDS = {
     "timm": re.compile(r"^(patch_embed|blocks)\."),
@@ -78,7 +78,7 @@ _BLOCK = re.compile(r"^(?:blocks\.|encoder\.layers\.encoder_layer_|Transformer/e
 
 
 def kind(names: Iterable[str]) -> str | None:
-    """Whose names these are: "timm", "torchvision", "google", or None."""
+    """The source of these names: "timm", "torchvision", "google", or None."""
     for whose, pattern in _KINDS.items():
         if any(map(pattern.match, names)):
             return whose
@@ -86,27 +86,30 @@ def kind(names: Iterable[str]) -> str | None:
 
 
 def without_root(file: TensorFile) -> TensorFile:
-    """Google's training checkpoints hold the weights below a root, beside the optimizer's state."""
+    """The weights of a Google training checkpoint, which also holds the optimizer's state.
+
+    Other files are returned as they are.
+    """
     for root in ("opt/target/", "params/"):
         if f"{root}embedding/kernel" in file.tensors:
-            kept = {
+            weights = {
                 name.removeprefix(root): array
                 for name, array in file.tensors.items()
                 if not name.startswith("opt/state/")
             }
-            return file._replace(tensors=kept)
+            return file._replace(tensors=weights)
     return file
 
 
 def infer(file: TensorFile, heads: int | None) -> dict[str, Any]:
     """Sizes, options, channels, image_size and num_classes (0: no head), from names and shapes.
 
-    Heads are in no PyTorch file: they are those given, of a known size, or width / 64. Nor is it
-    told by the tensors whether blocks are pre-norm with exact GELU: timm's "rpn" models (norms
-    after the residual branch) and those with tanh GELU have the same, and are not for this reader.
+    PyTorch files do not hold the number of heads: it is `heads`, or that of a known size, or width
+    / 64. Nor do tensors show whether blocks are pre-norm with exact GELU: timm's "rpn" models
+    (norms after the residual branch) and those with tanh GELU have the same, and would be misread.
 
     Raises:
-      UserError: a tensor that tells the architecture is missing, or tells of something else.
+      UserError: a tensor that determines the architecture is missing or has an unknown shape.
     """
     whose = kind(file.tensors)
     names = {
@@ -163,7 +166,7 @@ def infer(file: TensorFile, heads: int | None) -> dict[str, Any]:
 
 
 def _heads(file: TensorFile, width: int, depth: int, class_token: bool) -> int:
-    # timm has ViT-Base without a class token with 12 and with 16 heads: no guess there.
+    # timm has ViT-Base without a class token with 12 and with 16 heads, so they are not guessed.
     if class_token and (width, depth) in _SIZES:
         return _SIZES[width, depth][1]
     if width % 64 or not class_token:
@@ -175,7 +178,7 @@ def _heads(file: TensorFile, width: int, depth: int, class_token: bool) -> int:
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """The ratio that gives back `hidden` where the network rounds down."""
+    """The ratio whose product with `width`, rounded down, is `hidden`."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
@@ -210,7 +213,7 @@ def _torchvision(name: str, file: TensorFile) -> str:
 def places(
     shapes: Mapping[tuple, tuple[int, ...]], file: TensorFile, inferred: Mapping[str, Any]
 ) -> tuple[dict[tuple, Place], list[str]]:
-    """Where the file has each parameter; and what else belongs to its head."""
+    """The place of each parameter in the file; and the names of other tensors of its head."""
     whose = kind(file.tensors)
 
     def place(path, shape):
@@ -223,8 +226,8 @@ def places(
             return Place((name,), (shape[1], c, p, p), _flat_patches)
         return Place((name,), torch_layout.torch_shape(path, shape), partial(_load, path))
 
-    of_head = [name for name in file.tensors if _PRE_LOGITS.match(name)]
-    return {path: place(path, shape) for path, shape in shapes.items()}, of_head
+    pre_logits = [name for name in file.tensors if _PRE_LOGITS.match(name)]
+    return {path: place(path, shape) for path, shape in shapes.items()}, pre_logits
 
 
 def _load(path, arrays) -> np.ndarray:
@@ -240,7 +243,7 @@ def _google_place(path, shape, inferred) -> Place:
     name = _renamed("/".join(path[1:]), _GOOGLE)
     width, heads, load = inferred["width"], inferred["heads"], partial(_joined, shape)
     split = (heads, width // heads)
-    if "{}" in name:  # queries, keys and values apart, and a head at a time
+    if "{}" in name:  # queries, keys and values are three tensors, with an axis for the heads
         names = tuple(name.format(part) for part in ("query", "key", "value"))
         return Place(names, (width, *split) if path[-1] == "kernel" else split, load)
     if path[-3:-1] == ("attn", "proj") and path[-1] == "kernel":

@@ -1,8 +1,8 @@
-"""Stage `estimate_loss`: the constraint of Unleashing Mask, from the model that training starts at.
+"""Stage `estimate_loss`: the constraint of Unleashing Mask, from the initial model of the training.
 
-The mean cross-entropy of that model on the augmented training images, in evaluation mode, with a
-random few per cent of the weights of every tensor removed; the mean over several such masks,
-since it varies with the draw (arXiv 2306.03715 and its code take one).
+The constraint is the mean cross-entropy of that model on the augmented training images, in
+evaluation mode, with a random few per cent of the weights of every tensor removed. It varies with
+the mask, so it is averaged over several masks (arXiv 2306.03715 and its code use one).
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,10 +26,10 @@ from oal_jax.stages.context import Context
 
 
 def run(context: Context) -> list[Path]:
-    """Write `constraint.json`.
+    """Writes `constraint.json`.
 
-    `constraint` (nats, the mean of `per_mask`), `std` (of a single mask's, 0 for one), `unmasked`
-    (the loss without a mask), `keep_rate`, and how many of how many `weights` are `removed`.
+    `constraint` (nats, the mean of `per_mask`), `std` (of `per_mask`, 0 for one mask), `unmasked`
+    (the loss without a mask), `keep_rate`, and the numbers of `weights` and of `removed` ones.
     """
     m, key = context.config.method.um, named(context.key, "estimate_loss")
     data = context.train_images()
@@ -39,7 +39,7 @@ def run(context: Context) -> list[Path]:
 
     @jax.jit
     def masked(key, params):
-        # The size of uniform scores is uniform: every set of weights is as likely to be removed.
+        # Scores are uniform, so every set of weights is equally likely to be removed.
         return masking.apply_masks(params, masking.init_scores(key, params), m.mask_density)
 
     unmasked = mean_loss({"params": params, **model_state})
@@ -49,7 +49,7 @@ def run(context: Context) -> list[Path]:
     ]
     sizes = [weight.size for weight in masking.masked_tensors(params).values()]
     path = context.directory("estimate_loss") / train.CONSTRAINT
-    found = {
+    result = {
         "constraint": float(np.mean(per_mask)),
         "per_mask": per_mask,
         "std": float(np.std(per_mask, ddof=1)) if m.n_masks > 1 else 0.0,
@@ -58,10 +58,10 @@ def run(context: Context) -> list[Path]:
         "removed": sum(masking.zero_count(m.mask_density, size) for size in sizes),
         "weights": sum(sizes),
     }
-    artifacts.write_json(path, found)
+    artifacts.write_json(path, result)
     print(
         "estimate_loss: constraint {constraint:.4f} +- {std:.4f}, unmasked {unmasked:.4f}".format(
-            **found
+            **result
         ),
         flush=True,
     )
@@ -69,21 +69,16 @@ def run(context: Context) -> list[Path]:
 
 
 def make_mean_loss(context: Context, net: Any, data: ImageSet | Streamed):
-    """`variables -> mean cross-entropy`, in nats, over one augmented view of every image."""
+    """The function `variables -> mean cross-entropy` (nats) over one view of every image."""
     config, mesh = context.config, context.mesh
     view_key = named(context.key, "estimate_loss views")
 
     @jax.jit
     def batch_losses(variables, images, labels, indices):
-        drawn = augment(
-            view_key,
-            images,
-            indices,
-            jnp.zeros_like(indices),
-            shift=config.data.shift,
-            flip=config.data.flip,
-        )
-        logits, _ = net.apply(variables, distributed.shard_batch(drawn, mesh), train=False)
+        views = jnp.zeros_like(indices)
+        shift, flip = config.data.shift, config.data.flip
+        augmented = augment(view_key, images, indices, views, shift=shift, flip=flip)
+        logits, _ = net.apply(variables, distributed.shard_batch(augmented, mesh), train=False)
         return losses.cross_entropy(logits.astype(jnp.float32), labels)
 
     def mean_loss(variables) -> float:
@@ -100,7 +95,7 @@ def make_mean_loss(context: Context, net: Any, data: ImageSet | Streamed):
 
 
 def _numbered(chunks: Iterable[tuple]) -> Iterator[tuple]:
-    """(images, labels, indices) of chunks (images, labels) of a set."""
+    """(images, labels, indices) from the chunks (images, labels) of a set."""
     start = 0
     for images, labels in chunks:
         yield images, labels, np.arange(start, start + len(labels), dtype=np.int32)

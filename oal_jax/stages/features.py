@@ -1,5 +1,6 @@
-"""Stage `features`: the teacher's outputs on the ID images, unaugmented and per cached view."""
+"""Stage `features`: cached teacher outputs of the ID images, unaugmented and per augmented view."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from oal_jax.data.augment import augment
-from oal_jax.runtime import artifacts
+from oal_jax.runtime import artifacts, batched
 from oal_jax.runtime.keys import named
 from oal_jax.scores import compute
 from oal_jax.stages import outliers, teacher
@@ -16,17 +17,17 @@ from oal_jax.stages.context import Context, outputs_of_set
 
 
 def view_key(context: Context) -> jax.Array:
-    """The key of the augmented views: the student's batches draw from it too."""
+    """The key of the augmented views, which the student's batches share."""
     return named(context.key, "views")
 
 
 def run(context: Context) -> list[Path]:
-    """Write `features.safetensors` (deterministic, no augmentation) and `views.safetensors`.
+    """Writes `features.safetensors` (without augmentation) and `views.safetensors`.
 
     features: `features` (N, T), `logits` (N, K) float32, `labels` (N,). views: `features`
     (V, N, T) and `logits` (V, N, K) float16, V = teacher.views. Without views the teacher runs in
-    the student's steps: then only the images that the k-NN sampling reads, the first of each
-    class, pass through it here.
+    the student's steps, and this stage runs it only on the images that the k-NN sampling reads: the
+    first of each class.
     """
     config, directory = context.config, context.directory("features")
     data = context.train_images()
@@ -56,14 +57,17 @@ def run(context: Context) -> list[Path]:
     return [plain, cached]
 
 
-def _augmented(context: Context, images: np.ndarray, view: int) -> np.ndarray:
-    data = context.config.data
+def _augmented(context: Context, images: np.ndarray, view: int) -> Iterator[np.ndarray]:
+    """The images as uint8 batches of one augmented view."""
+    config, mesh = context.config, context.mesh
 
     @jax.jit
-    def draw(images):
-        indices = jnp.arange(len(images))
-        views = jnp.full(len(images), view)
-        drawn = augment(view_key(context), images, indices, views, shift=data.shift, flip=data.flip)
-        return jnp.round(drawn * 255).astype(jnp.uint8)
+    def draw(batch):
+        images, indices = batch
+        views = jnp.full_like(indices, view)
+        shift, flip = config.data.shift, config.data.flip
+        augmented = augment(view_key(context), images, indices, views, shift=shift, flip=flip)
+        return jnp.round(augmented * 255).astype(jnp.uint8)
 
-    return np.asarray(draw(images))
+    rows = images, np.arange(len(images), dtype=np.int32)
+    return batched.results(draw, [rows], config.evaluation.batch_size, mesh)

@@ -1,6 +1,6 @@
-"""Stage `generator`: the Stable Diffusion of the latents; shipped, given or trained."""
+"""Stage `generator`: the Stable Diffusion of the latents: shipped, of the user, or trained here."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -8,9 +8,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from oal_jax.config import GENERATED, hub_names
 from oal_jax.data import class_names
+from oal_jax.data.sources import ImageSet
+from oal_jax.data.stream import Streamed
 from oal_jax.errors import UserError
 from oal_jax.generator import conditioning, create, stable_diffusion
 from oal_jax.generator.training import latent_scale, make_diffusion_trainer, make_vae_trainer
@@ -22,16 +25,15 @@ from oal_jax.stages.context import Context
 from oal_jax.training import loop, session
 
 SHIPPED = files("oal_jax") / "pretrained" / "weights" / "fashion_sd"
-PROMPT = "A high-quality image of the {}"
 _TRAINED = "stable_diffusion"
 _RANDOM = "random_stable_diffusion"
-# Pixels that the autoencoder takes at once: its activations are the largest of all arrays. (250 of
-# the shipped generator's images, one of 512 x 512.)
+# Pixels per call of the autoencoder, whose activations are the largest arrays of a run: 250 images
+# of the shipped generator, or one of 512 x 512.
 _PIXELS = 250 * 32 * 32
 
 
 def directory(context: Context) -> Path:
-    """The diffusers directory that this run uses; one of the hub is fetched if need be."""
+    """The diffusers directory of this run; a model of the hub is fetched if it is not cached."""
     config = context.config.generator
     if config.directory == GENERATED:
         return context.directory("generator") / _RANDOM
@@ -45,93 +47,99 @@ def directory(context: Context) -> Path:
 def load(
     context: Context, dtype=jnp.float32, components: Sequence[str] = diffusers_directory.COMPONENTS
 ):
-    """(static part, parameters) of the generator; the arguments are `stable_diffusion.load`'s."""
+    """(static part, parameters) of the generator; see `stable_diffusion.load`."""
     return stable_diffusion.load(directory(context), dtype, components)
 
 
 def class_words(context: Context) -> tuple[str, ...]:
-    """What the prompts call the classes: `generator.class_words`, or the data set's own names.
+    """The words of the classes in prompts: `generator.class_words`, or the data set's names.
 
     Raises:
-        UserError: not one a class.
+      UserError: the number of words is not that of the classes.
     """
     names = context.info.class_names
-    given = tuple(
+    words = tuple(
         part.strip() for word in context.config.generator.class_words for part in word.split(",")
     )
-    if given and len(given) != len(names):
+    if words and len(words) != len(names):
         raise UserError(
-            f"config generator.class_words has {len(given)} words, {context.benchmark.id_set} has"
-            f" {len(names)} classes; give one a class, in the order of the labels"
+            f"config generator.class_words has {len(words)} words, {context.benchmark.id_set} has"
+            f" {len(names)} classes; give one word per class, in the order of the labels"
         )
-    return given or class_names.words(names)
+    return words or class_names.words(names)
 
 
 def token_norms(context: Context) -> np.ndarray:
-    """Norm of the token embedding of each class word, (C,)."""
+    """Norm of the token embedding of each class word's first piece, (K,)."""
     sd, params = load(context, components=("text_encoder",))
     words = class_words(context)
     return np.linalg.norm(conditioning.token_embeddings(sd, params, words), axis=-1)
 
 
 def run(context: Context) -> list[Path]:
-    """Write `source.json`: which generator, and the sha256 of its files; and a trained one."""
+    """Writes `source.json` (the generator's name, the sha256 of its files), and a new generator."""
     config = context.config.generator
-    drawn = config.directory == GENERATED
-    trained = config.train and not config.directory
-    if trained:
+    is_random = config.directory == GENERATED
+    is_trained = config.train and not config.directory
+    if is_trained:
         _train(context)
-    elif drawn:
+    elif is_random:
         processes.on_main(lambda: _write_random(context))
     where = Path(processes.on_main(lambda: str(directory(context))))
-    sd = stable_diffusion.check(where)  # what is missing or damaged is said here
-    conditioning.class_tokens(sd, class_words(context), PROMPT, "all_pieces")
-    found = diffusers_directory.files(where)
-    hashes = {str(p.relative_to(where)): artifacts.sha256(p) for p in found}
-    kind = "shipped" if where == Path(str(SHIPPED)) else _TRAINED if trained else str(where)
-    kind = config.directory if hub_names.parse(config.directory) or drawn else kind
-    # What else of the config outliers and latents depend on, where it is given.
+    sd = stable_diffusion.check(where)
+    conditioning.class_tokens(sd, class_words(context), "all_pieces")
+    files = diffusers_directory.files(where)
+    hashes = {str(p.relative_to(where)): artifacts.sha256(p) for p in files}
+    name = "shipped" if where == Path(str(SHIPPED)) else _TRAINED if is_trained else str(where)
+    name = config.directory if hub_names.parse(config.directory) or is_random else name
+    # Outliers and latents also depend on the class words.
     words = {"class_words": config.class_words} if config.class_words else {}
     path = context.directory("generator") / "source.json"
-    artifacts.write_json(path, {"directory": kind, "files": hashes, **words})
-    return [path, *found] if trained or drawn else [path]
+    artifacts.write_json(path, {"directory": name, "files": hashes, **words})
+    return [path, *files] if is_trained or is_random else [path]
 
 
-def encode(context: Context, sd, params, images: np.ndarray, dtype=jnp.float32) -> np.ndarray:
-    """Scaled VAE latents (N, h, w, C) of uint8 images."""
-    if not len(images):
-        return np.empty((0, *sd.latent_shape), dtype)
+def encode(
+    context: Context, sd, params, data: ImageSet | Streamed, dtype=jnp.float32
+) -> Float[np.ndarray, "n h w C"]:
+    """Scaled latents of the images of a set."""
 
     @jax.jit
     def forward(params, images):
-        images = distributed.shard_batch(to_unit(images), context.mesh)
-        return stable_diffusion.encode_images(sd, params, images).astype(dtype)
+        return stable_diffusion.encode_images(sd, params, to_unit(images)).astype(dtype)
 
-    placed = distributed.place_parameters({"vae": params["vae"]}, context.mesh)
-    batch = max(1, _PIXELS // sd.image_size**2)
-    return batched.apply(partial(forward, placed), [images], batch, context.mesh)
+    size = batched.rows_per_batch(_images_per_call(sd), context.mesh)
+    images = (chunk.images for chunk in data.chunks(size))
+    return _apply(context, sd, forward, params, images)
 
 
-def decode(context: Context, sd, params, latents: np.ndarray, shape) -> np.ndarray:
-    """uint8 images (N, H, W, c) of scaled latents; `shape` is (H, W, c) of the data."""
-    if not len(latents):
-        return np.empty((0, *shape), np.uint8)
+def decode(
+    context: Context, sd, params, latents: Float[np.ndarray, "n h w C"], shape: Sequence[int]
+) -> UInt8[np.ndarray, "n H W c"]:
+    """Images of scaled latents; `shape` is (H, W, c) of the data."""
 
     @jax.jit
     def forward(params, latents):
-        latents = distributed.shard_batch(latents, context.mesh)
         images = stable_diffusion.decode_latents(sd, params, latents, size=shape[:2])
         if images.shape[-1] != shape[-1]:
             images = jnp.mean(images, axis=-1, keepdims=True)
         return jnp.round(images * 255).astype(jnp.uint8)
 
-    placed = distributed.place_parameters({"vae": params["vae"]}, context.mesh)
-    batch = max(1, _PIXELS // sd.image_size**2)
-    return batched.apply(partial(forward, placed), [latents], batch, context.mesh)
+    return _apply(context, sd, forward, params, [latents])
+
+
+def _apply(context: Context, sd, forward, params, chunks: Iterable[np.ndarray]) -> np.ndarray:
+    """`forward(params, rows)` of the autoencoder over all rows."""
+    vae = distributed.place_parameters({"vae": params["vae"]}, context.mesh)
+    return batched.apply(partial(forward, vae), chunks, _images_per_call(sd), context.mesh)
+
+
+def _images_per_call(sd) -> int:
+    return max(1, _PIXELS // sd.image_size**2)
 
 
 def _train(context: Context) -> None:
-    """The autoencoder, then the text encoder and UNet on its latents; a diffusers directory."""
+    """Trains the autoencoder, then the text encoder and UNet; writes a diffusers directory."""
     config, stage = context.config.generator, context.directory("generator")
     target = stage / _TRAINED
     data = context.all_train_images()
@@ -145,14 +153,14 @@ def _train(context: Context) -> None:
     vae_state = _fit(context, "vae", init, step, examples, vae_plan)
     params = {"vae": jax.tree.map(distributed.to_host, vae_state.params["vae"])}
 
-    latents = encode(context, sd._replace(scaling_factor=1.0), params, data.images)
+    latents = encode(context, sd._replace(scaling_factor=1.0), params, data)
     scale = latent_scale(latents)
     plan = loop.Plan(len(data.images), config.batch_size, config.diffusion_epochs, log_every=50)
     words = class_words(context)
     init, step = make_diffusion_trainer(
         sd,
         key,
-        stable_diffusion.tokenize(sd, conditioning.class_prompts(words, PROMPT)),
+        stable_diffusion.tokenize(sd, conditioning.class_prompts(words)),
         stable_diffusion.tokenize(sd, [""])[0],
         steps=plan.steps,
     )
@@ -163,7 +171,7 @@ def _train(context: Context) -> None:
 
 
 def _write_fresh(context: Context, target: Path) -> None:
-    """The configs and the tokenizer of a small Stable Diffusion for the ID images."""
+    """Writes configs and tokenizer of a small Stable Diffusion for the ID images."""
     channels = context.info.image_shape[-1]
     create.create(
         target,
@@ -174,7 +182,7 @@ def _write_fresh(context: Context, target: Path) -> None:
 
 
 def _write_random(context: Context) -> None:
-    """A small Stable Diffusion of random weights, for smoke runs: training one takes longer."""
+    """Writes a small Stable Diffusion with random weights, for smoke runs."""
     target = directory(context)
     _write_fresh(context, target)
     init = partial(stable_diffusion.init_params, stable_diffusion.build(target))

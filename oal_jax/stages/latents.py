@@ -1,7 +1,7 @@
-"""Stage `latents`: outliers as latents, sampled with an outlier in place of the class's token.
+"""Stage `latents`: latents sampled with an outlier in place of the class word's embedding.
 
-The stage writes what the method's pools read and nothing else: sampled latents, their decoded
-images, the latents of the ID training images.
+The stage writes only the files that the method's pools read: sampled latents, their decoded images,
+latents of the ID training images.
 """
 
 from pathlib import Path
@@ -14,7 +14,6 @@ from jaxtyping import Float, Int32, UInt32
 from tqdm import tqdm
 
 from oal_jax.config import Config
-from oal_jax.data.sources import ImageSet
 from oal_jax.generator import conditioning, samplers, stable_diffusion
 from oal_jax.methods import registry
 from oal_jax.outliers.pools import DECODED_LATENTS, ID_LATENTS, LATENTS, OUTLIERS
@@ -24,7 +23,6 @@ from oal_jax.stages import generator
 from oal_jax.stages.context import Context
 
 PICTURES = 8  # latents of each class that are decoded for the report
-_STREAMED = 256  # images of a stream that are read at once
 
 
 def files(config: Config) -> set[str]:
@@ -38,33 +36,26 @@ def samples(config: Config) -> bool:
 
 
 def run(context: Context) -> list[Path]:
-    """Write what the method's pools read.
+    """Writes the files that the method's pools read.
 
-    `latents.safetensors`: `latents` (N, h, w, C) float32, `labels` (N,) int32, `outlier_rows` (N,)
-    int32 (which outlier of its class conditioned each), `indices` (N,) uint32 (folded into the key
-    for the noise); `pictures.safetensors`: `outliers`, the first of each class decoded, uint8
-    (K, n, H, W, c); `prompts.json`. `decoded.safetensors`: `images` (N, H, W, c) uint8, all of them
-    decoded. `id_latents.safetensors`: `latents` of the ID training images, float16.
+    - `latents.safetensors`: `latents` (N, h, w, C) float32; `labels` (N,) int32; `outlier_rows`
+      (N,) int32, the outlier of the class that conditioned each; `indices` (N,) uint32, folded into
+      the key of the noise. With it `pictures.safetensors`: `outliers` (K, n, H, W, c) uint8, the
+      first latents of each class decoded; and `prompts.json`.
+    - `decoded.safetensors`: `images` (N, H, W, c) uint8, all latents decoded.
+    - `id_latents.safetensors`: `latents` of the ID training images, float16.
     """
     config, stage = context.config, context.directory("latents")
     dtype = jnp.dtype(config.generator.dtype)
-    components = diffusers_components(config)
+    components = ("text_encoder", "unet", "vae") if samples(config) else ("vae",)
     sd, params = generator.load(context, dtype, components)
     written = _write_sampled(context, sd, params) if samples(config) else []
     if ID_LATENTS in files(config):
         path = stage / ID_LATENTS
-        data = context.train_images()
-        whole = isinstance(data, ImageSet)
-        images = data.images if whole else (chunk.images for chunk in data.chunks(_STREAMED))
-        latents = generator.encode(context, sd, params, images, jnp.float16)
+        latents = generator.encode(context, sd, params, context.train_images(), jnp.float16)
         artifacts.write_tensors(path, {"latents": latents})
         written.append(path)
     return written
-
-
-def diffusers_components(config: Config) -> tuple[str, ...]:
-    """The parts of the generator that this stage runs."""
-    return ("text_encoder", "unet", "vae") if samples(config) else ("vae",)
 
 
 def _write_sampled(context: Context, sd, params) -> list[Path]:
@@ -86,7 +77,7 @@ def _write_sampled(context: Context, sd, params) -> list[Path]:
     written.append(stage / "pictures.safetensors")
     images = images.reshape(shown, classes, *shape).swapaxes(0, 1)
     artifacts.write_tensors(written[-1], {"outliers": images})
-    prompts = conditioning.class_prompts(words, generator.PROMPT)
+    prompts = conditioning.class_prompts(words)
     written.append(stage / "prompts.json")
     artifacts.write_json(
         written[-1], {"prompts": prompts, "key": "root seed, folded with 'latents'"}
@@ -95,13 +86,13 @@ def _write_sampled(context: Context, sd, params) -> list[Path]:
 
 
 class Inputs(NamedTuple):
-    """One row per latent to sample, the classes in turn.
+    """Inputs of the sampler: one row per latent, the classes in turn.
 
     Attributes:
-      labels: the class.
-      outlier_rows: which outlier of its class conditions it.
-      indices: folded into the key for its noise.
-      outliers: these outliers.
+      labels: classes.
+      outlier_rows: rows of the conditioning outliers within their classes.
+      indices: folded into the key of the noise.
+      outliers: the conditioning outliers.
     """
 
     labels: Int32[np.ndarray, " n"]
@@ -111,7 +102,7 @@ class Inputs(NamedTuple):
 
 
 def draw_inputs(context: Context, per_class: int) -> Inputs:
-    """The inputs of `per_class` latents of each class, conditioned by random outliers of it."""
+    """Inputs of `per_class` latents per class, conditioned by random outliers of the class."""
     tensors = artifacts.read_tensors(context.directory("outliers") / OUTLIERS)
     outliers = tensors["outliers"]
     classes, count, _ = outliers.shape
@@ -122,10 +113,10 @@ def draw_inputs(context: Context, per_class: int) -> Inputs:
 
 
 def sampling(context: Context, sd):
-    """`(params, ids, mask, empty, vectors, labels, indices) -> latents`, jitted: one chunk.
+    """The jitted sampler: `(params, ids, mask, empty, vectors, labels, indices) -> latents`.
 
-    ids, mask: (K, L) of the class prompts; empty: (1, L) of the empty one. One row per latent:
-    vectors (n, D) float32, labels (n,) int32, indices (n,) uint32.
+    `ids` and `mask` (K, L) are of the class prompts, `empty` (1, L) of the empty prompt. There is
+    one row per latent in `vectors` (n, D) float32, `labels` (n,) int32 and `indices` (n,) uint32.
     """
     config, mesh = context.config.latents, context.mesh
     draw = samplers.make_sampler(
@@ -149,7 +140,7 @@ def sampling(context: Context, sd):
 
 
 def chunk_size(context: Context, latent_shape: tuple[int, int, int], classes: int) -> int:
-    """Latents of a shape sampled at once, a multiple of the devices; see `latents.chunk`."""
+    """Latents per call of the sampler, a multiple of the devices; see `latents.chunk`."""
     devices, (height, width, _) = context.mesh.shape["data"], latent_shape
     all_latents = -(-classes * context.config.latents.per_class // devices)
     count = context.config.latents.chunk * 8 * 8 // (height * width)
@@ -159,10 +150,8 @@ def chunk_size(context: Context, latent_shape: tuple[int, int, int], classes: in
 def _sample(
     context: Context, sd, params: Any, class_words, inputs: Inputs
 ) -> Float[np.ndarray, "n h w C"]:
-    """The latents of the inputs, in chunks of one compiled program."""
-    ids, mask, empty = conditioning.class_tokens(
-        sd, class_words, generator.PROMPT, injection(context.config)
-    )
+    """The latents of the inputs, sampled in chunks by one compiled program."""
+    ids, mask, empty = conditioning.class_tokens(sd, class_words, injection(context.config))
     sample = sampling(context, sd)
     chunk = chunk_size(context, sd.latent_shape, len(class_words))
     ids, mask, empty = distributed.replicate((ids, mask, empty), context.mesh)
@@ -178,12 +167,12 @@ def _sample(
 
 
 def injection(config: Config) -> str:
-    """Where an outlier is injected: at all pieces of its class word, or as the official code."""
+    """The injection mode: all pieces of the class word, or as the official code."""
     return "first_piece" if config.outliers.official_code else "all_pieces"
 
 
 def pictures(context: Context) -> dict[str, np.ndarray]:
-    """Decoded `outliers`, (K, n, H, W, c) uint8; empty where the stage sampled none."""
+    """Decoded `outliers`, (K, n, H, W, c) uint8; empty if the stage samples none."""
     if not samples(context.config):
         return {}
     return artifacts.read_tensors(context.directory("latents") / "pictures.safetensors")
