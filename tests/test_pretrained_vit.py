@@ -39,9 +39,9 @@ def test_vit_equals_numpy_from_timm_s_tensors(tmp_path, patch, channels):
     assert loaded.config.image_shape == (2 * patch, 2 * patch, channels)
     mean, std = (0.5, 0.5) if channels == 3 else (0.4, 0.2)
     images = images_of(loaded)
-    outputs = assert_gives(loaded, images, numpy_vit(tensors, images, 2, mean, std))
-    # Maps: the embedded patches and both blocks, the class token not among them.
-    assert [layer.shape for layer in outputs.layers] == [(2, 8)] * 3
+    maps = assert_gives(loaded, images, numpy_vit(tensors, images, 2, mean, std))
+    # Maps: the embedded patches and both blocks, without the class token.
+    assert [layer.shape for layer in maps] == [(2, 2, 2, 8)] * 3
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -115,7 +115,7 @@ def test_google_s_pre_logits_are_dropped_with_the_head(tmp_path):
     with pytest.raises(UserError, match="left over pre_logits/kernel, pre_logits/bias$"):
         load_classifier(tmp_path / "vit.npz")
     loaded = load_classifier(tmp_path / "vit.npz", num_classes=5, new_head=jax.random.key(0))
-    assert loaded.config.num_classes == 5 and loaded.head.kernel.shape == (8, 5)
+    assert loaded.config.num_classes == 5 and loaded.head[0].shape == (8, 5)
     np.testing.assert_array_equal(loaded.variables["params"]["norm"]["bias"], tensors[
         "Transformer/encoder_norm/bias"])  # fmt: skip
 
@@ -162,7 +162,7 @@ def test_position_embeddings_are_resized_and_a_plane_stays_a_plane(tmp_path):
     expected = np.stack([rows / 12, columns / 12] * 4, -1)
     inner = np.s_[3:-3, 3:-3]  # the border is extrapolated
     np.testing.assert_allclose(resized[0, 1:].reshape(12, 12, 8)[inner], expected[inner], atol=1e-5)
-    assert jax.eval_shape(loaded.forward, images_of(loaded)).logits.shape == (2, 3)
+    assert jax.eval_shape(loaded.forward, images_of(loaded))[0].shape == (2, 3)
     with pytest.raises(UserError, match="image_size 30 .* 4 px"):
         load_classifier(path, heads=2, image_size=30)
 
