@@ -18,6 +18,7 @@ class Net(nn.Module):
     """The smallest classifier with what the methods rely on: batch statistics and a head `fc`."""
 
     feature_width: int = 5
+    num_classes: int = CLASSES
 
     @nn.compact
     def __call__(self, images, train=False, statistics=None):
@@ -25,7 +26,7 @@ class Net(nn.Module):
         mask = None if statistics is None else statistics[:, None, None, None]
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="bn")(x, mask=mask)
         features = jnp.mean(nn.relu(x), axis=(1, 2))
-        return nn.Dense(CLASSES, name="fc")(features), features
+        return nn.Dense(self.num_classes, name="fc")(features), features
 
 
 def numpy_net(params, images, others, shared_statistics=False):

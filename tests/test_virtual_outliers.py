@@ -19,7 +19,7 @@ def test_a_queue_keeps_the_latest_rows_of_every_class():
     rng, size = np.random.default_rng(0), 4
     queue = class_queue.empty(CLASSES, size, 2)
     model = {c: collections.deque(maxlen=size) for c in range(CLASSES)}
-    push = jax.jit(class_queue.push)
+    push, is_full = jax.jit(class_queue.push), jax.jit(class_queue.is_full)
     for step in range(12):
         # The third batch is of one class alone, and more than its queue holds.
         labels = np.full(7, 1) if step == 2 else rng.integers(CLASSES, size=7)
@@ -27,12 +27,13 @@ def test_a_queue_keeps_the_latest_rows_of_every_class():
         queue = push(queue, features, labels)
         for row, label in zip(features, labels, strict=True):
             model[label].append(row)
-        assert bool(class_queue.is_full(queue)) == all(len(q) == size for q in model.values())
+        assert bool(is_full(queue)) == all(len(q) == size for q in model.values())
         for label, expected in model.items():
             rows = np.asarray(queue["rows"][label])
             assert {tuple(r) for r in rows if r.any()} == {tuple(r) for r in expected}
     # Of 9 rows for 4 places the first 5 go nowhere, and no place is written twice.
-    places, _ = class_queue.slots(jnp.array([0, 3, 0]), jnp.full(9, 1), size)
+    slots = jax.jit(class_queue.slots, static_argnums=2)
+    places, _ = slots(jnp.array([0, 3, 0]), jnp.full(9, 1), size)
     assert places.tolist() == [4, 4, 4, 4, 4, 0, 1, 2, 3]
     # The oldest is the next to go.
     oldest = {c: q[0] for c, q in model.items()}
@@ -40,7 +41,7 @@ def test_a_queue_keeps_the_latest_rows_of_every_class():
     for label, row in oldest.items():
         assert not (np.asarray(after[label]) == row).all(1).any()
     value = lambda x: class_queue.push(queue, x, jnp.array([0]))["rows"].sum()
-    assert not jax.grad(value)(jnp.ones((1, 2))).any()
+    assert not jax.jit(jax.grad(value))(jnp.ones((1, 2))).any()
 
 
 @pytest.mark.parametrize(("name", "group"), [("vos", "energy"), ("npos", "discriminator")])
