@@ -54,6 +54,14 @@ def numpy_cross_entropy(logits, labels):
     return np.mean(np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), labels])
 
 
+def numpy_mask(scores, density):
+    """Mask of the largest |score|, by a sort."""
+    order = np.argsort(np.abs(scores).ravel(), kind="stable")
+    mask = np.ones(scores.size, bool)
+    mask[order[: int((1 - density) * scores.size)]] = False
+    return mask.reshape(scores.shape)
+
+
 def unit(x):
     """Rows of unit length."""
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
