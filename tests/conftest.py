@@ -22,7 +22,7 @@ if "OAL_JAX_TEST_PROGRAMS" not in os.environ and "PYTEST_XDIST_WORKER" not in os
     os.environ["OAL_JAX_TEST_PROGRAMS"] = directory  # set it to keep programs between runs
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["OAL_JAX_TEST_PROGRAMS"]
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**31)  # only then its files are locked
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"  # few files: each access lists all
 
 import jax
 import pytest
