@@ -11,7 +11,7 @@ from classifier_files import (
     write,
 )
 
-from oal_jax.pretrained.classifiers import load_classifier
+from oal_jax.pretrained.classifiers import describe, load_classifier
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,9 @@ def test_resnet_equals_numpy_from_the_file_s_tensors(tmp_path, depth, kernel, sh
 
 @pytest.mark.parametrize("depth", [18, 34, 50])
 def test_depth_is_counted(tmp_path, depth):
-    loaded = load_classifier(write(tmp_path / "net.safetensors", resnet_tensors(depth)))
-    assert loaded.net.depth == depth and loaded.config.num_classes == 10
+    sizes = describe(write(tmp_path / "net.safetensors", resnet_tensors(depth)))
+    width = 64 if depth == 50 else 16
+    assert sizes == {"width": width, "depth": depth, "num_classes": 10, "channels": 3}
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_heads_are_those_of_the_known_sizes(tmp_path, width, depth, heads):
 @pytest.mark.parametrize("hidden", [16, 11, 13, 33])
 def test_hidden_width_is_exact(tmp_path, hidden):
     loaded = load_classifier(
-        write(tmp_path / "vit.safetensors", vit_tensors(width=12, hidden=hidden)), heads=2
+        write(tmp_path / "vit.safetensors", vit_tensors(width=12, depth=1, hidden=hidden)), heads=2
     )
     assert loaded.variables["params"]["blocks_0"]["mlp_fc1"]["bias"].shape == (hidden,)
 
