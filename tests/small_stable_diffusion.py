@@ -1,5 +1,7 @@
 """Small Stable Diffusions for the tests: weights drawn by NumPy, the same ones everywhere."""
 
+import functools
+import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +71,19 @@ def write_tiny(directory: Path) -> Path:
     """The directory of a `TINY` model: tokenizer with two words, configs, weights."""
     create.create(directory, ("cat", "dog"), width=32, overrides=TINY)
     return write_weights(directory)
+
+
+@functools.cache
+def tiny():
+    """(static part, parameters) of the `TINY` model; loaded once a process."""
+    with tempfile.TemporaryDirectory() as directory:
+        return stable.load(write_tiny(Path(directory)))
+
+
+@functools.cache
+def shipped():
+    """(static part, parameters) of the shipped model; loaded once a process."""
+    return stable.load(SHIPPED)
 
 
 def write_small(directory: Path, words: Sequence[str] = WORDS) -> Path:

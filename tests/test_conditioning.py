@@ -6,22 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_stable_diffusion import SHIPPED, write_tiny
+from small_stable_diffusion import shipped, tiny
 
 from oal_jax.errors import UserError
 from oal_jax.generator import conditioning
 from oal_jax.generator import stable_diffusion as stable
 from oal_jax.generator.create import FASHION_CLASSES
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return stable.load(write_tiny(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return stable.load(SHIPPED)
 
 
 def encode(sd, params, ids):
@@ -34,16 +24,16 @@ def inject(sd, params, ids, mask, vectors):
     )
 
 
-def test_class_words_of_the_shipped_model_are_few_pieces(shipped):
-    sd, _ = shipped
+def test_class_words_of_the_shipped_model_are_few_pieces():
+    sd, _ = shipped()
     pieces = {w: sd.tokenizer.tokenize(w) for w in FASHION_CLASSES}
     assert pieces.pop("t-shirt") == ["t</w>", "-</w>", "shirt</w>"]
     assert all(len(p) == 1 for p in pieces.values())
     assert sd.tokenizer.decode(sd.tokenizer("a t-shirt, ünknown").input_ids).count("ünknown") == 1
 
 
-def test_injection_equals_editing_the_table(shipped):
-    sd, params = shipped
+def test_injection_equals_editing_the_table():
+    sd, params = shipped()
     names = FASHION_CLASSES
     ids, mask, _ = conditioning.class_tokens(sd, names)
     vectors = jax.random.normal(jax.random.key(0), (len(names), sd.text_width)) * 0.3
@@ -65,8 +55,8 @@ def test_injection_equals_editing_the_table(shipped):
         assert np.abs(injected[row, first:] - plain[row, first:]).max(axis=1).min() > 1e-3
 
 
-def test_injection_changes_only_masked_rows(tiny):
-    sd, params = tiny
+def test_injection_changes_only_masked_rows():
+    sd, params = tiny()
     ids, mask, _ = conditioning.class_tokens(sd, ("cat", "dog"))
     mask[1] = False
     out = inject(sd, params, ids, mask, np.ones((2, 32)))
@@ -75,9 +65,9 @@ def test_injection_changes_only_masked_rows(tiny):
     assert np.abs(out[0] - plain[0]).max() > 1e-3
 
 
-def test_injection_maps_over_outliers(tiny):
+def test_injection_maps_over_outliers():
     """Many outliers for one prompt, by vmap: each as if alone."""
-    sd, params = tiny
+    sd, params = tiny()
     ids, mask, _ = conditioning.class_tokens(sd, ("cat",))
     vectors = jax.random.normal(jax.random.key(0), (5, 32))
 
@@ -90,8 +80,8 @@ def test_injection_maps_over_outliers(tiny):
 
 
 @pytest.mark.parametrize("mode", conditioning.INJECTION_MODES)
-def test_class_names_of_several_words(tiny, mode):
-    sd, _ = tiny
+def test_class_names_of_several_words(mode):
+    sd, _ = tiny()
     names = ("aquarium_fish", "pickup truck", "cat", "[kite] bird", "pickup [truck]")
     prompts = conditioning.class_prompts(names)
     assert prompts[0] == "A high-quality image of the aquarium fish"
@@ -118,8 +108,8 @@ def test_class_names_without_words(name):
         conditioning.prompt_word(name)
 
 
-def test_injection_modes_and_faults(shipped):
-    sd, params = shipped
+def test_injection_modes_and_faults():
+    sd, params = shipped()
     ids, first, empty = conditioning.class_tokens(sd, ("t-shirt", "shirt"))
     _, all_pieces, _ = conditioning.class_tokens(sd, ("t-shirt", "shirt"), "all_pieces")
     assert first.sum(axis=1).tolist() == [1, 1] and all_pieces.sum(axis=1).tolist() == [3, 1]

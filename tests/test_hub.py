@@ -158,6 +158,7 @@ def test_a_cached_model_needs_no_network(tmp_path):
     assert other in missing and "Connection refused" in missing
 
 
+@pytest.mark.slow
 def test_the_command_exits_with_one_line_and_status_2(tmp_path):
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "oal_jax.main", "--config", "configs/fashion.py"]

@@ -9,28 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_stable_diffusion import SHIPPED, write_tiny
+from small_stable_diffusion import SHIPPED, shipped, tiny, write_tiny
 
 from oal_jax.data import sources
 from oal_jax.errors import UserError
 from oal_jax.generator import conditioning, samplers
 from oal_jax.generator import stable_diffusion as stable
 from oal_jax.generator.create import FASHION_CLASSES
-
-
-@pytest.fixture(scope="module")
-def tiny_directory(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_directory):
-    return stable.load(tiny_directory)
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return stable.load(SHIPPED)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +64,8 @@ def test_libraries_are_imported_late_and_by_commands_without_torch(
     assert lines[0] != "ready" or run.returncode == 0, run.stderr
 
 
-def test_no_deprecation_notices(tiny, caplog):
-    sd, _ = tiny
+def test_no_deprecation_notices(caplog):
+    sd, _ = tiny()
     key = jax.random.key(0, impl="unsafe_rbg")
     jax.eval_shape(functools.partial(stable.init_params, sd), key)
     assert "deprecated" not in caplog.text
@@ -89,8 +74,8 @@ def test_no_deprecation_notices(tiny, caplog):
 # --- precision and sizes --------------------------------------------------------------------------
 
 
-def test_bfloat16(tiny_directory):
-    sd, params = stable.load(tiny_directory, jnp.bfloat16)
+def test_bfloat16(tmp_path):
+    sd, params = stable.load(write_tiny(tmp_path), jnp.bfloat16)
     assert params["unet"]["conv_in"]["kernel"].dtype == jnp.bfloat16
     assert params["vae"]["quant_conv"]["kernel"].dtype == jnp.float32
     apply = jax.jit(functools.partial(stable.apply_unet, sd))
@@ -99,9 +84,9 @@ def test_bfloat16(tiny_directory):
 
 
 @pytest.mark.parametrize("side", [8, 9, 12, 16, 32])
-def test_images_of_other_sizes(tiny, side):
+def test_images_of_other_sizes(side):
     """The autoencoder has 16 px, 4 a latent: 9 to 16 px are padded, others resized."""
-    sd, params = tiny
+    sd, params = tiny()
     images = np.random.default_rng(0).random((2, side, side, 1), np.float32)
     fitted = np.asarray(stable.fit_images(sd, images))
     assert fitted.shape == (2, 16, 16, 1)
@@ -117,13 +102,13 @@ def test_images_of_other_sizes(tiny, side):
     assert shape == (2, side, side, 1)
 
 
-def test_images_that_are_not_square(tiny):
+def test_images_that_are_not_square():
     with pytest.raises(UserError, match="not square"):
-        stable.fit_images(tiny[0], jnp.zeros((1, 40, 30, 1)))
+        stable.fit_images(tiny()[0], jnp.zeros((1, 40, 30, 1)))
 
 
-def test_pad_images_faults(tiny):
-    sd, _ = tiny
+def test_pad_images_faults():
+    sd, _ = tiny()
     with pytest.raises(UserError, match="17 x 14"):
         stable.pad_images(sd, jnp.zeros((1, 17, 14, 1)))
     with pytest.raises(UserError, match="1 channels, not 3"):
@@ -137,8 +122,8 @@ def test_shipped_directory_is_small():
     assert sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file()) < 6_000_000
 
 
-def test_shipped_autoencoder_reconstructs_garments(shipped, garments):
-    sd, params = shipped
+def test_shipped_autoencoder_reconstructs_garments(garments):
+    sd, params = shipped()
     images = garments[0][:24]
     latents = jax.jit(functools.partial(stable.encode_images, sd))(params, images)
     assert latents.shape == (24, 8, 8, 4) and 0.8 < float(jnp.std(latents)) < 1.2
@@ -150,9 +135,9 @@ def test_shipped_autoencoder_reconstructs_garments(shipped, garments):
 
 
 @pytest.mark.slow
-def test_generated_garments_are_of_the_prompted_class(shipped, garments):
+def test_generated_garments_are_of_the_prompted_class(garments):
     """The nearest real image, by squared distance of pixels, is mostly of the prompted class."""
-    sd, params = shipped
+    sd, params = shipped()
     ids, _, empty = conditioning.class_tokens(sd, FASHION_CLASSES)
     labels = np.arange(48) % 8
     encode = jax.jit(functools.partial(stable.encode_prompts, sd))
