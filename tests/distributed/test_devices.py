@@ -22,6 +22,7 @@ from oal_jax import scores as post_hoc
 from oal_jax.config import Config
 from oal_jax.data.augment import augment
 from oal_jax.errors import UserError
+from oal_jax.generator import attention, conditioning
 from oal_jax.methods import ce
 from oal_jax.outliers import knn
 from oal_jax.runtime import artifacts, batched, distributed, preemption, processes
@@ -320,11 +321,24 @@ def test_the_generator_samples_alike_with_split_parameters(tmp_path, monkeypatch
         sd, params = generator.load(context)
         where = jax.tree.leaves(distributed.shardings(params, context.mesh))
         assert sum("model" in s.spec for s in where) == (0 if model == 1 else 79)
-        sample = latents._sampler(context, sd, params, generator.class_words(context))
+        tokens = conditioning.class_tokens(sd, generator.class_words(context))
         vectors = np.random.default_rng(0).normal(size=(8, sd.text_width)).astype(np.float32)
-        numbers = np.arange(8)
-        sampled.append(sample(vectors, numbers.astype(np.int32), numbers, "latents"))
+        labels, indices = np.arange(8, dtype=np.int32), np.arange(8, dtype=np.uint32)
+        sample = latents.sampling(context, sd)
+        placed = distributed.place_parameters(params, context.mesh)
+        sampled.append(sample(placed, *tokens, vectors, labels, indices))
     np.testing.assert_allclose(sampled[1], sampled[0], rtol=1e-4, atol=1e-4)
+
+
+def test_blockwise_attention_leaves_a_batch_on_its_devices():
+    rows = distributed.over_data(distributed.make_mesh())
+    shape = (len(jax.devices()), 128, 2, 8)
+    arrays = [jax.random.normal(key, shape) for key in jax.random.split(KEY, 3)]
+    program = jax.jit(attention.blockwise, in_shardings=rows, out_shardings=rows)
+    compiled = program.lower(*arrays).compile()
+    assert "all-gather" not in compiled.as_text()
+    mixed = compiled(*jax.device_put(arrays, rows))
+    np.testing.assert_allclose(mixed, jax.jit(attention.whole)(*arrays), atol=2e-6)
 
 
 @pytest.fixture(scope="module")
