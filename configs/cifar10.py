@@ -45,7 +45,7 @@ def get_config() -> Config:
         heads=12,
         mlp_ratio=4.0,
         epochs=50,
-        views=0,  # run anew in every step
+        views=0,  # the teacher runs in every step
     )
     config.generator = Generator(
         directory="hub:CompVis/stable-diffusion-v1-4@133a221b8aa7292a167afc5127cb63fb5005638b"

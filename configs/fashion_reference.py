@@ -4,7 +4,7 @@ python -m oal_jax.main --config configs/fashion_reference.py
 
 The k-NN rows that the mixed-up reshape returns, the first piece of the class word replaced, 50
 PNDM steps at guidance 7.5, latents reduced to their mean over channels and height, both CLUB
-terms paired at random and minimised jointly, the teacher run anew in every step, plain SGD at the
+terms paired at random and minimised jointly, the teacher run in every step, plain SGD at the
 official rates without warm-up or clipping. The official student starts from a trained classifier:
 
 python -m oal_jax.main --config configs/fashion.py --workdir runs/ce --config.method.name=ce

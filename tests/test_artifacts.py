@@ -158,7 +158,7 @@ def test_a_damaged_output_is_refused_by_name(tmp_path, damage, said):
     damage(path)
     with pytest.raises(UserError, match=rf"x\.safetensors {said}"):
         artifacts.is_done(tmp_path / "stage", INPUTS)
-    # With other inputs the stage runs anew anyway: nothing to refuse.
+    # With other inputs the stage runs again anyway: nothing to refuse.
     assert not artifacts.is_done(tmp_path / "stage", {"config": {}, "stages": {}})
 
 

@@ -27,7 +27,7 @@ def tiny_directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shapes(tiny_directory):
-    """Of all parameters. Computing them takes most of the time of a load."""
+    """Shapes of all parameters. Computing them takes most of the time of a load."""
     return stable.param_shapes(stable.build(tiny_directory), tiny_directory)
 
 

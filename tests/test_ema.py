@@ -160,7 +160,7 @@ def test_it_is_a_share_below_one(tmp_path):
 
 @pytest.mark.slow
 def test_the_saved_student_is_the_average(tmp_path, monkeypatch):
-    """Of the same training: the last checkpoint's average, not its last weights."""
+    """The average in the last checkpoint of the same training, not its last weights."""
     states = []
     real = session.train
 

@@ -74,7 +74,7 @@ def test_features_are_recognised_by_their_types(tmp_path):
     data = load(tmp_path, "scans", id_set="scans")
     np.testing.assert_array_equal(data.images, scans)
     assert data.labels.tolist() == [0, 1, 0, 1]
-    # Of several of a type, the one with the usual name.
+    # Among several of a type, the one with the usual name.
     both = [{**e, "coarse": 0} for e in photos(3, classes=3)]
     features = {"image": an_image((12, 12, 3)), "label": a_class(3), "coarse": a_class(2)}
     write(tmp_path, "fine", {"train": both}, features)

@@ -31,7 +31,7 @@ def test_a_queue_keeps_the_latest_rows_of_every_class():
         for label, expected in model.items():
             rows = np.asarray(queue["rows"][label])
             assert {tuple(r) for r in rows if r.any()} == {tuple(r) for r in expected}
-    # Of 9 rows for 4 places the first 5 go nowhere, and no place is written twice.
+    # There are 9 rows for 4 places: the first 5 go nowhere, and no place is written twice.
     slots = jax.jit(class_queue.slots, static_argnums=2)
     places, _ = slots(jnp.array([0, 3, 0]), jnp.full(9, 1), size)
     assert places.tolist() == [4, 4, 4, 4, 4, 0, 1, 2, 3]

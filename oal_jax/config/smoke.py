@@ -21,7 +21,7 @@ def shrink(config: Config) -> Config:
         known = generated_names(data.id_set)
         if not set(split_names(data.leave_out)) <= set(known):
             data = replace(data, leave_out=known[: len(data.leave_out)])
-    # Of few classes 32 images each stand for a class, of many 8.
+    # 32 images represent a class where there are few classes, 8 where there are many.
     classes = 16 if bundled or data.id_set not in CLASS_NAMES else len(CLASS_NAMES[data.id_set])
     if data.source == GENERATED:
         classes = len(generated_names(data.id_set))

@@ -147,7 +147,7 @@ def stream(
       workers: threads; None: one a core, at least 2 and at most 8.
 
     Raises:
-      UserError: no image type has so many channels.
+      UserError: no image type has this number of channels.
     """
     if image_shape[2] not in _MODES:
         raise UserError(f"the model takes {image_shape[2]} channels; image files have 1, 3 or 4")

@@ -131,7 +131,7 @@ class FileSource(Source):
         try:
             data = self.path(index).read_bytes()
         except OSError as error:
-            remedy = "get it anew, or mend the " + ("list" if self._listed else "folder")
+            remedy = "download it again, or mend the " + ("list" if self._listed else "folder")
             raise UserError(
                 f"{self.where(index)} cannot be read ({error.strerror}): {remedy}{self._hint}"
             ) from error

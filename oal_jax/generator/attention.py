@@ -12,7 +12,7 @@ _LARGE = 2**20
 
 
 def is_large(queries: int, keys: int) -> bool:
-    """Whether there are so many scores that the loop of `attend` is worth its cost."""
+    """Whether there are enough scores for the loop of `attend` to be worth its cost."""
     return queries * keys >= _LARGE
 
 

@@ -29,7 +29,7 @@ class Lines:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of the array that it stands for."""
+        """Shape (n, h, w, c) of the array that it represents."""
         return self.lines.shape[0], *self.row
 
     def __getitem__(self, rows: Int[Array, " b"]) -> Shaped[Array, "b h w c"]:
