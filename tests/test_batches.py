@@ -278,7 +278,13 @@ NEED_THE_WHOLE_BATCH = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ("ce", "oal", "woods")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_abstract_arrays_are_those_of_the_files_and_a_step_keeps_its_state(finished, case):
     context = with_config(finished, CASES[case])
     config, info = context.config, context.info

@@ -41,7 +41,10 @@ def rows_of(suite, flags, tmp_path) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize("suite", TINY)
+@pytest.mark.parametrize(
+    "suite",
+    ["scores", *(pytest.param(s, marks=pytest.mark.slow) for s in ("outliers", "features"))],
+)
 def test_jax_runs_alone_without_torch(suite, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     rows = rows_of(suite, [*TINY[suite], "--runs=2", "--frameworks=jax,torch"], tmp_path)

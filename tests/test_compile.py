@@ -56,7 +56,8 @@ def config_of(method: str) -> Config:
     return config
 
 
-@pytest.mark.parametrize("method", ["ce", pytest.param("oal", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ce", "oal"])
 def test_program_from_shapes_is_that_of_training(method, tmp_path, monkeypatch):
     config = config_of(method)
     config.outliers.source = "diffusion"

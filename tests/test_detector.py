@@ -109,7 +109,7 @@ def test_images_of_any_size_where_none_is_wanted():
         check_images(np.zeros((5, 6, 3), np.uint8))
 
 
-@pytest.mark.parametrize("name", ["gradnorm", "odin"])
+@pytest.mark.parametrize("name", ["gradnorm", pytest.param("odin", marks=pytest.mark.slow)])
 def test_a_score_that_the_run_did_not_list_is_fitted(finished_run, images, capsys, name):
     detector = oal_jax.load(finished_run, score=name)
     warning = capsys.readouterr().err

@@ -127,7 +127,13 @@ def _toy(images):
 COMPARED = ("knn", "gram", "openmax", "odin")
 
 
-@pytest.mark.parametrize("name", sorted(scores.SCORES))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in COMPARED else pytest.param(name, marks=pytest.mark.slow)
+        for name in sorted(scores.SCORES)
+    ],
+)
 def test_every_score_can_be_exported(name):
     """With any number of images, though some scores work in blocks."""
     rng = np.random.default_rng(1)

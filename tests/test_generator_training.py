@@ -29,6 +29,7 @@ def test_autoencoder():
     assert after < 0.9 * before
 
 
+@pytest.mark.slow
 def test_diffusion():
     sd, _ = tiny()
     ids, _, empty = conditioning.class_tokens(sd, ("cat", "dog"))
