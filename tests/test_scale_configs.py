@@ -146,8 +146,11 @@ def test_a_smoke_run_passes_every_stage_and_needs_no_files(tmp_path, monkeypatch
     classes = len(generated_names(ID_SETS[name]))
     assert tensors["head.kernel"].shape == (64, classes)
     assert (tmp_path / "run/outliers/outliers.safetensors").exists()
-    latents = load_file(tmp_path / "run/latents/latents.safetensors")
-    assert len(latents["latents"]) == classes and np.isfinite(latents["latents"]).all()
+    path = tmp_path / "run/latents/latents.safetensors"
+    assert path.exists() == (not name.endswith("32px"))  # those train on k-NN outliers alone
+    if path.exists():
+        latents = load_file(path)["latents"]
+        assert len(latents) == classes and np.isfinite(latents).all()
 
 
 @pytest.mark.slow
