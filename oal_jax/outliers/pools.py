@@ -123,15 +123,12 @@ def random_features(width: int) -> OutlierPool:
 def sampled_latents() -> OutlierPool:
     """Latents sampled from feature outliers: rows (q, h, w, c) of `outlier_latent`."""
 
-    def load(context) -> np.ndarray:
-        return _latents(context)
-
     def shape(sizes: Sizes) -> jax.ShapeDtypeStruct:
         count = len(sizes.info.class_names) * sizes.config.latents.per_class
         return jax.ShapeDtypeStruct((count, *sizes.latent_shape), jnp.float32)
 
     reads = (("latents", LATENTS),)
-    return OutlierPool("outlier_latent", _rows_of("outlier_latent"), reads, load, shape)
+    return OutlierPool("outlier_latent", _rows_of("outlier_latent"), reads, _latents, shape)
 
 
 def _latents(context) -> np.ndarray:
