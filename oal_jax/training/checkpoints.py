@@ -78,24 +78,6 @@ class Checkpoints:
             )
         return None
 
-    def restore_step(self, step: int, like: Any) -> Any:
-        """The state of one step, placed and sharded as `like`.
-
-        Raises:
-          UserError: there is no checkpoint of that step, or it can't be read.
-        """
-        steps = self.steps()
-        if step not in steps:
-            known = ", ".join(map(str, steps)) or "none"
-            raise UserError(f"{self.directory} has no checkpoint of step {step}; it has: {known}")
-        try:
-            return self._read(step, like)
-        except _Damaged as reason:
-            raise UserError(
-                f"checkpoint {self.directory / str(step)} is damaged ({reason}); delete the"
-                " directory of its stage to train it from its start"
-            ) from None
-
     def _read(self, step: int, like: Any) -> Any:
         target, reason = jax.tree.map(ocp.utils.to_shape_dtype_struct, like), ""
         try:
