@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from oal_jax.detection.benchmark import Sets, benchmark, load_sets
-    from oal_jax.detection.detector import Detector, Result, calibrate
+    from oal_jax.detection.calibrate import calibrate
+    from oal_jax.detection.detector import Detector, Result
     from oal_jax.detection.load import load
     from oal_jax.scores.forward import as_forward
 
@@ -22,7 +23,7 @@ _HOME = {
     "Sets": "detection.benchmark",
     "as_forward": "scores.forward",
     "benchmark": "detection.benchmark",
-    "calibrate": "detection.detector",
+    "calibrate": "detection.calibrate",
     "load": "detection.load",
     "load_sets": "detection.benchmark",
 }

@@ -8,14 +8,13 @@ from jax.sharding import Mesh
 from oal_jax import scores as post_hoc
 from oal_jax.config.benchmarks import resolve
 from oal_jax.data import sources
-from oal_jax.detection.detector import (
+from oal_jax.detection.calibrate import (
     Labelled,
     check_classes,
-    check_images,
     check_labelled,
     check_rows_are_independent,
-    check_share,
 )
+from oal_jax.detection.detector import check_images, check_share
 from oal_jax.errors import UserError
 from oal_jax.evaluation import protocol
 from oal_jax.evaluation.protocol import Evaluation, Inputs

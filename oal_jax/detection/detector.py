@@ -1,6 +1,6 @@
 """A classifier and a calibrated score: images to labels, confidences, ood_scores and verdicts.
 
-`load` takes a finished run, `calibrate` any function of one's own that gives logits.
+`detection.load` makes one of a finished run, `detection.calibrate` of any classifier.
 """
 
 import dataclasses
@@ -15,15 +15,11 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Bool, Float, Int32
 
-from oal_jax import scores as post_hoc
 from oal_jax.errors import UserError
 from oal_jax.evaluation.protocol import threshold
 from oal_jax.runtime import batched, distributed
 from oal_jax.runtime.ops import to_unit
-from oal_jax.scores import Head, Outputs, Score, State
-from oal_jax.scores.forward import as_forward
-
-Labelled = tuple[Any, Any]  # images, labels
+from oal_jax.scores import Score, State
 
 
 class Result(NamedTuple):
@@ -168,118 +164,8 @@ def check_share(keep_id: float) -> None:
         raise UserError(f"keep_id must lie between 0 and 1, got {keep_id}; for example 0.95")
 
 
-def calibrate(
-    forward: Callable,
-    train: Labelled,
-    validation: Labelled,
-    score: str = "energy",
-    head: Head | tuple | None = None,
-    keep_id: float = 0.95,
-    params: Mapping[str, Any] | None = None,
-    class_names: Sequence[str] | None = None,
-    batch_size: int = 256,
-    mesh: Mesh | None = None,
-) -> Detector:
-    """Make a detector of any classifier: fit a score and set its threshold.
-
-    Args:
-      forward: float images in [0, 1], (n, h, w, c), to what `as_forward` takes. Pure, traceable and
-        in evaluation mode: the outputs of an image may not depend on the rest of the batch.
-      train: ID images and labels that scores are fitted on.
-      validation: other ID images and labels, for the threshold, and for scores with
-        `fit_on="validation"`.
-      score: a key of `scores.SCORES`.
-      head: (kernel (d, c), bias (c,)) of the last linear layer, for scores that read it.
-      keep_id: share of the validation images that the threshold keeps.
-      params: parameters of the score.
-      class_names: name of each label.
-      batch_size: images of a call of the model.
-      mesh: the devices; None for all.
-
-    Raises:
-      UserError: an unknown score, wrong images or labels, a missing output that the score needs, a
-        model in training mode, a NaN.
-    """
-    scorer = post_hoc.make(score, **(params or {}))
-    forward = as_forward(forward)
-    images, labels = check_labelled(train, "train")
-    val_images, val_labels = check_labelled(validation, "validation", images.shape[1:])
-    if scorer.fit_on == "validation":
-        images, labels = val_images, val_labels
-    mesh = mesh or distributed.make_mesh()
-    forward = distributed.place_parameters(forward, mesh)
-    check_rows_are_independent(forward, val_images[:batch_size], mesh)
-    outputs = post_hoc.compute(forward, images, batch_size, scorer.needs, mesh)
-    check_classes(outputs, labels, class_names)
-    head = None if head is None else Head(*head)
-    detector = Detector(
-        forward=forward,
-        score=scorer,
-        state=post_hoc.fit(scorer, outputs, labels, head, f"ID {scorer.fit_on}", mesh),
-        id_val_scores=np.zeros(0, np.float32),
-        image_shape=images.shape[1:],
-        keep_id=keep_id,
-        class_names=None if class_names is None else tuple(class_names),
-        batch_size=batch_size,
-        params=dict(params or {}),
-        mesh=mesh,
-    )
-    *_, values = run_detector(scorer, forward, detector.state, val_images, batch_size, mesh)
-    return dataclasses.replace(detector, id_val_scores=sorted_scores(values, score))
-
-
 def sorted_scores(values, name) -> np.ndarray:
     """The ood_scores in rising order; `UserError` where one is not finite."""
     if not np.isfinite(values).all():
         raise UserError(f"{name}: {int((~np.isfinite(values)).sum())} ood_scores are not finite")
     return np.sort(values)
-
-
-def check_labelled(pair: Labelled, name: str, shape=None) -> tuple[np.ndarray, np.ndarray]:
-    """Images from `check_images`, and an integer label for each; else a UserError."""
-    try:
-        images, labels = pair
-    except (TypeError, ValueError):
-        raise UserError(f"{name} must be (images, labels)") from None
-    images, labels = check_images(images, shape), np.asarray(labels)
-    if not len(images):
-        raise UserError(f"{name} has no images")
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(
-            f"labels of {name} are {labels.dtype} of shape {labels.shape}: give one integer for"
-            f" each of the {len(images)} images"
-        )
-    return images, labels
-
-
-def check_classes(outputs: Outputs, labels: np.ndarray, class_names=None) -> None:
-    """Raise a UserError where labels or class names do not match the logits."""
-    count = outputs.logits.shape[1]
-    if labels.min() < 0 or labels.max() >= count:
-        raise UserError(
-            f"labels are {labels.min()} to {labels.max()}, but the model gives {count} logits"
-        )
-    if class_names is not None and len(class_names) != count:
-        raise UserError(f"{len(class_names)} class_names for a model of {count} logits")
-
-
-def check_rows_are_independent(
-    forward: Partial, images: np.ndarray, mesh: Mesh | None = None
-) -> None:
-    """Raise a UserError where an image's logits depend on the rest of its batch."""
-    half = len(images) // 2
-    if not half:
-        return
-    first, others = images[:half], images[half : 2 * half]
-
-    def logits(batch):
-        return np.asarray(post_hoc.compute(forward, batch, len(batch), (), mesh).logits)[:half]
-
-    here = logits(np.concatenate([first, others]))
-    there = logits(np.concatenate([first[::-1], np.zeros_like(others)]))[::-1]
-    allowed = 0.01 * np.abs(np.nan_to_num(here)).max()
-    if not np.allclose(here, there, rtol=0.01, atol=allowed, equal_nan=True):
-        raise UserError(
-            "the model's logits of an image change with the rest of the batch; call it in"
-            " evaluation mode (running statistics in batch norm, no dropout)"
-        )
