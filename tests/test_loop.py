@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import os
 import random
 import re
@@ -18,9 +17,18 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from toy_training import KEY, PLAN, arrays, evaluate, fresh, make_batch, train_step
+from toy_training import (
+    KEY,
+    PLAN,
+    arrays,
+    assert_same,
+    fit,
+    fresh,
+    latest,
+    rows,
+    train_step,
+)
 
 from oal_jax import main
 from oal_jax.errors import UserError
@@ -29,58 +37,12 @@ from oal_jax.training import log, loop
 from oal_jax.training.checkpoints import Checkpoints
 
 
-def mesh_of_one():
-    types = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((1,), ("data",), types, devices=jax.devices()[:1])
-
-
-def fit(
-    directory=None,
-    *,
-    step=train_step,
-    held=None,
-    draw=make_batch,
-    plan=PLAN,
-    metrics_log=None,
-    **more,
-):
-    """`loop.fit` as a stage calls it: resumes from `directory`, logs there."""
-    mesh, held = mesh_of_one(), held or arrays()
-    if directory is None:
-        return loop.fit(step, fresh(), held, draw, plan, key=KEY, mesh=mesh, name="tiny", **more)
-    checkpoints = Checkpoints(Path(directory) / "checkpoints")
-    try:
-        state = checkpoints.restore(fresh()) or fresh()
-        metrics_log = (metrics_log or log.MetricsLog)(Path(directory), "train", int(state.step))
-        try:
-            return loop.fit(
-                *(step, state, held, draw, plan),
-                **{"key": KEY, "mesh": mesh, "name": "tiny", "evaluate": evaluate, **more},
-                log=metrics_log,
-                checkpoints=checkpoints,
-            )
-        finally:
-            metrics_log.close()
-    finally:
-        checkpoints.close()
-
-
-def rows(directory):
-    lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """(state, logged rows) of a run that nothing stopped."""
     directory = tmp_path_factory.mktemp("straight")
     state = fit(directory)
     return state, rows(directory)
-
-
-def assert_same(directory, state, straight):
-    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(straight[0]))
-    assert rows(directory) == straight[1]
 
 
 def log_that(action, at):
@@ -139,7 +101,8 @@ def test_what_a_killed_process_leaves_is_gone_on_from_to_the_same_bits(tmp_path,
         shutil.copytree(run, killed, ignore=shutil.ignore_patterns("*tmp*"))
         half = killed / "checkpoints" / "14.orbax-checkpoint-tmp"
         shutil.copytree(killed / "checkpoints" / "7", half)
-        truncate(half)
+        largest = max((half / "default" / "d").iterdir(), key=lambda p: p.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
         with (killed / "metrics.jsonl").open("a") as file:
             file.write('{"stage": "train", "st')
 
@@ -204,79 +167,6 @@ def test_kill_9_at_any_moment_then_the_same_to_the_bit(tmp_path):
     assert_same(tmp_path / "killed", state, (whole, rows(tmp_path / "whole")))
     leftovers = [p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()]
     assert sorted(leftovers, key=int) == ["273", "280"]
-
-
-def latest(directory):
-    """Newest checkpoint by the names of the directories alone."""
-    found = (directory / "checkpoints").glob("[0-9]*")
-    return max((int(p.name) for p in found if p.name.isdigit()), default=0)
-
-
-def truncate(checkpoint):
-    """Halve the file of a checkpoint that holds the arrays."""
-    largest = max((checkpoint / "default" / "d").iterdir(), key=lambda p: p.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-
-
-def test_a_damaged_checkpoint_falls_back_on_the_one_before(tmp_path, straight, caplog):
-    fit(tmp_path, plan=PLAN._replace(epochs=3))
-    truncate(tmp_path / "checkpoints" / "21")
-    with caplog.at_level("WARNING", logger="absl"):
-        checkpoints = Checkpoints(tmp_path / "checkpoints")
-        state = checkpoints.restore(fresh())
-        checkpoints.close()
-    assert int(state.step) == 14
-    messages = [r.getMessage() for r in caplog.records]
-    warnings = [message for message in messages if message.startswith("checkpoint ")]
-    assert len(warnings) == 1 and "21 is damaged" in warnings[0] and "\n" not in warnings[0]
-    # The damaged one is out of the way of the next save at its step.
-    assert_same(tmp_path, fit(tmp_path), straight)
-    assert latest(tmp_path) == 28
-
-
-def test_when_no_checkpoint_can_be_read_nothing_is_thrown_away(tmp_path):
-    fit(tmp_path)
-    truncate(tmp_path / "checkpoints" / "21")
-    truncate(tmp_path / "checkpoints" / "28")
-    with pytest.raises(UserError, match="no checkpoint under"):
-        fit(tmp_path)
-    assert latest(tmp_path) == 28
-
-
-def test_a_checkpoint_is_of_its_step_however_far_training_goes_on(tmp_path):
-    # The state is donated to the next step while the save is under way.
-    checkpoints = Checkpoints(tmp_path, keep=100)
-    advance = jax.jit(
-        lambda s: s.replace(step=s.step + 1, params=jax.tree.map(lambda p: p + 1, s.params)),
-        donate_argnums=0,
-    )
-    zero = fresh().replace(params={"w": jnp.zeros((300, 1000))})
-    state = jax.tree.map(jnp.copy, zero)
-    for _ in range(3):
-        state = advance(state)
-        checkpoints.save(state)
-        state = advance(advance(state))
-    checkpoints.close()
-    checkpoints = Checkpoints(tmp_path)
-    restored = checkpoints.restore(zero)
-    checkpoints.close()
-    assert int(restored.step) == 7
-    assert np.unique(restored.params["w"]).tolist() == [7.0]
-
-
-def test_an_interruption_in_a_save_waits_and_is_not_lost(tmp_path, monkeypatch):
-    whole = ocp.CheckpointManager.save
-
-    def swallowing(self, *arguments, **more):
-        with contextlib.suppress(KeyboardInterrupt):  # as Orbax was seen to
-            signal.raise_signal(signal.SIGINT)
-        return whole(self, *arguments, **more)
-
-    monkeypatch.setattr(ocp.CheckpointManager, "save", swallowing)
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path)
-    assert latest(tmp_path) == PLAN.steps_per_epoch
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def turns_bad_at(bad, what):

@@ -1,14 +1,18 @@
 """A small training for the tests of the loop: noisy linear regression with momentum."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from oal_jax.runtime.keys import at_step
-from oal_jax.training import loop
+from oal_jax.training import log, loop
+from oal_jax.training.checkpoints import Checkpoints
 
 KEY = jax.random.key(3)
 PLAN = loop.Plan(examples=30, batch_size=4, epochs=4, log_every=3)  # 7 steps an epoch
@@ -61,3 +65,55 @@ def make_batch(arrays, indices, epoch, step):
 
 def evaluate(state):
     return {"val": float(jnp.sum(state.params["w"]))}
+
+
+def mesh_of_one():
+    types = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((1,), ("data",), types, devices=jax.devices()[:1])
+
+
+def fit(
+    directory=None,
+    *,
+    step=train_step,
+    held=None,
+    draw=make_batch,
+    plan=PLAN,
+    metrics_log=None,
+    **more,
+):
+    """`loop.fit` as a stage calls it: resumes from `directory`, logs there."""
+    mesh, held = mesh_of_one(), held or arrays()
+    if directory is None:
+        return loop.fit(step, fresh(), held, draw, plan, key=KEY, mesh=mesh, name="tiny", **more)
+    checkpoints = Checkpoints(Path(directory) / "checkpoints")
+    try:
+        state = checkpoints.restore(fresh()) or fresh()
+        metrics_log = (metrics_log or log.MetricsLog)(Path(directory), "train", int(state.step))
+        try:
+            return loop.fit(
+                *(step, state, held, draw, plan),
+                **{"key": KEY, "mesh": mesh, "name": "tiny", "evaluate": evaluate, **more},
+                log=metrics_log,
+                checkpoints=checkpoints,
+            )
+        finally:
+            metrics_log.close()
+    finally:
+        checkpoints.close()
+
+
+def rows(directory):
+    lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_same(directory, state, straight):
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(straight[0]))
+    assert rows(directory) == straight[1]
+
+
+def latest(directory):
+    """Newest checkpoint by the names of the directories alone."""
+    found = (directory / "checkpoints").glob("[0-9]*")
+    return max((int(p.name) for p in found if p.name.isdigit()), default=0)

@@ -37,12 +37,17 @@ _ending = threading.Lock()  # held by the thread that ends this process
 
 def several() -> bool:
     """Whether this process is one of several of a run."""
-    return (runtime := _runtime()) is not None and runtime.num_processes > 1
+    return count() > 1
 
 
 def index() -> int:
     """The number of this process, from 0."""
     return runtime.process_id if (runtime := _runtime()) is not None else 0
+
+
+def count() -> int:
+    """The number of processes of the run."""
+    return runtime.num_processes if (runtime := _runtime()) is not None else 1
 
 
 def is_main() -> bool:

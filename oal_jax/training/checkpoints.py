@@ -1,9 +1,11 @@
 """Checkpoints of a training state: Orbax behind one small class, asynchronous and atomic.
 
-All processes share the directory. Each writes its shards and reads those that it needs.
+All processes share the directory. Each writes its shards and reads those that it needs. Orbax's
+chunks carry no checksum, so each checkpoint holds the digests of its files.
 """
 
 import functools
+import json
 import logging
 import sys
 from pathlib import Path
@@ -13,8 +15,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from oal_jax.errors import UserError
-from oal_jax.runtime import distributed, preemption
+from oal_jax.runtime import artifacts, distributed, preemption, processes
 
+_DIGESTS = "digests.json"
 _LOGGER = logging.getLogger("absl")
 
 
@@ -33,7 +36,10 @@ class Checkpoints:
         self.directory = directory.absolute()
         _silence_cut_off_threads()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep or None, create=True, cleanup_tmp_directories=True
+            max_to_keep=keep or None,
+            create=True,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -81,6 +87,7 @@ class Checkpoints:
     def _read(self, step: int, like: Any) -> Any:
         target, reason = jax.tree.map(ocp.utils.to_shape_dtype_struct, like), ""
         try:
+            _check_digests(self.directory / str(step))
             state = self._manager.restore(step, args=ocp.args.StandardRestore(target))
         except Exception as error:  # Orbax and TensorStore raise many kinds
             reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
@@ -88,12 +95,44 @@ class Checkpoints:
             raise _Damaged(reason or "another process can't read its part")
         return state
 
+    def _write_digests(self) -> None:
+        """Write the digests of the save under way, before Orbax gives it its final name.
+
+        Runs in Orbax's thread, once all processes have written their shards.
+        """
+        if processes.is_main():
+            for step in self.directory.iterdir():
+                if step.is_dir() and not (step / _DIGESTS).exists():
+                    digests = {name: artifacts.sha256(path) for name, path in _data_files(step)}
+                    (step / _DIGESTS).write_text(json.dumps(digests))
+
     def close(self) -> None:
         """Wait for writes under way, then close the directory."""
         try:
             self._manager.wait_until_finished()
         finally:
             self._manager.close()
+
+
+def _data_files(step: Path) -> list[tuple[str, Path]]:
+    """Names and paths of the files that hold a state. Orbax changes the others after a save."""
+    below = sorted(step.glob("*/**/*"))
+    return [(path.relative_to(step).as_posix(), path) for path in below if path.is_file()]
+
+
+def _check_digests(step: Path) -> None:
+    """Raise `_Damaged` if this process's part of the files differs from the digests."""
+    try:
+        digests = dict(json.loads((step / _DIGESTS).read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise _Damaged(f"{step / _DIGESTS} is missing or damaged") from None
+    present = dict(_data_files(step))
+    if missing := sorted(digests.keys() - present.keys()):
+        raise _Damaged(f"{step / missing[0]} is missing")
+    # The processes share the reading.
+    for name in sorted(present)[processes.index() :: processes.count()]:
+        if digests.get(name) != artifacts.sha256(present[name]):
+            raise _Damaged(f"{present[name]} has another sha256 than {_DIGESTS} says")
 
 
 @functools.cache
