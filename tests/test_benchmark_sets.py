@@ -10,7 +10,7 @@ from PIL import Image
 
 from oal_jax import main
 from oal_jax.config import Config
-from oal_jax.config.benchmarks import BENCHMARKS, Benchmark, resolve
+from oal_jax.config.benchmarks import BENCHMARKS, MADE, Benchmark, resolve
 from oal_jax.config.class_names import CLASS_NAMES
 from oal_jax.config.rules import validate
 from oal_jax.data import sources
@@ -154,7 +154,7 @@ def test_groups_of_the_config_replace_those_of_the_benchmark():
     assert resolve("fashion") == fashion
     assert resolve("fashion", far=["mnist"]) == fashion._replace(far=("mnist",))
     assert resolve("fashion", csid=("none",)) == fashion._replace(csid=())
-    assert resolve("mine", ("a", "b"), ("c",)) == Benchmark("mine", ("a", "b"), ("c",))
+    assert resolve("mine", ("a", "b"), ("c",)) == Benchmark("mine", ("a", "b"), ("c",), MADE)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_flags_name_ones_own_sets(tmp_path, near):
         ]
     )
     run = Context(values.config, tmp_path, distributed.make_mesh(), jax.random.key(0))
-    assert run.benchmark == Benchmark("mine", ("a", "b"), ("c",), (), ("shifted",))
+    assert run.benchmark == Benchmark("mine", ("a", "b"), ("c",), MADE, ("shifted",))
     assert run.images("validation").class_names == ("cat", "dog")
     assert run.images("test").labels.tolist() == [1]
     assert run.images("test", "shifted").labels.tolist() == [1]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from oal_jax import main
 from oal_jax.config import Config, Data, flatten, unflatten
-from oal_jax.config.benchmarks import resolve
+from oal_jax.config.benchmarks import MADE, resolve
 from oal_jax.config.class_names import generated_names
 from oal_jax.config.smoke import shrink
 from oal_jax.data import corruptions, generated, sources, stream
@@ -252,7 +252,7 @@ def test_smoke_runs_find_a_class_to_leave_out():
 def test_an_own_set_needs_no_other_ood_set():
     refused("has no benchmark", resolve, "pets")
     benchmark = resolve("pets", leave_out=["cat"])
-    assert (benchmark.near, benchmark.validation) == (("left_out",), ("val_left_out",))
+    assert (benchmark.near, benchmark.validation) == (("left_out",), (*MADE, "val_left_out"))
     only = resolve("fashion", near=["none"], leave_out=["coat"])
     assert only.near == ("left_out",)
     refused("'left_out' is in data.near", resolve, "fashion", ["left_out"], leave_out=["coat"])

@@ -13,6 +13,8 @@ from typing import NamedTuple
 from oal_jax.errors import UserError
 
 NO_SETS = ("none",)  # empties a group of the benchmark
+# Validation sets of an ID set whose benchmark has none; `oal_jax.data.made` makes them of it.
+MADE = ("made_rotated", "made_jigsaw", "made_blended", "made_noise", "made_shapes")
 # Sets of the ID classes that `data.leave_out` takes out, by group.
 LEFT_OUT = {"near": "left_out", "validation": "val_left_out"}
 
@@ -77,31 +79,35 @@ def resolve(
     validation: Sequence[str] = (),
     csid: Sequence[str] = (),
     leave_out: Sequence[str] = (),
+    source: str = "bundled",
 ) -> Benchmark:
     """The benchmark of an ID set, with some of its groups replaced.
 
     Args:
-      id_set: a key of `BENCHMARKS`, or any set together with near- or far-OOD sets.
+      id_set: a key of `BENCHMARKS`, or any set. Its validation sets are then `MADE` unless
+        `validation` names others. Sources with fixed sets want near- or far-OOD sets too.
       near: sets of the group, `NO_SETS`, or nothing for those of the benchmark. "a,b" is two sets,
         as a flag gives them.
       far: as `near`; so are `validation` and `csid`.
       validation: as `near`.
       csid: as `near`.
       leave_out: classes to take out of the ID set; if any, the sets `LEFT_OUT` are added.
+      source: where the sets come from, as `data.source`.
 
     Raises:
-      UserError: an unknown ID set without OOD sets, or a set in two places.
+      UserError: an ID set that the source does not have and no OOD sets, or a set in two places.
     """
     replaced = {
         group: split_names(names)
         for group, names in zip(Benchmark._fields[1:], (near, far, validation, csid), strict=True)
     }
-    if id_set not in BENCHMARKS and not (near or far or leave_out):
+    named = source in ("bundled", "imglist")
+    if named and id_set not in BENCHMARKS and not (near or far or leave_out):
         raise UserError(
             f"config data.id_set='{id_set}' has no benchmark: give its OOD sets as data.near and"
             f" data.far, or choose one of {', '.join(BENCHMARKS)}"
         )
-    benchmark = BENCHMARKS.get(id_set, Benchmark(id_set))._replace(
+    benchmark = BENCHMARKS.get(id_set, Benchmark(id_set, validation=MADE))._replace(
         **{group: () if names == NO_SETS else names for group, names in replaced.items() if names}
     )
     if leave_out:

@@ -70,7 +70,10 @@ def _data(config: Config) -> Iterator[str]:
             "config method.name='woods' divides a set in memory; with data.stream=True choose"
             " another, such as 'energy'"
         )
-    resolve(data.id_set, data.near, data.far, data.validation, data.csid, data.leave_out)
+    resolve(
+        *(data.id_set, data.near, data.far, data.validation, data.csid, data.leave_out),
+        source=data.source,
+    )
     hub_names.parse(config.generator.directory)
 
 

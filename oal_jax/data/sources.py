@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
 from oal_jax.config.class_names import generated_names
-from oal_jax.data import bundled, corruptions, generated, openood, tfds
+from oal_jax.data import bundled, corruptions, generated, made, openood, tfds
 from oal_jax.data.leave_out import relabelled
-from oal_jax.data.stored import SetSpec, Source, read_all, select
+from oal_jax.data.stored import SetSpec, Source, Subset, read_all, select
 
 
 class Chunk(NamedTuple):
@@ -69,6 +69,8 @@ def read_set(spec: SetSpec) -> ImageSet:
     Raises:
       UserError: the set or split is missing or damaged, or has no class of a name in `leave_out`.
     """
+    if spec.name in made.SETS:
+        return _made(spec)
     if spec.source == "generated":
         return _generate(spec)
     if spec.source == "bundled" and spec.name in corruptions.SETS:
@@ -79,7 +81,7 @@ def read_set(spec: SetSpec) -> ImageSet:
 
 
 def open_source(spec: SetSpec) -> Source:
-    """One split of an image set, on disk. Decodes no image. Not of "generated" sets.
+    """One split of an image set, on disk. Decodes no image. Not of generated or made sets.
 
     Raises:
       UserError: as `read_set`.
@@ -89,6 +91,21 @@ def open_source(spec: SetSpec) -> Source:
         return select(tfds.open_bundled(directory, spec, bundled.REMEDY), spec)
     opener = {"tfds": tfds.open_split, "imglist": openood.open_list, "folder": openood.open_folder}
     return select(opener[spec.source](spec), spec)
+
+
+def _made(spec: SetSpec) -> ImageSet:
+    """An OOD set made from a split of the ID set. Reads no more images than it uses."""
+    known = dataclasses.replace(spec, name=spec.id_set, labelled=True, limit=0)
+    if spec.source == "generated":
+        _, images, labels, _ = read_set(known)
+        rows = made.base_rows(len(images), images.shape[1:], spec.limit)
+        images, labels = images[rows], labels[rows]
+    else:
+        source = open_source(known)
+        rows = made.base_rows(len(source), source.image_shape(), spec.limit)
+        images, labels = read_all(Subset(source, rows, source.class_names))
+    images = made.make(spec.name, images, labels)
+    return ImageSet(spec.where, images, np.zeros(len(images), np.int32), ("ood",))
 
 
 def _generate(spec: SetSpec) -> ImageSet:

@@ -33,7 +33,7 @@ class SetSpec:
       source: "bundled" (inside the package), "tfds" (`oal_jax.data.tfds`), "imglist" or "folder"
         (`oal_jax.data.openood`), or "generated" (`oal_jax.data.generated`).
       name: the set; for "tfds" also NAME/CONFIG, NAME:VERSION, NAME@SPLIT; for "bundled" also a
-        corrupted copy (`oal_jax.data.corruptions`).
+        corrupted copy (`oal_jax.data.corruptions`); an OOD set of `oal_jax.data.made`.
       split: "train", "validation" or "test"; the bundled ID set has "extra" too.
       root: directory of all sets; empty or None: the package's, or TFDS's default.
       limit: number of images, 0 for all. The first ones of "bundled" and "tfds". Image files lie

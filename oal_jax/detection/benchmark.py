@@ -46,7 +46,8 @@ def load_sets(
     """The sets of a benchmark in `oal_jax.config.benchmarks`, in memory.
 
     Args:
-      id_set: "fashion" (inside the package), "cifar10", "cifar100", "imagenet200" or "imagenet".
+      id_set: "fashion" (inside the package), "cifar10", "cifar100", "imagenet200", "imagenet", or
+        any set of the source: its validation OOD sets are then made from it, and it has no other.
       source, root, image_size: as for `oal_jax.data.sources.load`; OpenOOD's own directory is
         source "imglist".
       train_images: number of ID training images to read; 0: all.
@@ -54,7 +55,7 @@ def load_sets(
     Raises:
       UserError: no such benchmark, or a set that is not there.
     """
-    benchmark = resolve(id_set)
+    benchmark = resolve(id_set, source=source)
 
     def read(name, split, labelled=False, limit=0):
         data = sources.load(

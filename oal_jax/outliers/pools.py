@@ -216,7 +216,8 @@ def images(config: Config, share: float = 0.0) -> OutlierPool:
 def _check_not_evaluated(config: Config) -> None:
     name, data = config.outliers.images, config.data
     benchmark = resolve(
-        data.id_set, data.near, data.far, data.validation, data.csid, data.leave_out
+        *(data.id_set, data.near, data.far, data.validation, data.csid, data.leave_out),
+        source=data.source,
     )
     for group, names in benchmark._asdict().items():
         if name == names or (group != "id_set" and name in names):

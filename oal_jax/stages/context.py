@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Int32, Key
 
 from oal_jax.config import Config
-from oal_jax.config.benchmarks import LEFT_OUT, Benchmark, resolve, split_names
+from oal_jax.config.benchmarks import LEFT_OUT, MADE, Benchmark, resolve, split_names
 from oal_jax.data.info import DatasetInfo, read_info
 from oal_jax.data.sources import ImageSet, open_source, read_set
 from oal_jax.data.stored import SetSpec
@@ -39,7 +39,9 @@ class Context:
     def benchmark(self) -> Benchmark:
         """The ID set, and the OOD and covariate-shifted sets that belong to it."""
         d = self.config.data
-        return resolve(d.id_set, d.near, d.far, d.validation, d.csid, d.leave_out)
+        return resolve(
+            *(d.id_set, d.near, d.far, d.validation, d.csid, d.leave_out), source=d.source
+        )
 
     @property
     def image_limit(self) -> int:
@@ -51,8 +53,8 @@ class Context:
         return read_set(self._spec(split, name, limit))
 
     def opened(self, split: str, name: str = "", limit: int = 0) -> ImageSet | Streamed:
-        """The same, as a stream if `data.stream`."""
-        if not self.config.data.stream:
+        """The same, as a stream if `data.stream`. Sets made from ID images are small."""
+        if not self.config.data.stream or name in MADE:
             return self.images(split, name, limit)
         source = open_source(self._spec(split, name, limit))
         return open_stream(source, self.config.data.workers)
@@ -77,7 +79,7 @@ class Context:
             id_set=benchmark.id_set,
             id_splits=split_names(data.id_splits),
             labelled=labelled,
-            leave_out=data.leave_out if labelled else (),
+            leave_out=data.leave_out if labelled or name in MADE else (),
             left_out=left_out,
             image_size=data.image_size,
             on_corrupt=data.on_corrupt,
