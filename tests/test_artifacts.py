@@ -162,17 +162,29 @@ def test_a_damaged_output_is_refused_by_name(tmp_path, damage, said):
     assert not artifacts.is_done(tmp_path / "stage", {"config": {}, "stages": {}})
 
 
+WHOLE = {"stage": "features", "inputs": {}, "outputs": {}, "seconds": 1.0, "versions": {}}
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "",
         '{"inputs": {',
+        "[" * 100_000,
         "[]",
         "{}",
-        '{"inputs": {}, "outputs": []}',
-        '{"inputs": {}, "outputs": {"x": {}}}',
-        '{"inputs": {}, "outputs": {"../x": {"sha256": "", "bytes": 0}}}',
-        '{"inputs": {}, "outputs": {"/etc/passwd": {"sha256": "", "bytes": 0}}}',
+        *map(
+            json.dumps,
+            (
+                WHOLE | {"inputs": 3},
+                WHOLE | {"outputs": []},
+                WHOLE | {"outputs": {"x": {}}},
+                WHOLE | {"outputs": {"../x": {"sha256": "", "bytes": 0}}},
+                WHOLE | {"outputs": {"/etc/passwd": {"sha256": "", "bytes": 0}}},
+                WHOLE | {"sha256": "0" * 64},
+                WHOLE | {"sha257": artifacts.fingerprint(WHOLE)},
+            ),
+        ),
     ],
 )
 def test_a_damaged_or_foreign_manifest_is_refused(tmp_path, text):
@@ -185,6 +197,23 @@ def test_a_damaged_or_foreign_manifest_is_refused(tmp_path, text):
     ):
         with pytest.raises(UserError, match=r"manifest\.json is damaged; delete"):
             read()
+
+
+def test_a_flip_anywhere_in_a_manifest_is_refused(tmp_path):
+    finished(tmp_path / "stage")
+    path = tmp_path / "stage" / artifacts.MANIFEST
+    whole, value = path.read_bytes(), json.loads(path.read_bytes())
+    for position in range(len(whole)):
+        data = bytearray(whole)
+        data[position] ^= 1
+        path.write_bytes(data)
+        try:
+            same = json.loads(data) == value  # a space became another one
+        except ValueError:
+            same = False
+        if not same:
+            with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+                artifacts.output_hashes(tmp_path / "stage")
 
 
 def test_begin_keeps_what_the_same_inputs_left(tmp_path):

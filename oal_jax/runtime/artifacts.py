@@ -23,6 +23,7 @@ from oal_jax.runtime import processes
 
 MANIFEST = "manifest.json"
 _STARTED = "started.json"
+_KEYS = {"stage", "inputs", "outputs", "seconds", "versions"}  # of a manifest
 _PACKAGES = ("oal-jax", "jax", "jaxlib", "flax", "optax", "diffusers", "transformers", "numpy")
 
 
@@ -112,7 +113,7 @@ def read_json(path: Path, remedy: str = "") -> Any:
     """Read a JSON file; `UserError` with `remedy`, what to do about it, when it is damaged."""
     try:
         return json.loads(path.read_text("utf-8"))
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         remedy = remedy or f"delete {path.parent} (or give --force) to redo its stage"
         raise UserError(f"{path} is damaged; {remedy}") from None
 
@@ -206,23 +207,21 @@ def finish(
     directory: Path, stage: str, inputs: Mapping[str, Any], outputs: list[Path], seconds: float
 ) -> None:
     """Write the manifest, which marks the stage as done."""
-    write_json(
-        directory / MANIFEST,
-        {
-            "stage": stage,
-            "inputs": dict(inputs),
-            "outputs": {
-                str(path.relative_to(directory)): {
-                    "sha256": sha256(path),
-                    "bytes": path.stat().st_size,
-                    "tensors": _shapes(path),
-                }
-                for path in outputs
-            },
-            "seconds": round(seconds, 2),
-            "versions": versions(),
+    manifest = {
+        "stage": stage,
+        "inputs": dict(inputs),
+        "outputs": {
+            str(path.relative_to(directory)): {
+                "sha256": sha256(path),
+                "bytes": path.stat().st_size,
+                "tensors": _shapes(path),
+            }
+            for path in outputs
         },
-    )
+        "seconds": round(seconds, 2),
+        "versions": versions(),
+    }
+    write_json(directory / MANIFEST, manifest | {"sha256": fingerprint(manifest)})
 
 
 def _shapes(path: Path) -> dict[str, list]:
@@ -285,7 +284,10 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     """
     manifest = read_json(directory / MANIFEST)
     try:
-        sound = isinstance(manifest["inputs"], dict) and all(
+        # Those of older versions have no digest of their own.
+        digest = manifest.pop("sha256", None)
+        sound = manifest.keys() == _KEYS and digest in (None, fingerprint(manifest))
+        sound &= isinstance(manifest["inputs"], dict) and all(
             isinstance(entry["sha256"], str)
             and isinstance(entry["bytes"], int)
             and not Path(name).is_absolute()
@@ -305,6 +307,11 @@ def output_hashes(directory: Path) -> dict[str, str]:
     """The sha256 of each output of a finished stage by file name, from its manifest."""
     outputs = _read_manifest(directory)["outputs"]
     return {name: entry["sha256"] for name, entry in outputs.items()}
+
+
+def inputs_recorded(directory: Path) -> dict[str, Any]:
+    """What a finished stage was made from, from its manifest."""
+    return _read_manifest(directory)["inputs"]
 
 
 def made_from(directory: Path, stage: str) -> dict[str, str] | None:

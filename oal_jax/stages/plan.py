@@ -24,12 +24,14 @@ class Stage(NamedTuple):
       reads: the config values that it reads, as JSON.
       needs: the stages whose files it reads.
       files: the other files that it reads, by name, with their hashes.
+      logs: the names of its trainings in the log.
     """
 
     name: str
     reads: Callable[[Config], dict[str, Any]]
     needs: Callable[[Config], tuple[str, ...]]
     files: Callable[[Config], dict[str, Any]] = lambda config: {}
+    logs: tuple[str, ...] = ()
 
 
 def plan(config: Config) -> list[Stage]:
@@ -239,13 +241,13 @@ def _hashes(path: Path) -> dict[str, str]:
 
 
 STAGES = (
-    Stage("teacher", _teacher, lambda config: (), _teacher_files),
-    Stage("generator", _generator, lambda config: (), _generator_files),
+    Stage("teacher", _teacher, lambda config: (), _teacher_files, ("teacher",)),
+    Stage("generator", _generator, lambda config: (), _generator_files, ("vae", "diffusion")),
     Stage("features", _features, lambda config: ("teacher",), _data_files),
     Stage("outliers", _outliers, lambda config: ("features", "generator")),
     Stage("latents", _latents, _latents_needs, _data_files),
     Stage("estimate_loss", _estimate_loss, lambda config: (), _train_files),
-    Stage("train", _train, _train_needs, _train_files),
+    Stage("train", _train, _train_needs, _train_files, ("train",)),
     Stage("evaluate", _evaluate, lambda config: ("train",), _data_files),
     # The page shows the whole config.
     Stage("report", lambda config: _without(config, *DEVICE_KEYS), _report_needs),

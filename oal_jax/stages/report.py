@@ -15,7 +15,7 @@ from oal_jax.runtime import artifacts, processes
 from oal_jax.scores import GRIDS
 from oal_jax.stages import batches, evaluate, latents, train
 from oal_jax.stages.context import Context
-from oal_jax.training.log import read
+from oal_jax.training import log
 
 _SHOWN_OUTLIERS = 400
 
@@ -74,7 +74,7 @@ def _write(
             groups=sets.groups,
             intervals=intervals,
             trials=trials,
-            log=read(context.workdir / "metrics.jsonl", "train"),
+            log=log.read(context.workdir / log.FILE, "train"),
             outlier_features=_mapped_outliers(context),
             samples=samples,
         ),

@@ -17,7 +17,8 @@ from oal_jax.config.smoke import shrink
 from oal_jax.errors import UserError
 from oal_jax.runtime import artifacts, distributed, processes
 from oal_jax.stages.context import Context
-from oal_jax.stages.plan import DEVICE_KEYS, Stage, inputs_of, plan
+from oal_jax.stages.plan import DEVICE_KEYS, STAGES, Stage, inputs_of, plan
+from oal_jax.training import log
 
 
 def run(
@@ -115,7 +116,35 @@ def resolve(workdir: Path) -> Context:
     if not path.exists():
         raise UserError(f"{workdir} has no config.json; it is not the directory of a run")
     config = unflatten(_read_config(path))
-    return Context(config, workdir, distributed.make_mesh(), jax.random.key(config.seed))
+    context = Context(config, workdir, distributed.make_mesh(), jax.random.key(config.seed))
+    for stage in STAGES:
+        _check_unedited(stage, context, path)
+    return context
+
+
+def _check_unedited(stage: Stage, context: Context, path: Path) -> None:
+    """Raise `UserError` if a finished stage was made by another config than the file has now."""
+    directory = context.directory(stage.name)
+    if not (directory / artifacts.MANIFEST).exists():
+        return
+    recorded = _leaves(artifacts.inputs_recorded(directory).get("config", {}))
+    # An older version may have recorded other keys.
+    for key, value in _leaves(stage.reads(context.config)).items():
+        if key in recorded and recorded[key] != value:
+            raise UserError(
+                f"{path}: {key} is {value!r}, but stage {stage.name} was made with"
+                f" {recorded[key]!r}; restore the file, or run the stages again with --force"
+            )
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a.b": leaf} of nested dicts."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    leaves: dict[str, Any] = {}
+    for key, below in value.items():
+        leaves |= _leaves(below, f"{prefix}.{key}" if prefix else key)
+    return leaves
 
 
 def _check_alike(config: Config) -> None:
@@ -154,13 +183,32 @@ def _run_stage(
     reason = processes.on_main(prepare)
     if reason:
         print(f"{stage.name}: {reason}", flush=True)
+        processes.on_main(lambda: _restore_log(stage, context))
         return
     with watch(stage.name):
         start = time.monotonic()
         outputs = import_module(f"oal_jax.stages.{stage.name}").run(context)
+        outputs += _save_log(stage, context)
         seconds = time.monotonic() - start
         processes.on_main(lambda: artifacts.finish(directory, stage.name, inputs, outputs, seconds))
         print(f"{stage.name}: {seconds:.1f} s", flush=True)
+
+
+def _save_log(stage: Stage, context: Context) -> list[Path]:
+    """The stage's own copy of its lines of the log, which its manifest then vouches for."""
+    rows = [row for name in stage.logs for row in log.read(context.workdir / log.FILE, name)]
+    path = context.directory(stage.name) / log.FILE
+    if rows:
+        artifacts.write_bytes(path, log.encode(rows))
+    return [path] if rows else []
+
+
+def _restore_log(stage: Stage, context: Context) -> None:
+    copy = context.directory(stage.name) / log.FILE
+    if copy.exists():
+        rows = [row for name in stage.logs for row in log.read(copy, name)]
+        if log.restore(context.workdir, rows, stage.logs):
+            print(f"{stage.name}: its lines were missing from {log.FILE} and are back", flush=True)
 
 
 @contextmanager

@@ -3,10 +3,12 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from oal_jax.runtime import artifacts
+
+FILE = "metrics.jsonl"
 
 
 class MetricsLog:
@@ -20,7 +22,7 @@ class MetricsLog:
         from tensorboardX.proto.event_pb2 import SessionLog
 
         self.stage = stage
-        path = workdir / "metrics.jsonl"
+        path = workdir / FILE
         _drop_after(path, stage, resumed_step)
         self._file = path.open("a", encoding="utf-8")
         board = workdir / "tensorboard" / stage
@@ -62,14 +64,29 @@ def read(path: Path, stage: str) -> list[dict[str, float]]:
     return [row for row in _rows(path) if row["stage"] == stage] if path.exists() else []
 
 
+def encode(rows: Iterable[Mapping]) -> bytes:
+    """Rows as the log's lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def restore(workdir: Path, rows: list[dict], stages: Sequence[str]) -> bool:
+    """Put the rows of finished stages back where the log has others; whether it had."""
+    path = workdir / FILE
+    if [row for stage in stages for row in read(path, stage)] == rows:
+        return False
+    others = [row for row in _rows(path) if row["stage"] not in stages] if path.exists() else []
+    artifacts.write_bytes(path, encode([*others, *rows]))
+    return True
+
+
 def _rows(path: Path) -> list[dict]:
     rows = []
     for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and {"stage", "step"} <= row.keys():
+        if isinstance(row, dict) and "stage" in row and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
 
@@ -78,7 +95,6 @@ def _drop_after(path: Path, stage: str, last_step: int) -> None:
     """Delete the lines of `stage` past a step, and lines that a crash or a full disk cut short."""
     if not path.exists():
         return
-    with artifacts.whole_file(path, "w", encoding="utf-8") as file:
-        for row in _rows(path):
-            if row["stage"] != stage or row["step"] <= last_step:
-                file.write(json.dumps(row) + "\n")
+    rows = [row for row in _rows(path) if row["stage"] != stage or row["step"] <= last_step]
+    with artifacts.whole_file(path) as file:
+        file.write(encode(rows))
