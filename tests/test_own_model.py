@@ -225,7 +225,7 @@ def test_what_else_a_model_returns_is_told(own, name):
     [
         ({"forward": 3}, "forward .*int"),
         ({"train": 3}, r"train .*\(images, labels\)"),
-        ({"train": (np.zeros((4, 28, 28), np.uint8), [0] * 4)}, "add|have shape"),
+        ({"train": (np.zeros((28, 28, 3), np.uint8), [0] * 28)}, r"single image.*images\[None\]"),
         ({"train": (np.zeros((4, 28, 28, 1), np.uint8), [0] * 3)}, "labels of train"),
         ({"train": (np.zeros((0, 28, 28, 1), np.uint8), [])}, "train .*no images"),
         ({"validation": (np.zeros((4, 9, 9, 1), np.uint8), [0] * 4)}, "not .n, 28, 28, 1."),

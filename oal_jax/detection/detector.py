@@ -4,7 +4,8 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Bool, Float, Int32
 
+from oal_jax.detection.images import check_images, to_array
 from oal_jax.errors import UserError
 from oal_jax.evaluation.protocol import threshold
 from oal_jax.runtime import batched, distributed
@@ -82,14 +84,15 @@ class Detector:
         """Labels, confidences, ood_scores and verdicts.
 
         Args:
-          images: (n, h, w, c), or one image (h, w, c): uint8, or floats in [0, 1].
+          images: (n, h, w, c), or one image (h, w, c): uint8, or floats in [0, 1]. Grey images may
+            lack the last axis. Lists of arrays or of Pillow images will do.
 
         Raises:
           UserError: another shape or type, or floats out of range.
         """
-        images = np.asarray(images)
-        single = images.ndim == 3 and images.shape == self.image_shape
-        images = check_images(images[None] if single else images, self.image_shape)
+        images, shape = to_array(images), self.image_shape
+        single = images.shape in (shape, shape[:2]) and (images.ndim == 3 or shape[2] == 1)
+        images = check_images(images[None] if single else images, shape)
         label, confidence, ood_score = run_detector(
             self.score, self.forward, self.state, images, self.batch_size, self.mesh
         )
@@ -132,36 +135,10 @@ def run_detector(
     return batched.apply(run, [images], size, mesh)
 
 
-def check_images(images, image_shape: Sequence[int] | None = None) -> np.ndarray:
-    """Images as uint8 or float32 in [0, 1], of shape (n, *image_shape).
-
-    Raises:
-      UserError: another shape or type, or floats out of range.
-    """
-    images = np.asarray(images)
-    shape = tuple(image_shape) if image_shape else ("height", "width", "channels")
-    expected = ", ".join(map(str, ("n", *shape)))
-    if images.ndim != 4 or (image_shape and images.shape[1:] != shape):
-        near = image_shape and images.shape[1:] == shape[:2] and shape[2] == 1
-        hint = "; add the channels' axis: images[..., None]" if near else ""
-        raise UserError(f"images have shape {images.shape}, not ({expected}){hint}")
-    if images.dtype == np.uint8:
-        return images
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise UserError(f"images are {images.dtype}; give uint8, or floats in [0, 1]")
-    images = images.astype(np.float32)
-    if images.size and not (images.min() >= 0 and images.max() <= 1):  # false for a NaN, too
-        raise UserError(
-            f"float images must lie in [0, 1], have {images.min():.4g} to {images.max():.4g};"
-            " divide by 255, or normalise inside of the model's function"
-        )
-    return images
-
-
 def check_share(keep_id: float) -> None:
     """Raise a UserError unless some threshold can keep this share."""
-    if not 0 < keep_id < 1:
-        raise UserError(f"keep_id must lie between 0 and 1, got {keep_id}; for example 0.95")
+    if not isinstance(keep_id, numbers.Real) or not 0 < keep_id < 1:
+        raise UserError(f"keep_id must lie between 0 and 1, got {keep_id!r}; for example 0.95")
 
 
 def sorted_scores(values, name) -> np.ndarray:
