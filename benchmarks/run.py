@@ -102,10 +102,12 @@ def main(argv: Sequence[str]) -> None:
     suite = _suite(args.suite)
     with _exclusive(args.output):
         rows = suite.run(rest)
-        artifacts.write_bytes(args.output, (json.dumps(rows, indent=1) + "\n").encode())
-    print(f"{len(rows)} rows: {args.output}")
-    if hasattr(suite, "draw"):
-        print("pictures:", *suite.draw(rows, args.output))
+        artifacts.write_output(args.output, (json.dumps(rows, indent=1) + "\n").encode())
+    # Rows on stdout get no other lines.
+    stream = sys.stderr if artifacts.is_stdout(args.output) else sys.stdout
+    print(f"{len(rows)} rows: {args.output}", file=stream)
+    if hasattr(suite, "draw") and artifacts.is_replaced(args.output):
+        print("pictures:", *suite.draw(rows, args.output), file=stream)
 
 
 def _suite(name: str) -> Any:
@@ -118,10 +120,12 @@ def _suite(name: str) -> Any:
 @contextmanager
 def _exclusive(output: Path) -> Iterator[None]:
     """Hold a lock on the output. Raises `UserError` if it is taken or cannot be written."""
+    if not artifacts.is_replaced(output):
+        yield
+        return
     lock = output.with_name(f".{output.name}.lock")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
     except OSError as error:
         raise UserError(f"--output {output} cannot be written ({error})") from None
     busy = f"another suite writes --output {output}; wait for it, or choose another file"

@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> None:
         raise UserError(f"{args.images} holds no image files{others}")
     # Names that are not UTF-8 come out as the bytes that they are.
     text = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-    with artifacts.whole_file(args.output, "w", **text) as file:
+    with artifacts.output_file(args.output, "w", **text) as file:
         # This imports JAX, so only after the arguments are checked.
         from oal_jax.detection import load, score_folder
 
@@ -44,12 +44,17 @@ def run(argv: Sequence[str]) -> None:
         start = time.monotonic()
         count, ood = score_folder.write(file, detector, args.images, files.names)
         seconds = time.monotonic() - start
+    # A table on stdout gets no other lines.
+    stream = sys.stderr if artifacts.is_stdout(args.output) else sys.stdout
     print(
         f"{count} images, {ood} of them OOD ({ood / count:.1%}) by {detector.score.name} above"
-        f" {detector.threshold:.6g}; {seconds:.1f} s, {count / seconds:.0f} images/s: {args.output}"
+        f" {detector.threshold:.6g}; {seconds:.1f} s, {count / seconds:.0f} images/s:"
+        f" {args.output}",
+        file=stream,
     )
     if files.others:
-        print(f"{files.others} other files in {args.images} are not images by their names")
+        others = f"{files.others} other files in {args.images} are not images by their names"
+        print(others, file=stream)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,19 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from oal_jax.data import manifest
 from oal_jax.errors import UserError
+from oal_jax.pretrained import diffusers_directory
 from oal_jax.runtime import artifacts
+from oal_jax.training.log import MetricsLog
 
 INPUTS = {"config": {"a": 1, "b": [1, 2]}, "stages": {}}
 
@@ -27,12 +33,14 @@ def names(directory):
     return sorted(p.name for p in directory.iterdir())
 
 
+def full(_):
+    """Stands for `os.fsync` on a full disk."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "x.json"
     artifacts.write_json(path, {"old": 1})
-
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
@@ -60,7 +68,7 @@ def test_a_device_is_written_to_and_stays_a_device(tmp_path):
     link = tmp_path / "link"
     link.symlink_to(os.ttyname(theirs))
     for path in (Path(os.ttyname(theirs)), link):
-        artifacts.write_bytes(path, b"x")
+        artifacts.write_output(path, b"x")
         assert os.read(ours, 10) == b"x"
         assert stat.S_ISCHR(os.stat(path).st_mode)
     assert link.is_symlink() and names(tmp_path) == ["link"]
@@ -72,7 +80,7 @@ def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    artifacts.write_bytes(pipe, b"x")
+    artifacts.write_output(pipe, b"x")
     assert os.read(reader, 10) == b"x"
     os.close(reader)
     assert pipe.is_fifo() and names(tmp_path) == ["pipe"]
@@ -84,10 +92,101 @@ def test_a_link_to_a_file_stays_and_the_file_is_replaced(tmp_path, exists):
     (tmp_path / "link").symlink_to("files/real")
     if exists:
         (tmp_path / "files" / "real").write_text("old")
-    artifacts.write_bytes(tmp_path / "link", b"new")
+    artifacts.write_output(tmp_path / "link", b"new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "files" / "real").read_text() == "new"
     assert names(tmp_path / "files") == ["real"]
+
+
+def test_a_standard_stream_is_written_to_wherever_it_goes(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    code = "from pathlib import Path; from oal_jax.runtime import artifacts; print('first');"
+    code += "artifacts.write_output(Path('/dev/stdout'), b'table\\n'); print('last')"
+    with log.open("a") as file:
+        subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
+    assert log.read_text() == "before\nfirst\ntable\nlast\n" and names(tmp_path) == ["log"]
+
+
+def hold(lock):
+    with artifacts.alone(lock, "busy"):
+        return lock.read_text()
+
+
+# Each writes below the folder of a run, which may be someone else's.
+WRITERS = {
+    "config.json": lambda path: artifacts.write_json(path, {"new": 1}),
+    "x.safetensors": lambda path: artifacts.write_tensors(path, {"x": np.zeros(3)}),
+    ".lock": lambda path: hold(path),
+    "metrics.jsonl": lambda path: MetricsLog(path.parent, "train").close(),
+    "vae.json": lambda path: diffusers_directory.write_json(path, {}),
+    "SHA256SUMS": lambda path: manifest.write(path.parent),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("kind", ["{name}", "{name}.partial", "dangling"])
+def test_links_below_a_run_never_lead_outside(tmp_path, name, kind):
+    outside, run = tmp_path / "outside", tmp_path / "run"
+    run.mkdir()
+    (run / "other").write_text("x")
+    if kind != "dangling":
+        outside.write_text("theirs")
+    (run / (name if kind == "dangling" else kind.format(name=name))).symlink_to(outside)
+    with suppress(UserError):
+        WRITERS[name](run / name)
+    assert names(tmp_path) == (["outside", "run"] if kind != "dangling" else ["run"])
+    assert kind == "dangling" or outside.read_text() == "theirs"
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_pipes_below_a_run_are_refused_by_name(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=name):
+        WRITERS[name](tmp_path / name)
+    assert (tmp_path / name).is_fifo() and ".partial" not in str(names(tmp_path))
+
+
+def test_links_beside_an_output_are_not_followed(tmp_path):
+    (tmp_path / "theirs").write_text("theirs")
+    for suffix in (".partial", ".tmp", ".lock"):
+        (tmp_path / f"scores.csv{suffix}").symlink_to("theirs")
+    artifacts.write_output(tmp_path / "scores.csv", b"new")
+    assert (tmp_path / "theirs").read_text() == "theirs"
+    assert (tmp_path / "scores.csv").read_bytes() == b"new"
+
+
+def test_a_lock_keeps_what_its_file_holds(tmp_path):
+    (tmp_path / "lock").write_text("kept")
+    with artifacts.alone(tmp_path / "lock", "busy"), pytest.raises(UserError, match="busy"):
+        hold(tmp_path / "lock")
+    assert hold(tmp_path / "lock") == "kept"
+
+
+def test_a_replaced_file_keeps_its_permissions_and_a_new_one_has_the_usual(tmp_path):
+    private, new, usual = (tmp_path / name for name in ("private", "new", "usual"))
+    usual.touch()
+    private.touch(0o600)
+    for path in (private, new):
+        artifacts.write_output(path, b"x")
+    mode = lambda path: stat.S_IMODE(path.stat().st_mode)
+    assert mode(private) == 0o600 and mode(new) == mode(usual)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "x").touch()
+    (tmp_path / "link").symlink_to("old")
+    with pytest.raises(KeyboardInterrupt), artifacts.whole_folder(tmp_path / "link") as folder:
+        (folder / "y").touch()
+        raise KeyboardInterrupt
+    assert names(tmp_path / "old") == ["x"] and names(tmp_path) == ["link", "old"]
+    with artifacts.whole_folder(tmp_path / "link") as folder:
+        (folder / "y").touch()
+    assert names(tmp_path / "old") == ["y"] and names(tmp_path) == ["link", "old"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/x"), artifacts.whole_folder(tmp_path / "file/x"):
+        pass
 
 
 def test_a_place_where_no_file_can_be_is_refused_by_name(tmp_path):
@@ -100,15 +199,6 @@ def test_a_place_where_no_file_can_be_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="missing/x"), artifacts.whole_file(tmp_path / "missing/x"):
         pass
     assert names(tmp_path) == ["file", "folder", "to_folder"]
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
-def test_a_full_disk_leaves_no_file(tmp_path):
-    (tmp_path / "x.safetensors.partial").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space") as caught:
-        artifacts.write_tensors(tmp_path / "x.safetensors", {"x": np.zeros(10_000)})
-    assert caught.value.errno == errno.ENOSPC
-    assert names(tmp_path) == []
 
 
 def test_tensors_round_trip_and_damage_is_told(tmp_path):

@@ -149,6 +149,17 @@ def test_runs_on_different_sets_get_a_note(runs, tmp_path):
             assert ("different sets" in text) == noted
 
 
+def test_the_page_has_the_notes_of_the_terminal(runs, tmp_path):
+    tiny = finished(tmp_path / "tiny", 5, (80.0, 40.0), smoke=True)
+    cases = compare.read([*runs, tiny])
+    terminal = compare.format_text(cases).splitlines()
+    notes = [line.removeprefix("note: ") for line in terminal if line.startswith("note: ")]
+    page = compare.format_page(cases)
+    assert all(note in page for note in notes)
+    assert ["C" in n for n in notes if "SMOKE" in n] == [True]
+    assert any("B shares 2 seeds with A" in note for note in notes)  # one of B's has no partner
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -52,6 +52,25 @@ def test_cells_that_are_no_floats(tmp_path):
     assert (tmp_path / "a.csv").read_text() == 'v,w,x,y,z\n"a,b",,3,True,0.5000\n'
 
 
+NAMES = [
+    *("=1+1", "+1-1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "\uff1d1", "'=1", "''", "-", '="a",b'),
+    *("a;=1", "a\t=1", "a,-b", "a\n@b", "a;'=1", 'a;"=1"', "a; =1", 'x","=1', "a;b"),
+    *("plain", "a=b", "1e5", "-1.5", "+7", "-inf", " -1", "-1 ", "", "caf\xe9", "it's"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_name_is_a_formula_and_all_read_back(tmp_path, name):
+    row = Row(name, f"x{name}", name, *[-1.5] * 6)
+    tables.write_csv(tmp_path / "ood.csv", [row])
+    assert tables.read_csv(tmp_path / "ood.csv") == [row]
+    _, _, text = (tmp_path / "ood.csv").read_bytes().decode().partition("\n")
+    for separator in ",;\t":  # a spreadsheet takes one of these, by country
+        for cells in csv.reader(re.split(r"[\r\n]+", text), delimiter=separator):
+            formulas = [c for c in cells if c.strip().startswith(tuple("=+-@\uff1d"))]
+            assert all(re.match(r"[-+](\d|inf)[\d.]*(,|$)", cell) for cell in formulas), formulas
+
+
 def test_files_that_are_no_ood_csv(tmp_path):
     with pytest.raises(UserError, match="ood.csv is missing"):
         tables.read_csv(tmp_path / "ood.csv")

@@ -2,8 +2,6 @@
 
 import datetime
 import importlib.metadata
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,8 @@ from jax import export
 from jax.export import Exported
 
 from oal_jax.detection.detector import Detector, predict
-from oal_jax.errors import UserError
 from oal_jax.evaluation.tables import is_mean, read_csv
+from oal_jax.report.html import markdown
 from oal_jax.runtime import artifacts
 from oal_jax.stages import train
 from oal_jax.stages.context import Context
@@ -45,17 +43,8 @@ def write(output: Path, detector: Detector, context: Context, platforms: Sequenc
     Raises:
       UserError: `output` can't be written.
     """
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        try:
-            temporary.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"--output {output} can't be written ({error.strerror})") from None
-        _write(temporary, detector, context, tuple(platforms))
-        _replace(temporary, output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with artifacts.whole_folder(output) as folder:
+        _write(folder, detector, context, tuple(platforms))
     return sum(path.stat().st_size for path in output.iterdir())
 
 
@@ -149,7 +138,7 @@ def _card(detector: Detector, described: dict[str, Any], context: Context) -> st
     trained = described["trained_on"]
     written_by = described["versions"]["jax"]
     params = ", ".join(f"{k}={v}" for k, v in described["parameters"].items()) or "its defaults"
-    return f"""# OOD detector: {trained["id_set"]}, {detector.score.name}
+    return f"""# OOD detector: {markdown(trained["id_set"])}, {detector.score.name}
 
 A classifier that says which images are unlike its training data (out-of-distribution, OOD).
 
@@ -160,7 +149,7 @@ A classifier that says which images are unlike its training data (out-of-distrib
   `is_ood` (ood_score above {detector.threshold:.6g}).
 - Score `{detector.score.name}` with {params}. The threshold keeps {detector.keep_id:.1%} of
   {len(detector.id_val_scores)} ID validation images; measure what it keeps of yours.
-- Classes: {", ".join(detector.class_names)}.
+- Classes: {", ".join(map(markdown, detector.class_names))}.
 
 ## Use it
 
@@ -203,15 +192,7 @@ def _measured(detector: Detector, context: Context) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        name = f"**mean, {row.group}**" if is_mean(row) else row.dataset
+        name = f"**mean, {row.group}**" if is_mean(row) else markdown(row.dataset)
         rates = f"{row.fpr_at_95_ood_tpr:.2f} | {row.fpr_at_95_id_tpr:.2f}"
         lines.append(f"| {name} | {row.group} | {row.auroc:.2f} | {rates} |")
     return "\n".join(lines)
-
-
-def _replace(temporary: Path, output: Path) -> None:
-    old = temporary.with_suffix(".old")
-    if output.exists():
-        os.replace(output, old)
-    os.replace(temporary, output)
-    shutil.rmtree(old, ignore_errors=True)

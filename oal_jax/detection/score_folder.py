@@ -1,7 +1,6 @@
 """Scores of all images of a folder as a CSV file."""
 
 import contextlib
-import csv
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,14 +12,14 @@ from tqdm import tqdm
 from oal_jax.data import image_files
 from oal_jax.detection.detector import Detector
 from oal_jax.errors import UserError
+from oal_jax.evaluation.tables import csv_line
 
 COLUMNS = ("path", "prediction", "confidence", "ood_score", "threshold", "is_ood")
 
 
 def write(file: TextIO, detector: Detector, folder: Path, names: Sequence[str]) -> tuple[int, int]:
     """Write a row for each image; return the number of images and how many of them are OOD."""
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    file.write(csv_line(COLUMNS))
     threshold = repr(detector.threshold)
     tally = {"converted": 0, "unreadable": 0}
     count = ood = 0
@@ -37,7 +36,7 @@ def write(file: TextIO, detector: Detector, folder: Path, names: Sequence[str]) 
             ):
                 verdict = "true" if is_ood else "false"
                 row = (name, prediction, f"{confidence:.6f}", repr(value), threshold, verdict)
-                writer.writerow(row)
+                file.write(csv_line(row))
             count += len(batch)
             ood += int(result.is_ood.sum())
     if not count:

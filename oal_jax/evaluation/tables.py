@@ -1,7 +1,7 @@
 """Result rows, their CSV files in this project's layout and in OpenOOD's, and a text table."""
 
 import csv
-import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -75,10 +75,51 @@ def write_csv(
     path: str | Path, rows: Iterable[Sequence[object]], columns: Sequence[str] = Row._fields
 ) -> None:
     """Writes a header line and `rows`, atomically. Floats get 4 decimals, None an empty cell."""
+    write_bytes(Path(path), csv_bytes(rows, columns))
+
+
+def csv_bytes(rows: Iterable[Sequence[object]], columns: Sequence[str]) -> bytes:
+    """A header line and `rows` as CSV. Floats get 4 decimals, None an empty cell."""
     cells = ([f"{v:.4f}" if isinstance(v, float) else v for v in row] for row in rows)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([columns, *cells])
-    write_bytes(Path(path), text.getvalue().encode())
+    lines = [csv_line(row) for row in (columns, *cells)]
+    return "".join(lines).encode("utf-8", "surrogateescape")  # names of files are bytes
+
+
+def csv_line(row: Iterable[object]) -> str:
+    """One line of CSV that a spreadsheet opens without running what a name holds.
+
+    Text that a spreadsheet would take for a formula gets an apostrophe in front, which `read_cell`
+    removes. So does the text after a comma, semicolon, tab or line break within a name: it is a
+    cell of its own in a country where that character separates cells.
+    """
+    return ",".join(map(_cell, row)) + "\n"
+
+
+def read_cell(text: str) -> str:
+    """The text that `csv_line` wrote, from a cell as the module `csv` reads it."""
+    return re.sub(r"(^|[,;\t\r\n])'", r"\1", text)
+
+
+# A place where a cell may begin, before what makes it a formula. An apostrophe that is there
+# already gets another one, so that reading gives it back.
+_FORMULA = re.compile("(^|[,;\t\r\n])(?=[\"\\s]*[=+\\-@\t\r\n'\uff1d\uff0b\uff0d\uff20])")
+
+
+def _cell(value: object) -> str:
+    text = "" if value is None else str(value)
+    if not _is_number(text):
+        text = _FORMULA.sub(r"\1'", text)
+    if set(',;\t\r\n"').isdisjoint(text):
+        return text
+    return '"' + text.replace('"', '""') + '"'
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text == text.strip()
 
 
 def read_csv(path: str | Path) -> list[Row]:
@@ -90,11 +131,11 @@ def read_csv(path: str | Path) -> list[Row]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} is missing; run the stage report")
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file)
         if next(reader, None) != list(Row._fields):
             raise UserError(f"{path} does not have the columns {', '.join(Row._fields)}")
-        return [Row(*line[:3], *map(float, line[3:])) for line in reader]
+        return [Row(*map(read_cell, line[:3]), *map(float, line[3:])) for line in reader]
 
 
 def write_openood(path: str | Path, rows: Iterable[Row], score: str) -> None:
@@ -140,7 +181,8 @@ def read_openood(path: str | Path) -> list[Row]:
                 raise UserError(
                     f"{path}, line {reader.line_num} is not a data set and five numbers"
                 ) from None
-            rows.append(Row("", line["dataset"].strip(), "", fpr_at_95_id_tpr=np.nan, **metrics))
+            name = read_cell(line["dataset"].strip())
+            rows.append(Row("", name, "", fpr_at_95_id_tpr=np.nan, **metrics))
     if not rows:
         raise UserError(f"{path} has no lines below its header")
     return rows

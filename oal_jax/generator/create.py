@@ -21,6 +21,7 @@ from typing import Any
 from oal_jax.config.class_names import FASHION as FASHION_CLASSES
 from oal_jax.generator.conditioning import PROMPT
 from oal_jax.pretrained import diffusers_directory
+from oal_jax.runtime import artifacts
 
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
 _WORD_END = "</w>"
@@ -83,9 +84,13 @@ def write_tokenizer(folder: Path, class_names: Sequence[str], length: int) -> in
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, text in {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "merges.txt": "\n".join(lines) + "\n",
+    }.items():
+        with artifacts.whole_file(folder / name, "w", encoding="utf-8") as file:
+            file.write(text)
     special = {"bos_token": _BEGIN, "eos_token": _END, "unk_token": _END, "pad_token": _END}
     diffusers_directory.write_json(folder / "special_tokens_map.json", special)
     diffusers_directory.write_json(

@@ -363,5 +363,5 @@ def save_timm(
     entry = {"mean": net.mean, "std": net.std, "image_size": image_size}
     entry |= {"heads": net.heads} if isinstance(net, VisionTransformer) else {}
     metadata = {"format": "pt", _METADATA: json.dumps(entry)}
-    artifacts.write_bytes(path, safetensors.numpy.save(tensors, metadata))
+    artifacts.write_output(path, safetensors.numpy.save(tensors, metadata))
     return path

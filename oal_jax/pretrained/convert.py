@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 from oal_jax.errors import UserError
 from oal_jax.runtime.command import BareParser, guard
@@ -51,7 +52,7 @@ def convert(source: Path, target: Path, key: str | None = None) -> dict[str, np.
         raise UserError(f"--output {target} must end in .safetensors")
     state = _state_dict(source, _load(source), key)
     tensors = {name: _array(tensor) for name, tensor in _unwrapped(state).items()}
-    artifacts.write_tensors(target, tensors)
+    artifacts.write_output(target, safetensors.numpy.save(tensors))
     return tensors
 
 

@@ -267,7 +267,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object, indented, keys in their order."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with artifacts.whole_file(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
 
 
 def save(

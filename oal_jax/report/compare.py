@@ -249,7 +249,7 @@ def _measures(rows: Sequence[Row], published: set[str]) -> dict[Key, float]:
     }
 
 
-def _by_seed(case: Case, values: Sequence[dict[Key, float]]) -> dict[int, dict[Key, float]]:
+def _by_seed(case: Case, values: Sequence[Any]) -> dict[int, Any]:
     """`values` of the case's runs by seed. Seeds that the case has twice are left out."""
     seeds = [run.config.get("seed") for run in case.runs]
     pairs = zip(seeds, values, strict=True)
@@ -273,9 +273,25 @@ def _columns(table: Table) -> list[str]:
 
 
 def _notes(cases: Sequence[Case]) -> list[str]:
-    runs = [case.runs[0] for case in cases if case.runs[0].config]
-    same = len({frozenset(row.dataset for row in run.rows) for run in runs}) == 1
-    return [] if same else ["these runs were tested on different sets; do not compare their means"]
+    """What a reader must know about the numbers; the same in the terminal and on the page."""
+    ours = [case for case in cases if case.runs[0].config]
+    notes = []
+    if len({frozenset(row.dataset for row in case.runs[0].rows) for case in ours}) > 1:
+        notes.append("these runs were tested on different sets; do not compare their means")
+    if smoke := [case.name for case in ours if case.runs[0].config["smoke"]]:
+        notes.append(f"SMOKE: the runs of {', '.join(smoke)} had tiny sizes and mean nothing")
+    if single := [case.name for case in ours if len(case.runs) == 1]:
+        notes.append(f"{', '.join(single)}: one seed, so no deviation")
+    first, *others = [(case, _by_seed(case, case.runs)) for case in ours]
+    for case, seeds in others:
+        shared = len(seeds.keys() & first[1].keys())
+        counts = {len(case.runs), len(first[0].runs)}
+        if counts != {shared}:
+            notes.append(
+                f"{case.name} shares {shared} seed{'s' * (shared != 1)} with {first[0].name}, of"
+                f" {len(case.runs)} and {len(first[0].runs)} runs; differences are over these"
+            )
+    return notes
 
 
 def _sections(cases: Sequence[Case]) -> list[tuple]:
@@ -302,7 +318,7 @@ def _text(cell: Cell | None, sign: str) -> str:
 
 def _write(output: Path, cases: Sequence[Case]) -> None:
     if output.suffix == ".html":
-        artifacts.write_bytes(output, format_page(cases).encode())
+        artifacts.write_output(output, format_page(cases).encode())
         return
     lines = [
         (name, score, title, *cell)
@@ -310,4 +326,5 @@ def _write(output: Path, cases: Sequence[Case]) -> None:
         for (title, score), cells in table.items()
         for name, cell in cells.items()
     ]
-    tables.write_csv(output, lines, ("case", "score", "measure", "mean", "std", "runs"))
+    columns = ("case", "score", "measure", "mean", "std", "runs")
+    artifacts.write_output(output, tables.csv_bytes(lines, columns))

@@ -1,7 +1,9 @@
-"""Rendering of the page templates, which are in the folder `templates`.
+"""Rendering of the page templates, which are in the folder `templates`, and of names in Markdown.
 
 A page loads nothing from elsewhere, so it opens without a network.
 """
+
+import re
 
 import jinja2
 
@@ -16,3 +18,9 @@ def render(template: str, **values: object) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(values)
+
+
+def markdown(name: str) -> str:
+    """A name as plain text of a Markdown page: it makes no link, tag, row or line of its own."""
+    printable = "".join(c if c.isprintable() else " " for c in name)
+    return re.sub(r"([\\`*_\[\]<>()#!|~&$:@])", r"\\\1", printable)

@@ -235,7 +235,6 @@ def _done(directory: Path, inputs: dict[str, Any], force: bool) -> bool:
 def _make(workdir: Path) -> None:
     with _writable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / ".lock").touch()
 
 
 def _claim(workdir: Path, config: Config, force: bool) -> None:

@@ -24,7 +24,7 @@ class MetricsLog:
         self.stage = stage
         path = workdir / FILE
         _drop_after(path, stage, resumed_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = artifacts.open_to_append(path)
         board = workdir / "tensorboard" / stage
         board.mkdir(parents=True, exist_ok=True)
         self._board = EventsWriter(str(board / "events"))
@@ -61,7 +61,7 @@ class MetricsLog:
 
 def read(path: Path, stage: str) -> list[dict[str, float]]:
     """All logged steps of a stage in order. Lines that were cut short are skipped."""
-    return [row for row in _rows(path) if row["stage"] == stage] if path.exists() else []
+    return [row for row in _rows(path) if row["stage"] == stage] if path.is_file() else []
 
 
 def encode(rows: Iterable[Mapping]) -> bytes:
@@ -93,7 +93,7 @@ def _rows(path: Path) -> list[dict]:
 
 def _drop_after(path: Path, stage: str, last_step: int) -> None:
     """Delete the lines of `stage` past a step, and lines that a crash or a full disk cut short."""
-    if not path.exists():
+    if not path.is_file():
         return
     rows = [row for row in _rows(path) if row["stage"] != stage or row["step"] <= last_step]
     with artifacts.whole_file(path) as file:
