@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from oal_jax.errors import UserError
-from oal_jax.runtime import artifacts
+from oal_jax.runtime import artifacts, writing
 from oal_jax.runtime.command import BareParser, guard
 
 SUITES = ("ablation", "features", "job", "latents", "methods", "outliers", "scores", "step")
@@ -104,9 +104,9 @@ def main(argv: Sequence[str]) -> None:
         rows = suite.run(rest)
         artifacts.write_output(args.output, (json.dumps(rows, indent=1) + "\n").encode())
     # Rows on stdout get no other lines.
-    stream = sys.stderr if artifacts.is_stdout(args.output) else sys.stdout
+    stream = sys.stderr if writing.is_stdout(args.output) else sys.stdout
     print(f"{len(rows)} rows: {args.output}", file=stream)
-    if hasattr(suite, "draw") and artifacts.is_replaced(args.output):
+    if hasattr(suite, "draw") and writing.is_replaced(args.output):
         print("pictures:", *suite.draw(rows, args.output), file=stream)
 
 
@@ -120,7 +120,7 @@ def _suite(name: str) -> Any:
 @contextmanager
 def _exclusive(output: Path) -> Iterator[None]:
     """Hold a lock on the output. Raises `UserError` if it is taken or cannot be written."""
-    if not artifacts.is_replaced(output):
+    if not writing.is_replaced(output):
         yield
         return
     lock = output.with_name(f".{output.name}.lock")
@@ -129,7 +129,7 @@ def _exclusive(output: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"--output {output} cannot be written ({error})") from None
     busy = f"another suite writes --output {output}; wait for it, or choose another file"
-    with artifacts.alone(lock, busy):
+    with writing.alone(lock, busy):
         try:
             yield
         finally:

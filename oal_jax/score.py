@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oal_jax.errors import UserError
-from oal_jax.runtime import artifacts, startup
+from oal_jax.runtime import startup, writing
 from oal_jax.runtime.command import Parser, guard
 
 
@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> None:
         raise UserError(f"{args.images} holds no image files{others}")
     # Names that are not UTF-8 come out as the bytes that they are.
     text = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-    with artifacts.output_file(args.output, "w", **text) as file:
+    with writing.output_file(args.output, "w", **text) as file:
         # This imports JAX, so only after the arguments are checked.
         from oal_jax.detection import load, score_folder
 
@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
         count, ood = score_folder.write(file, detector, args.images, files.names)
         seconds = time.monotonic() - start
     # A table on stdout gets no other lines.
-    stream = sys.stderr if artifacts.is_stdout(args.output) else sys.stdout
+    stream = sys.stderr if writing.is_stdout(args.output) else sys.stdout
     print(
         f"{count} images, {ood} of them OOD ({ood / count:.1%}) by {detector.score.name} above"
         f" {detector.threshold:.6g}; {seconds:.1f} s, {count / seconds:.0f} images/s:"

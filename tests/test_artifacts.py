@@ -15,7 +15,7 @@ import pytest
 from oal_jax.data import manifest
 from oal_jax.errors import UserError
 from oal_jax.pretrained import diffusers_directory
-from oal_jax.runtime import artifacts
+from oal_jax.runtime import artifacts, writing
 from oal_jax.training.log import MetricsLog
 
 INPUTS = {"config": {"a": 1, "b": [1, 2]}, "stages": {}}
@@ -52,12 +52,12 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 def test_readers_see_the_old_file_until_the_new_one_is_complete(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("old")
-    with artifacts.whole_file(path, "w") as file:
+    with writing.whole_file(path, "w") as file:
         file.write("new")
         file.flush()
         assert path.read_text() == "old"
     assert path.read_text() == "new"
-    with pytest.raises(KeyboardInterrupt), artifacts.whole_file(path, "w") as file:
+    with pytest.raises(KeyboardInterrupt), writing.whole_file(path, "w") as file:
         file.write("cut short")
         raise KeyboardInterrupt
     assert path.read_text() == "new" and names(tmp_path) == ["x.txt"]
@@ -109,7 +109,7 @@ def test_a_standard_stream_is_written_to_wherever_it_goes(tmp_path):
 
 
 def hold(lock):
-    with artifacts.alone(lock, "busy"):
+    with writing.alone(lock, "busy"):
         return lock.read_text()
 
 
@@ -158,7 +158,7 @@ def test_links_beside_an_output_are_not_followed(tmp_path):
 
 def test_a_lock_keeps_what_its_file_holds(tmp_path):
     (tmp_path / "lock").write_text("kept")
-    with artifacts.alone(tmp_path / "lock", "busy"), pytest.raises(UserError, match="busy"):
+    with writing.alone(tmp_path / "lock", "busy"), pytest.raises(UserError, match="busy"):
         hold(tmp_path / "lock")
     assert hold(tmp_path / "lock") == "kept"
 
@@ -177,15 +177,15 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "x").touch()
     (tmp_path / "link").symlink_to("old")
-    with pytest.raises(KeyboardInterrupt), artifacts.whole_folder(tmp_path / "link") as folder:
+    with pytest.raises(KeyboardInterrupt), writing.whole_folder(tmp_path / "link") as folder:
         (folder / "y").touch()
         raise KeyboardInterrupt
     assert names(tmp_path / "old") == ["x"] and names(tmp_path) == ["link", "old"]
-    with artifacts.whole_folder(tmp_path / "link") as folder:
+    with writing.whole_folder(tmp_path / "link") as folder:
         (folder / "y").touch()
     assert names(tmp_path / "old") == ["y"] and names(tmp_path) == ["link", "old"]
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file/x"), artifacts.whole_folder(tmp_path / "file/x"):
+    with pytest.raises(UserError, match="file/x"), writing.whole_folder(tmp_path / "file/x"):
         pass
 
 
@@ -196,7 +196,7 @@ def test_a_place_where_no_file_can_be_is_refused_by_name(tmp_path):
     for name in ("folder", "to_folder", "file/x"):
         with pytest.raises(UserError, match=name):
             artifacts.write_bytes(tmp_path / name, b"")
-    with pytest.raises(UserError, match="missing/x"), artifacts.whole_file(tmp_path / "missing/x"):
+    with pytest.raises(UserError, match="missing/x"), writing.whole_file(tmp_path / "missing/x"):
         pass
     assert names(tmp_path) == ["file", "folder", "to_folder"]
 

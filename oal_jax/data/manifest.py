@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from oal_jax.errors import UserError
-from oal_jax.runtime import artifacts
+from oal_jax.runtime import artifacts, writing
 
 NAME = "SHA256SUMS"
 _LINE = re.compile(r"(\\?)([0-9a-f]{64})  (.+)\n?")
@@ -108,7 +108,7 @@ def write(root: Path) -> int:
     """
     files = sorted(_files(root))
     text = {"encoding": "utf-8", "newline": "\n"}
-    with artifacts.whole_file(root / NAME, "w", **text) as file, ThreadPoolExecutor() as threads:
+    with writing.whole_file(root / NAME, "w", **text) as file, ThreadPoolExecutor() as threads:
         try:
             for path, digest in zip(files, threads.map(artifacts.sha256, files), strict=True):
                 name = path.relative_to(root).as_posix()

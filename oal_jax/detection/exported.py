@@ -15,7 +15,7 @@ from jax.export import Exported
 from oal_jax.detection.detector import Detector, predict
 from oal_jax.evaluation.tables import is_mean, read_csv
 from oal_jax.report.html import markdown
-from oal_jax.runtime import artifacts
+from oal_jax.runtime import artifacts, writing
 from oal_jax.stages import train
 from oal_jax.stages.context import Context
 
@@ -43,7 +43,7 @@ def write(output: Path, detector: Detector, context: Context, platforms: Sequenc
     Raises:
       UserError: `output` can't be written.
     """
-    with artifacts.whole_folder(output) as folder:
+    with writing.whole_folder(output) as folder:
         _write(folder, detector, context, tuple(platforms))
     return sum(path.stat().st_size for path in output.iterdir())
 

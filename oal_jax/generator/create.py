@@ -21,7 +21,7 @@ from typing import Any
 from oal_jax.config.class_names import FASHION as FASHION_CLASSES
 from oal_jax.generator.conditioning import PROMPT
 from oal_jax.pretrained import diffusers_directory
-from oal_jax.runtime import artifacts
+from oal_jax.runtime import writing
 
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
 _WORD_END = "</w>"
@@ -89,7 +89,7 @@ def write_tokenizer(folder: Path, class_names: Sequence[str], length: int) -> in
         "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
         "merges.txt": "\n".join(lines) + "\n",
     }.items():
-        with artifacts.whole_file(folder / name, "w", encoding="utf-8") as file:
+        with writing.whole_file(folder / name, "w", encoding="utf-8") as file:
             file.write(text)
     special = {"bos_token": _BEGIN, "eos_token": _END, "unk_token": _END, "pad_token": _END}
     diffusers_directory.write_json(folder / "special_tokens_map.json", special)

@@ -28,7 +28,7 @@ from flax import serialization, traverse_util
 from oal_jax.errors import UserError
 from oal_jax.pretrained import torch_layout
 from oal_jax.pretrained.tensor_files import PICKLES, listed, open_safetensors, refuse
-from oal_jax.runtime import artifacts
+from oal_jax.runtime import writing
 
 COMPONENTS = ("text_encoder", "unet", "vae")
 
@@ -267,7 +267,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object, indented, keys in their order."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with artifacts.whole_file(path, "w", encoding="utf-8") as file:
+    with writing.whole_file(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")
 
 
@@ -304,5 +304,5 @@ def _write_params(target: Path, params: Any) -> None:
         torch_layout.torch_names(path)[0]: torch_layout.to_torch(path, np.asarray(leaf))
         for path, leaf in traverse_util.flatten_dict(params).items()
     }
-    with artifacts.whole_file(target) as file:
+    with writing.whole_file(target) as file:
         file.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))

@@ -15,7 +15,7 @@ from oal_jax.config import GENERATED, Config, expand, flatten, unflatten
 from oal_jax.config.rules import validate
 from oal_jax.config.smoke import shrink
 from oal_jax.errors import UserError
-from oal_jax.runtime import artifacts, distributed, processes
+from oal_jax.runtime import artifacts, distributed, processes, writing
 from oal_jax.stages.context import Context
 from oal_jax.stages.plan import DEVICE_KEYS, STAGES, Stage, inputs_of, plan
 from oal_jax.training import log
@@ -219,7 +219,7 @@ def _alone(workdir: Path) -> Iterator[None]:
         yield  # process 0 holds it for all
         return
     busy = f"another run is at work in {workdir}; wait for it, or choose another --workdir"
-    with artifacts.alone(workdir / ".lock", busy):
+    with writing.alone(workdir / ".lock", busy):
         yield
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from oal_jax.runtime import artifacts
+from oal_jax.runtime import artifacts, writing
 
 FILE = "metrics.jsonl"
 
@@ -24,7 +24,7 @@ class MetricsLog:
         self.stage = stage
         path = workdir / FILE
         _drop_after(path, stage, resumed_step)
-        self._file = artifacts.open_to_append(path)
+        self._file = writing.open_to_append(path)
         board = workdir / "tensorboard" / stage
         board.mkdir(parents=True, exist_ok=True)
         self._board = EventsWriter(str(board / "events"))
@@ -96,5 +96,5 @@ def _drop_after(path: Path, stage: str, last_step: int) -> None:
     if not path.is_file():
         return
     rows = [row for row in _rows(path) if row["stage"] != stage or row["step"] <= last_step]
-    with artifacts.whole_file(path) as file:
+    with writing.whole_file(path) as file:
         file.write(encode(rows))
