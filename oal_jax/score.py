@@ -32,8 +32,8 @@ def run(argv: Sequence[str]) -> None:
 
     files = image_files.find(args.images)
     if not files.names:
-        others = f", only {files.others} other files" if files.others else ""
-        raise UserError(f"{args.images} holds no image files{others}")
+        others = f", only {len(files.others)} others: {image_files.some(files.others)}"
+        raise UserError(f"{args.images} holds no image files{others if files.others else ''}")
     # Names that are not UTF-8 come out as the bytes that they are.
     text = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
     with writing.output_file(args.output, "w", **text) as file:
@@ -53,8 +53,11 @@ def run(argv: Sequence[str]) -> None:
         file=stream,
     )
     if files.others:
-        others = f"{files.others} other files in {args.images} are not images by their names"
-        print(others, file=stream)
+        others = image_files.some(files.others)
+        print(f"{len(files.others)} other files are not images: {others}", file=stream)
+    if files.repeats:
+        repeats = image_files.some(files.repeats)
+        print(f"{len(files.repeats)} links repeat a folder: {repeats}", file=stream)
 
 
 if __name__ == "__main__":

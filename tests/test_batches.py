@@ -13,6 +13,7 @@ from helpers import Net, changed, form, refusal
 from oal_jax.config import Config, Data, Method
 from oal_jax.config.rules import validate
 from oal_jax.data import procedural, sources
+from oal_jax.data.image_files import Decoding
 from oal_jax.data.info import DatasetInfo
 from oal_jax.methods import registry
 from oal_jax.outliers import pools
@@ -401,7 +402,7 @@ def test_sets_of_the_benchmark_are_no_outlier_images(name, images, group):
 
 @pytest.mark.parametrize("method", [Method(name="oe"), Method()])
 def test_procedural_images_are_drawn_in_the_shape_of_the_id_images(tmp_path, monkeypatch, method):
-    info = DatasetInfo("mine", ("cat",), (20, 24, 3), 12, ("cat",))
+    info = DatasetInfo("mine", ("cat",), Decoding.to_shape((20, 24, 3)), 12, ("cat",))
     monkeypatch.setattr("oal_jax.stages.context.read_info", lambda spec: info)
     context = context_of(tmp_path, method)
     context.config.data.source, context.config.data.root = "folder", "somewhere"

@@ -10,13 +10,25 @@ import pytest
 from PIL import Image
 
 from oal_jax.data import image_files
-from oal_jax.data.image_files import Unreadable, decode, find, stream
+from oal_jax.data.image_files import (
+    CONVERTED,
+    Decoding,
+    Unreadable,
+    decode,
+    decode_with_notes,
+    find,
+    stream,
+)
 from oal_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (28, 28)).astype(np.uint8)
 # Smooth, so that lossy formats come close.
 SMOOTH = np.stack(np.broadcast_arrays(*np.ogrid[0:250:28j, 0:250:28j], 90), -1).astype(np.uint8)
+
+
+SQUARE = Decoding(3, 28, (28, 28))
+GRAY_SQUARE = Decoding(1, 28, (28, 28))
 
 
 def saved(path, pixels, **options):
@@ -28,39 +40,39 @@ def saved(path, pixels, **options):
 def test_lossless_formats_of_the_right_size_stay_as_they_are(tmp_path, ending):
     options = {"lossless": True, "exact": True} if ending == "webp" else {}
     path = saved(tmp_path / f"a.{ending}", GRAY, **options)
-    pixels, _ = decode(path, (28, 28, 1))
+    pixels = decode(path, GRAY_SQUARE)
     np.testing.assert_array_equal(pixels[..., 0], GRAY)
 
 
 @pytest.mark.parametrize("ending", ["jpg", "jpeg", "webp", "jp2", "png"])
 def test_colour_formats(tmp_path, ending):
-    pixels, converted = decode(saved(tmp_path / f"a.{ending}", SMOOTH), (28, 28, 3))
-    assert pixels.shape == (28, 28, 3) and not converted
+    pixels, notes = decode_with_notes(saved(tmp_path / f"a.{ending}", SMOOTH), SQUARE)
+    assert pixels.shape == (28, 28, 3) and not notes
     assert np.abs(pixels.astype(int) - SMOOTH).mean() < 6
 
 
 def test_gray_to_colour_and_back(tmp_path):
-    pixels, converted = decode(saved(tmp_path / "g.png", GRAY), (28, 28, 3))
+    pixels, notes = decode_with_notes(saved(tmp_path / "g.png", GRAY), SQUARE)
     np.testing.assert_array_equal(pixels, np.repeat(GRAY[..., None], 3, -1))
-    assert converted
-    pixels, converted = decode(saved(tmp_path / "c.png", SMOOTH), (28, 28, 1))
+    assert notes == [CONVERTED]
+    pixels, notes = decode_with_notes(saved(tmp_path / "c.png", SMOOTH), GRAY_SQUARE)
     luma = SMOOTH @ [0.299, 0.587, 0.114]  # ITU-R 601
-    assert converted and np.abs(pixels[..., 0] - luma).max() <= 1
+    assert notes == [CONVERTED] and np.abs(pixels[..., 0] - luma).max() <= 1
 
 
 def test_transparency_is_blended_with_black(tmp_path):
     alpha = RNG.integers(0, 256, (28, 28)).astype(np.uint8)
     path = saved(tmp_path / "a.png", np.dstack([SMOOTH, alpha]))
-    pixels, converted = decode(path, (28, 28, 3))
+    pixels, notes = decode_with_notes(path, SQUARE)
     expected = SMOOTH * (alpha[..., None] / 255)
-    assert converted and np.abs(pixels - expected).max() <= 1
-    whole, converted = decode(path, (28, 28, 4))
+    assert notes == [CONVERTED] and np.abs(pixels - expected).max() <= 1
+    whole, notes = decode_with_notes(path, Decoding(4, 28, (28, 28)))
     np.testing.assert_array_equal(whole[..., 3], alpha)
-    assert not converted
+    assert not notes
     palette = Image.fromarray(GRAY // 128).convert("P")
     palette.putpalette([200, 200, 200, 90, 90, 90])
     palette.save(tmp_path / "p.png", transparency=1)
-    pixels, _ = decode(tmp_path / "p.png", (28, 28, 1))
+    pixels = decode(tmp_path / "p.png", GRAY_SQUARE)
     np.testing.assert_array_equal(pixels[..., 0], np.where(GRAY < 128, 200, 0))
 
 
@@ -68,18 +80,18 @@ def test_palettes_16_bits_one_bit_and_cmyk(tmp_path):
     palette = Image.fromarray(GRAY // 64).convert("P")
     palette.putpalette([0, 0, 0, 80, 80, 80, 160, 160, 160, 240, 240, 240])
     palette.save(tmp_path / "p.png")
-    pixels, _ = decode(tmp_path / "p.png", (28, 28, 1))
+    pixels = decode(tmp_path / "p.png", GRAY_SQUARE)
     np.testing.assert_array_equal(pixels[..., 0], GRAY // 64 * 80)
     deep = GRAY.astype(np.uint16) * 257
     for ending in ("png", "tif", "pgm"):
-        pixels, converted = decode(saved(tmp_path / f"d.{ending}", deep), (28, 28, 1))
+        pixels, notes = decode_with_notes(saved(tmp_path / f"d.{ending}", deep), GRAY_SQUARE)
         np.testing.assert_array_equal(pixels[..., 0], GRAY)
-        assert converted
+        assert notes == [CONVERTED]
     Image.fromarray(GRAY > 99).save(tmp_path / "b.png")
-    pixels, _ = decode(tmp_path / "b.png", (28, 28, 1))
+    pixels = decode(tmp_path / "b.png", GRAY_SQUARE)
     np.testing.assert_array_equal(pixels[..., 0], 255 * (GRAY > 99))
     Image.fromarray(SMOOTH).convert("CMYK").save(tmp_path / "c.tif")
-    pixels, _ = decode(tmp_path / "c.tif", (28, 28, 3))
+    pixels = decode(tmp_path / "c.tif", SQUARE)
     assert np.abs(pixels.astype(int) - SMOOTH).max() <= 2
 
 
@@ -88,15 +100,15 @@ def test_shorter_side_and_centre(tmp_path):
     wide[:, 42:98] = np.kron(SMOOTH, np.ones((2, 2, 1))).astype(np.uint8)
     wide[:, :42], wide[:, 98:] = 255, 255
     for name, pixels in {"wide": wide, "tall": wide.swapaxes(0, 1)}.items():
-        result, _ = decode(saved(tmp_path / f"{name}.png", pixels), (28, 28, 3))
+        result = decode(saved(tmp_path / f"{name}.png", pixels), SQUARE)
         expected = SMOOTH if name == "wide" else SMOOTH.swapaxes(0, 1)
         inside = np.abs(result.astype(int) - expected)[2:-2, 2:-2]
         assert inside.max() <= 6  # the filter reaches over edges
-    assert decode(tmp_path / "wide.png", (20, 40, 3))[0].shape == (20, 40, 3)
-    assert decode(saved(tmp_path / "s.png", GRAY[:3, :5]), (28, 28, 1))[0].shape == (28, 28, 1)
+    assert decode(tmp_path / "wide.png", Decoding.to_shape((20, 40, 3))).shape == (20, 40, 3)
+    assert decode(saved(tmp_path / "s.png", GRAY[:3, :5]), GRAY_SQUARE).shape == (28, 28, 1)
     big = Image.fromarray(SMOOTH).resize((900, 900), Image.Resampling.NEAREST)
     big.save(tmp_path / "big.jpg", quality=95)  # decoded at a fraction of its size
-    pixels, _ = decode(tmp_path / "big.jpg", (28, 28, 3))
+    pixels = decode(tmp_path / "big.jpg", SQUARE)
     assert np.abs(pixels.astype(int) - SMOOTH).mean() < 3
 
 
@@ -117,19 +129,19 @@ def test_exif_orientation_is_respected(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = saved(tmp_path / "a.png", np.ascontiguousarray(stored), exif=exif)
-    np.testing.assert_array_equal(decode(path, (28, 28, 1))[0][..., 0], upright)
+    np.testing.assert_array_equal(decode(path, GRAY_SQUARE)[..., 0], upright)
 
 
 def test_broken_exif_does_not_cost_the_image(tmp_path):
     path = saved(tmp_path / "a.png", GRAY, exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
-    np.testing.assert_array_equal(decode(path, (28, 28, 1))[0][..., 0], GRAY)
+    np.testing.assert_array_equal(decode(path, GRAY_SQUARE)[..., 0], GRAY)
 
 
 def test_the_first_of_several_frames(tmp_path):
     frames = [Image.fromarray(np.full((28, 28), v, np.uint8)) for v in (10, 200)]
     for ending in ("gif", "tif"):
         frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:])
-        assert np.unique(decode(tmp_path / f"a.{ending}", (28, 28, 1))[0]).tolist() == [10]
+        assert np.unique(decode(tmp_path / f"a.{ending}", GRAY_SQUARE)).tolist() == [10]
 
 
 def _encoded(ending, pixels=SMOOTH):
@@ -153,23 +165,23 @@ def test_damaged_files_are_unreadable(tmp_path, data, reason):
     path = tmp_path / "a.png"
     path.write_bytes(data)
     with pytest.raises(Unreadable, match=reason):
-        decode(path, (28, 28, 3))
+        decode(path, SQUARE)
 
 
 def test_files_that_can_not_be_used(tmp_path, monkeypatch):
     with pytest.raises(Unreadable, match="not a file"):
-        decode(tmp_path / "missing.png", (28, 28, 1))
+        decode(tmp_path / "missing.png", GRAY_SQUARE)
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(Unreadable, match="not a file"):
-        decode(tmp_path / "pipe.png", (28, 28, 1))
+        decode(tmp_path / "pipe.png", GRAY_SQUARE)
     Image.fromarray(GRAY.astype(np.float32)).save(tmp_path / "f.tif")
     with pytest.raises(Unreadable, match="floats, whose range is not known"):
-        decode(tmp_path / "f.tif", (28, 28, 1))
+        decode(tmp_path / "f.tif", GRAY_SQUARE)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 28 * 28 - 1)
     saved(tmp_path / "bomb.png", GRAY)
-    with pytest.raises(UserError, match="channels; image files have 1, 3 or 4"):
-        list(stream(tmp_path, ["bomb.png"], (28, 28, 2)))
-    (chunk,) = stream(tmp_path, ["bomb.png"], (28, 28, 1))
+    with pytest.raises(UserError, match="2 channels: image files have 1, 3 or 4"):
+        list(stream(["bomb.png"], Decoding(2), tmp_path))
+    (chunk,) = stream(["bomb.png"], GRAY_SQUARE, tmp_path)
     assert chunk.unreadable == [("bomb.png", "more than 783 pixels")]
     assert chunk.images.shape == (0, 28, 28, 1)
 
@@ -183,7 +195,7 @@ def test_random_damage_never_ends_the_stream(tmp_path):
             data[at] = RNG.integers(256)
         names.append(f"{i:02d}.{ending}")
         (tmp_path / names[-1]).write_bytes(data)
-    chunks = list(stream(tmp_path, names, (28, 28, 3)))
+    chunks = list(stream(names, SQUARE, tmp_path))
     reported = [name for chunk in chunks for name in chunk.names]
     reported += [name for chunk in chunks for name, reason in chunk.unreadable if reason]
     assert sorted(reported) == names
@@ -198,7 +210,7 @@ def test_which_files_are_images(tmp_path):
         (tmp_path / name).write_bytes(b"")
     listing = find(tmp_path)
     assert listing.names == ["a.JPG", "b.png", "sub.png/d.gif", "sub/deep/c.jpeg", "é ü,\n.png"]
-    assert listing.others == 5  # what is in hidden folders is not looked at
+    assert len(listing.others) == 5  # what is in hidden folders is not looked at
     with pytest.raises(UserError, match="nothing does not exist; give one with images"):
         find(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"b\.png is not a folder"):
@@ -209,17 +221,17 @@ def test_the_order_is_kept_and_decoding_stays_a_little_ahead(tmp_path, monkeypat
     names = [f"{i:04d}.png" for i in range(2000)]
     started, lock = [], threading.Lock()
 
-    def stand_in(path, image_shape):
+    def stand_in(path, decoding):
         number = int(path.stem)
         with lock:
             started.append(number)
         if number % 64 == 0:
             time.sleep(0.002)  # the next chunks overtake this one
-        return np.full(image_shape, number % 256, np.uint8), False
+        return np.full((2, 2, 1), number % 256, np.uint8), []
 
-    monkeypatch.setattr(image_files, "decode", stand_in)
+    monkeypatch.setattr(image_files, "decode_with_notes", stand_in)
     seen, ahead = [], 0
-    for chunk in stream(tmp_path, names, (2, 2, 1), workers=3):
+    for chunk in stream(names, Decoding(1, 2, (2, 2)), tmp_path, workers=3):
         seen += chunk.names
         np.testing.assert_array_equal(
             chunk.images[:, 0, 0, 0], [int(n[:4]) % 256 for n in chunk.names]
@@ -228,7 +240,7 @@ def test_the_order_is_kept_and_decoding_stays_a_little_ahead(tmp_path, monkeypat
             ahead = max(ahead, len(started) - len(seen))
     assert seen == names
     assert 0 < ahead <= 4 * 3 * 32
-    partial = stream(tmp_path, names, (2, 2, 1), workers=3)
+    partial = stream(names, Decoding(1, 2, (2, 2)), tmp_path, workers=3)
     next(partial)
     partial.close()
     time.sleep(0.05)

@@ -7,7 +7,7 @@ from tfds_sets import a_class, an_image, png, write
 
 from oal_jax.config import Config, Data
 from oal_jax.config.class_names import CLASS_NAMES
-from oal_jax.data import stored
+from oal_jax.data import image_files
 from oal_jax.data.info import known_info
 from oal_jax.errors import UserError
 from oal_jax.stages.context import Context
@@ -78,7 +78,7 @@ def test_the_info_is_that_of_the_images(tmp_path, source, changes, monkeypatch):
     changes = {"near": ("x",)} | changes
     data = source(tmp_path) | changes
     train = context_of(tmp_path, **data).train_images()
-    monkeypatch.setattr(stored, "decode", None)  # the info decodes no image
+    monkeypatch.setattr(image_files, "decode_with_notes", None)  # the info decodes no image
     info = context_of(tmp_path, **data).info
     assert info.name == data.get("id_set", "fashion")
     assert info.class_names == train.class_names

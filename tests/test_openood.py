@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from oal_jax.data import sources, stored
+from oal_jax.data.image_files import Decoding, decode
 from oal_jax.errors import UserError
 
 CAT, DOG = 3, 5  # labels of CIFAR-10
@@ -121,7 +122,8 @@ def test_preprocessing_is_torchvisions(tmp_path, resize, crop):
     )
     for i, size in enumerate([*SIZES, (500, 333), (375, 500), (1023, 257), (224, 224)]):
         image = photo(tmp_path / "x.png", *size, i)
-        np.testing.assert_array_equal(stored.resize_and_crop(image, resize, crop), theirs(image))
+        decoding = Decoding(3, resize, (crop, crop))
+        np.testing.assert_array_equal(decode(tmp_path / "x.png", decoding), theirs(image))
 
 
 def test_lists_keep_their_order_and_paths_may_hold_spaces(tmp_path, digits):

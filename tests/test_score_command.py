@@ -12,7 +12,7 @@ from PIL import Image
 
 import oal_jax
 from oal_jax import main, score
-from oal_jax.data import sources
+from oal_jax.data import image_files, sources
 
 HEADER = "path,prediction,confidence,ood_score,threshold,is_ood"
 
@@ -74,7 +74,7 @@ def test_each_image_gets_its_row(capsys, finished_run, folder, images, tmp_path)
     ood = sum(row["is_ood"] == "true" for row in table)
     assert re.match(rf"40 images, {ood} of them OOD \({ood / 40:.1%}\) by energy above", out[0])
     assert re.search(r"s, \d+ images/s: .*scores\.csv$", out[0])
-    assert out[1].startswith("1 other files")
+    assert out[1] == "1 other files are not images: notes.txt"
     assert sorted(os.listdir(tmp_path)) == ["images", "scores.csv"]
 
 
@@ -104,7 +104,7 @@ def test_what_can_not_be_read_is_told_and_the_rest_is_scored(
     assert re.match(r"oal_jax: a/01\.png is left out: .*truncated", err[0])
     assert err[1] == r"oal_jax: 'empty\n.jpg' is left out: not an image"
     assert err[2] == "oal_jax: 2 of 43 image files could not be read"
-    assert err[3] == "oal_jax: 2 of 41 images were converted to the model's 1 channel of 8 bits"
+    assert err[3] == f"oal_jax: 2 of 41 images {image_files.CONVERTED}"
 
 
 def test_names_of_any_bytes(capsys, finished_run, folder, tmp_path):

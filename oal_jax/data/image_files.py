@@ -1,18 +1,24 @@
-"""Image files: listed, decoded and made to fit a model, a bounded number ahead of the reader.
+"""Image files: listed, decoded to the pixels that a model takes, and streamed in order.
 
-Every file is untrusted: one that can't be read is reported by name, and the others are still read.
+`decode` is the one way from a file to pixels: training, evaluation and scoring all use it. Content
+tells the format of a file. Every file is untrusted: one that can't be read is reported by name, and
+the others are still read.
 """
 
 import collections
 import contextlib
+import dataclasses
+import io
+import itertools
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,12 +26,11 @@ from PIL import Image
 
 from oal_jax.errors import UserError
 
-# Formats that are read, whatever a file's ending says. Not EPS: PIL starts Ghostscript for it.
-_FORMATS = (
-    *("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"),
-    *("MPO", "DIB", "ICO", "PCX", "TGA"),
-)
+# Pillow starts Ghostscript for EPS. It knows the others by their headers but can't decode them.
+_NOT_READ = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF"})
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_OPAQUE = frozenset({"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"})
+_DEEP = frozenset({"PNG", "TIFF", "PPM", "JPEG2000"})  # formats whose 16 bits are gray levels
 _ORIENTATION = 0x0112  # tag of EXIF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,23 +41,61 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _TASK = 32  # images a task of a thread
 # Threads that decode small files hinder each other: the interpreter's lock changes hands several
 # times a file. Two threads were half as fast as one, four a third. So these take turns.
 _SMALL = 16 << 10  # bytes a file
 _IN_TURN = threading.Lock()
 
+CONVERTED = "have other channels or another depth than the model takes, and are converted"
+SEVERAL = "have several frames or layers, of which the first is read"
 
-class Listing(NamedTuple):
-    """The files below a folder.
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How a file becomes pixels. `dataclasses.asdict` gives its JSON.
 
     Attributes:
-      names: files with the ending of an image, relative, with forward slashes, sorted.
-      others: number of other files, and of hidden ones.
+      channels: 1 (gray), 3 (RGB) or 4 (RGB and opacity).
+      resize: length of the shorter side after resizing, more where the crop needs more; None: the
+        image keeps its size.
+      crop: (height, width) of the central part that remains; None: all.
+    """
+
+    channels: int = 3
+    resize: int | None = None
+    crop: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        if self.channels not in _MODES:
+            raise UserError(f"a model of {self.channels} channels: image files have 1, 3 or 4")
+
+    @classmethod
+    def to_shape(cls, image_shape: Sequence[int]) -> "Decoding":
+        """To (height, width, channels), by as little resizing as fills it: images of it stay."""
+        height, width, channels = image_shape
+        return cls(channels, min(height, width), (height, width))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Decoding":
+        """The decoding that was written as JSON."""
+        crop = values["crop"]
+        return cls(values["channels"], values["resize"], crop and tuple(crop))
+
+
+class Listing(NamedTuple):
+    """The files below a folder, relative to it, with forward slashes, sorted.
+
+    Attributes:
+      names: files with the ending of an image.
+      others: other files, and hidden ones.
+      repeats: links to folders that are listed already, or that lead in a circle.
     """
 
     names: list[str]
-    others: int
+    others: list[str]
+    repeats: list[str]
 
 
 class FileBatch(NamedTuple):
@@ -61,13 +104,13 @@ class FileBatch(NamedTuple):
     Attributes:
       names: files that could be read, in order.
       images: theirs.
-      converted: number of images that had other channels or another depth than the model takes.
+      notes: number of images that each of `CONVERTED` and `SEVERAL` holds for.
       unreadable: names of the other files, and reasons.
     """
 
     names: list[str]
     images: UInt8[np.ndarray, "n h w c"]
-    converted: int
+    notes: Counter[str]
     unreadable: list[tuple[str, str]]
 
 
@@ -77,11 +120,11 @@ class Unreadable(Exception):
 
 @cache
 def formats() -> tuple[tuple[str, ...], frozenset[str]]:
-    """PIL's names of the formats that are read, and the endings of their files."""
+    """Pillow's names of the formats that are read, and the endings of their files."""
     Image.init()
-    known = tuple(name for name in _FORMATS if name in Image.OPEN)
+    known = tuple(name for name in Image.OPEN if name not in _NOT_READ)
     endings = Image.registered_extensions().items()
-    return known, frozenset(ending for ending, name in endings if name in known)
+    return known, frozenset(ending for ending, name in endings if name not in _NOT_READ)
 
 
 @contextlib.contextmanager
@@ -107,8 +150,20 @@ def in_turn_if_small(sizes: Sequence[int]) -> Iterator[None]:
         yield
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a name is a system's own: ".name", or "__MACOSX" of unpacked archives."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file that is not hidden has the ending of an image."""
+    return not is_hidden(name) and os.path.splitext(name)[1].lower() in formats()[1]
+
+
 def find(folder: Path) -> Listing:
-    """All images below a folder, by the endings of their names, without hidden ones.
+    """All images below a folder, by the endings of their names. Follows links, each folder once.
+
+    Does not look into hidden folders.
 
     Raises:
       UserError: no such folder, or one that can't be read.
@@ -116,49 +171,60 @@ def find(folder: Path) -> Listing:
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"folder {folder} {what}; give one with images")
-    endings, names, others = formats()[1], [], 0
+    listing = Listing([], [], [])
+    seen = {os.path.realpath(folder)}
 
     def refuse(error: OSError):
         raise UserError(f"folder {error.filename} can't be read ({error.strerror})")
 
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         relative = Path(parent).relative_to(folder).as_posix()
         prefix = "" if relative == "." else relative + "/"
+        below = []
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(parent, name))
+            if real in seen:
+                listing.repeats.append(prefix + name)
+            elif not is_hidden(name):
+                seen.add(real)
+                below.append(name)
+        folders[:] = below
         for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in endings:
-                names.append(prefix + name)
-            else:
-                others += 1
-    return Listing(sorted(names), others)
+            (listing.names if is_image_name(name) else listing.others).append(prefix + name)
+    return Listing(*(sorted(names) for names in listing))
+
+
+def some(names: Sequence[str], count: int | None = None) -> str:
+    """The first of many names, for messages: "a.txt, b.txt, c.txt, ..."."""
+    shown = [name if name.isprintable() else ascii(name) for name in names[:3]]
+    more = ", ..." if (len(names) if count is None else count) > len(shown) else ""
+    return ", ".join(shown) + more
 
 
 def stream(
-    folder: Path, names: Sequence[str], image_shape: Sequence[int], workers: int | None = None
+    names: Iterable[str | Path],
+    decoding: Decoding,
+    folder: Path = Path(),
+    workers: int | None = None,
 ) -> Iterator[FileBatch]:
-    """Decodes images in threads, in order, at most a few batches ahead of the reader.
+    """Decodes files in threads, in order, at most a few batches ahead of the reader.
 
     Memory does not grow with the number of images.
 
     Args:
-      folder: folder that the names are relative to.
-      names: from `find`.
-      image_shape: (height, width, channels) of the resulting images.
+      names: files, relative to `folder`; read as they are needed.
+      decoding: has a crop, so that all images have one shape.
+      folder: where relative names start.
       workers: threads; None: one a core, at least 2 and at most 8.
-
-    Raises:
-      UserError: no image type has this number of channels.
     """
-    if image_shape[2] not in _MODES:
-        raise UserError(f"the model takes {image_shape[2]} channels; image files have 1, 3 or 4")
     formats()  # loads PIL's plugins before there are threads
     workers = workers or min(max(os.cpu_count() or 2, 2), 8)
-    read = partial(_read, folder, tuple(image_shape))
-    waiting: collections.deque[Future] = collections.deque()
+    names, waiting = iter(names), collections.deque[Future]()
+    tasks = iter(lambda: list(itertools.islice(names, _TASK)), [])
     with quiet(), ThreadPoolExecutor(workers, "decode") as pool:
         try:
-            for start in range(0, len(names), _TASK):
-                waiting.append(pool.submit(read, names[start : start + _TASK]))
+            for task in tasks:
+                waiting.append(pool.submit(partial(_read, folder, decoding), task))
                 if len(waiting) >= 4 * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -182,20 +248,20 @@ def silence() -> None:
     warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
-def _read(folder: Path, image_shape: tuple[int, int, int], names: Sequence[str]) -> FileBatch:
-    readable, images, converted, unreadable = [], [], 0, []
+def _read(folder: Path, decoding: Decoding, names: Sequence[str | Path]) -> FileBatch:
+    empty = np.zeros((0, *decoding.crop, decoding.channels), np.uint8)
+    batch, images = FileBatch([], empty, Counter(), []), []
     with in_turn_if_small([_size(folder / name) for name in names]):
         for name in names:
             try:
-                pixels, was_converted = decode(folder / name, image_shape)
+                pixels, notes = decode_with_notes(folder / name, decoding)
             except Unreadable as error:
-                unreadable.append((name, str(error)))
+                batch.unreadable.append((str(name), str(error)))
                 continue
-            readable.append(name)
+            batch.names.append(str(name))
+            batch.notes.update(notes)
             images.append(pixels)
-            converted += was_converted
-    stacked = np.stack(images) if images else np.zeros((0, *image_shape), np.uint8)
-    return FileBatch(readable, stacked, converted, unreadable)
+    return batch._replace(images=np.stack(images)) if images else batch
 
 
 def _size(path: Path) -> int:
@@ -206,30 +272,51 @@ def _size(path: Path) -> int:
 
 
 def decode(
-    path: Path, image_shape: tuple[int, int, int]
-) -> tuple[UInt8[np.ndarray, "h w c"], bool]:
-    """The pixels of an image file, upright, in the shape that a model takes.
+    file: str | os.PathLike | bytes | BinaryIO, decoding: Decoding
+) -> UInt8[np.ndarray, "h w c"]:
+    """The pixels of an encoded image.
 
-    Reads the first of several frames. Resizes the shorter side and keeps the centre; an image of
-    the right size keeps its pixels. Blends transparency with black; makes 16-bit gray levels 8-bit.
+    The first of several frames. 16-bit levels become their high byte. Transparency is over black,
+    unless the model takes opacity as fourth channel. Colour profiles are not applied. The image is
+    turned upright by its EXIF tag, resized by Pillow's antialiased bilinear filter and cropped;
+    sizes and offsets are rounded as torchvision's Resize and CenterCrop round them.
 
-    Returns:
-      The pixels, and whether channels or depth were converted.
+    Args:
+      file: a path, the bytes of a file, or a file open for reading.
+      decoding: how it becomes pixels.
 
     Raises:
-      Unreadable: damaged, truncated, too large to be safe, or of floats without a known range.
+      Unreadable: damaged, truncated, too large to be safe, or of levels without a known range.
     """
-    if not path.is_file():  # reading a pipe would never end
-        raise Unreadable("not a file")
-    height, width, channels = image_shape
-    mode = _MODES[channels]
-    with opened(path) as image:
-        # JPEG alone is decoded at a fraction of its size, at least twice the final one.
-        image.draft(None, (2 * max(height, width),) * 2)
+    return decode_with_notes(file, decoding)[0]
+
+
+def decode_with_notes(
+    file: str | os.PathLike | bytes | BinaryIO, decoding: Decoding
+) -> tuple[UInt8[np.ndarray, "h w c"], list[str]]:
+    """`decode`, and which of `CONVERTED` and `SEVERAL` hold for the image."""
+    if isinstance(file, bytes):
+        file = io.BytesIO(file)
+    elif isinstance(file, str | os.PathLike) and not os.path.isfile(file):
+        raise Unreadable("not a file")  # reading a pipe would never end
+    with opened(file) as image:
+        mode = _MODES[decoding.channels]
+        key = _transparent_key(image)
         image.load()
-        upright = _upright(image)
-        converted = upright if upright.mode == mode else convert(upright, mode)
-        return _fit(converted, height, width, channels), image.mode != mode
+        pixels = _convert(_eight_bits(image, key), mode, key)
+        turn = _turn(image)
+        pixels = pixels if turn is None else pixels.transpose(turn)
+        pixels = np.asarray(_resize_and_crop(pixels, decoding))
+        notes = [CONVERTED] if image.mode != mode else []
+        if _has_several_frames(image):
+            notes.append(SEVERAL)
+        return pixels if pixels.ndim == 3 else pixels[..., None], notes
+
+
+def upright_shape(image: Image.Image, channels: int) -> tuple[int, int, int]:
+    """(height, width, channels) of an opened image as `decode` gives it without a resize."""
+    turned = _turn(image) in (_UPRIGHT[5], _UPRIGHT[6], _UPRIGHT[7], _UPRIGHT[8])
+    return (*(image.size if turned else image.size[::-1]), channels)
 
 
 def _reason(error: Exception) -> str:
@@ -242,38 +329,93 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # the pixels are sound where only the EXIF data is not
-        return image
-    return image if turn is None else image.transpose(turn)
+        return None
 
 
-def convert(image: Image.Image, mode: str) -> Image.Image:
-    """The image in another mode. Blends transparency with black; makes 16-bit levels 8-bit.
+def _has_several_frames(image: Image.Image) -> bool:
+    try:
+        return getattr(image, "is_animated", False)
+    except Exception:  # the first frame is sound where a later one is not
+        return True
 
-    Raises:
-      Unreadable: its pixels are floats, which have no known range.
-    """
+
+def _transparent_key(image: Image.Image):
+    """The colour that is transparent, if there is one, in the depth of the decoded pixels."""
+    key = image.info.get("transparency")
+    deep = image.mode == "RGB" and image.tile and "16" in str(image.tile[0].args)
+    return tuple(level >> 8 for level in key) if deep and isinstance(key, tuple) else key
+
+
+def _eight_bits(image: Image.Image, key: int | None) -> Image.Image:
+    """The image with 8 bits a channel: the high byte of 16, which Pillow takes of colours too."""
     if image.mode == "F":
-        raise Unreadable("its pixels are floats, whose range is not known")
-    if image.mode.startswith("I"):
-        # 16 bits. PIL's own conversion would cut off what is above 255.
-        levels = np.asarray(image).astype(np.int64) // 257
-        image = Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
-    if mode != "RGBA" and image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return image.convert(mode)
+        what = "floats"
+    elif not image.mode.startswith("I"):
+        return image
+    elif image.mode == "I" and image.format not in ("PPM", "PNG"):  # their 16 bits in 32
+        what = "signed or 32-bit integers"
+    elif image.format not in _DEEP:
+        what = f"{image.format}'s 16-bit integers"
+    else:
+        tags = image.tag_v2 if image.format == "TIFF" else {}
+        levels = np.asarray(image).astype(np.int32)
+        alpha = np.where(levels == key, 0, 255).astype(np.uint8)
+        levels = (levels >> (tags.get(_BITS, (16,))[0] - 8)).astype(np.uint8)
+        gray = Image.fromarray(255 - levels if tags.get(_PHOTOMETRIC) == 0 else levels)
+        return gray if key is None else Image.merge("LA", (gray, Image.fromarray(alpha)))
+    raise Unreadable(f"its levels are {what}, whose range is not known: save it with 8 bits")
 
 
-def _fit(image: Image.Image, height: int, width: int, channels: int) -> UInt8[np.ndarray, "h w c"]:
-    if image.size != (width, height):
-        # The part of the image to keep, in its own pixels.
-        scale = min(image.width / width, image.height / height)
-        left = (image.width - scale * width) / 2
-        top = (image.height - scale * height) / 2
-        box = (left, top, left + scale * width, top + scale * height)
-        image = image.resize((width, height), Image.Resampling.BILINEAR, box, reducing_gap=3.0)
-    return np.asarray(image).reshape(height, width, channels)
+def _convert(image: Image.Image, mode: str, key) -> Image.Image:
+    if not image.has_transparency_data:
+        if image.mode not in _OPAQUE:
+            raise Unreadable(f"its colours are {image.mode}: save it as RGB or gray")
+        return image if image.mode == mode else image.convert(mode)
+    if key is not None and "transparency" in image.info:
+        image.info["transparency"] = key
+    for premultiplied, straight in (("La", "LA"), ("RGBa", "RGBA")):
+        image = image.convert(straight) if image.mode == premultiplied else image
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
+    if mode == "RGBA":
+        return image
+    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+    return Image.alpha_composite(black, image).convert(mode)
+
+
+def _resize_and_crop(image: Image.Image, decoding: Decoding) -> Image.Image:
+    size = _resized(*image.size, decoding.resize, decoding.crop)
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and size[0] * size[1] > limit:
+        raise Unreadable(f"{image.width} x {image.height}, resized more than {limit} pixels")
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    if decoding.crop is None:
+        return image
+    height, width = decoding.crop
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _resized(
+    width: int, height: int, resize: int | None, crop: tuple[int, int] | None
+) -> tuple[int, int]:
+    """(width, height) after resizing, which keeps the ratio of the sides."""
+
+    def to_width(side: int) -> tuple[int, int]:
+        return side, int(side * height / width)
+
+    def to_height(side: int) -> tuple[int, int]:
+        return int(side * width / height), side
+
+    size = width, height
+    if resize is not None:
+        size = to_width(resize) if width <= height else to_height(resize)
+    if crop is not None and size[0] < crop[1]:
+        size = to_width(crop[1])
+    if crop is not None and size[1] < crop[0]:
+        size = to_height(crop[0])
+    return size

@@ -7,7 +7,8 @@ from jaxtyping import Int
 
 from oal_jax.config import GENERATED, Data
 from oal_jax.config.class_names import CLASS_NAMES, FASHION, generated_names
-from oal_jax.data import generated
+from oal_jax.data import generated, openood
+from oal_jax.data.image_files import Decoding
 from oal_jax.data.leave_out import relabelled
 from oal_jax.data.sources import open_source
 from oal_jax.data.stored import SetSpec
@@ -30,16 +31,21 @@ class DatasetInfo:
     Attributes:
       name: the set, as `data.id_set` names it.
       class_names: the classes that labels 0, 1, ... mean.
-      image_shape: (height, width, channels) of every image.
+      decoding: how a file becomes an image, of one size.
       num_train: images that the student trains on.
       all_class_names: the classes of the whole set, before `data.leave_out`.
     """
 
     name: str
     class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    decoding: Decoding
     num_train: int
     all_class_names: tuple[str, ...]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of every image."""
+        return (*self.decoding.crop, self.decoding.channels)
 
     @property
     def num_classes(self) -> int:
@@ -68,12 +74,14 @@ def read_info(spec: SetSpec) -> DatasetInfo:
         whole = generated_names(spec.name)
         names = relabelled(whole, spec.leave_out)[1]
         side, count = spec.image_size or generated.SIZE, generated.PER_CLASS * len(names)
-        return DatasetInfo(spec.name, names, (side, side, 3), spec.limit or count, whole)
+        decoding = Decoding.to_shape((side, side, 3))
+        return DatasetInfo(spec.name, names, decoding, spec.limit or count, whole)
     train = open_source(spec)
     whole = open_source(dataclasses.replace(spec, leave_out=())) if spec.leave_out else train
-    return DatasetInfo(
-        spec.name, train.class_names, train.image_shape(), len(train), whole.class_names
-    )
+    decoding = train.decoding
+    if decoding.crop is None:
+        decoding = Decoding.to_shape(train.image_shape())
+    return DatasetInfo(spec.name, train.class_names, decoding, len(train), whole.class_names)
 
 
 def known_info(data: Data) -> DatasetInfo:
@@ -91,7 +99,7 @@ def known_info(data: Data) -> DatasetInfo:
     if data.source == GENERATED:
         side, names = data.image_size or generated.SIZE, generated_names(name)
         count = data.train_images or generated.PER_CLASS * len(names)
-        return DatasetInfo(name, names, (side, side, 3), count, names)
+        return DatasetInfo(name, names, Decoding.to_shape((side, side, 3)), count, names)
     if name not in _COUNTS:
         raise UserError(
             f"config data.id_set='{name}': the sizes of this set are in its files alone; known"
@@ -99,7 +107,7 @@ def known_info(data: Data) -> DatasetInfo:
         )
     count = min(data.train_images or _COUNTS[name], _COUNTS[name])
     if name == "fashion":
-        return DatasetInfo(name, FASHION, (28, 28, 1), count, FASHION)
-    side = data.image_size or (32 if name.startswith("cifar") else 224)
+        return DatasetInfo(name, FASHION, Decoding.to_shape((28, 28, 1)), count, FASHION)
     names = CLASS_NAMES[name]
-    return DatasetInfo(name, names, (side, side, 3), count, names)
+    decoding = openood.decoding(name, name, data.image_size)
+    return DatasetInfo(name, names, decoding, count, names)

@@ -38,7 +38,8 @@ from jaxtyping import Int32
 
 from oal_jax.config.class_names import CLASS_NAMES
 from oal_jax.data import class_names, manifest
-from oal_jax.data.stored import Decoding, SetSpec, Source
+from oal_jax.data.image_files import Decoding
+from oal_jax.data.stored import SetSpec, Source
 from oal_jax.errors import UserError
 
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
@@ -162,7 +163,8 @@ def open_list(spec: SetSpec) -> Source:
     if known is not None and path.is_file():
         known.check(path)
     files = _lines(path, folder, spec, len(names))
-    return FileSource(spec, folder, files, names, Decoding("RGB", _resize(spec)), path, known)
+    as_openood = decoding(spec.name, id_set, spec.image_size)
+    return FileSource(spec, folder, files, names, as_openood, path, known)
 
 
 def open_folder(spec: SetSpec) -> Source:
@@ -188,8 +190,9 @@ def open_folder(spec: SetSpec) -> Source:
         known.check_names(folder, [folder / file.name for file in files])
     if not files:
         raise UserError(f"{folder} holds no images ({' '.join(_SUFFIXES)})")
-    resize = (spec.image_size, spec.image_size) if spec.image_size else None
-    return FileSource(spec, folder, files, names, Decoding("RGB", resize), None, known)
+    side = spec.image_size
+    decoding = Decoding.to_shape((side, side, 3)) if side else Decoding()
+    return FileSource(spec, folder, files, names, decoding, None, known)
 
 
 def _root(spec: SetSpec, remedy: str) -> Path:
@@ -214,12 +217,12 @@ def _list_name(spec: SetSpec) -> str:
     return _LISTS.get((spec.id_set, spec.name), usual)
 
 
-def _resize(spec: SetSpec) -> tuple[int, int]:
-    """Length of the shorter side, and side of the crop."""
-    if spec.id_set in _CLASSIC:
-        return (spec.image_size or 32,) * 2
-    size = spec.image_size or 224
-    return (size if spec.name == "imagenet_c" else size * 256 // 224), size
+def decoding(name: str, id_set: str, image_size: int) -> Decoding:
+    """OpenOOD's preprocessing of the images of a list; size 0: its own."""
+    classic = id_set in _CLASSIC
+    size = image_size or (32 if classic else 224)
+    whole = classic or name == "imagenet_c"
+    return Decoding(3, size if whole else size * 256 // 224, (size, size))
 
 
 def _class_names(path: Path, id_set: str) -> tuple[str, ...]:

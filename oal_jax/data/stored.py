@@ -4,17 +4,18 @@ import abc
 import dataclasses
 import io
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
-from PIL import Image
 
 from oal_jax.data import image_files
-from oal_jax.data.image_files import Unreadable
+from oal_jax.data.image_files import Decoding, Unreadable
 from oal_jax.data.leave_out import relabelled
 from oal_jax.errors import UserError
 
@@ -22,7 +23,6 @@ SOURCES = ("bundled", "tfds", "imglist", "folder", "generated")
 MAX_BYTES = 16 * 2**30
 _LOGGER = logging.getLogger("absl")
 _TASK = 64  # images a task of a thread
-_CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,21 +86,6 @@ class SetSpec:
         return f"{self.name}/{self.split}"
 
 
-class Decoding(NamedTuple):
-    """How encoded images become pixels.
-
-    Attributes:
-      mode: PIL's mode: "L", "RGB" or "RGBA".
-      resize: length of the shorter side, and side of the central square that is cut out; None:
-        images keep their size.
-      size: (height, width) that every image must have; None: any.
-    """
-
-    mode: str
-    resize: tuple[int, int] | None
-    size: tuple[int, int] | None = None
-
-
 class Source(abc.ABC):
     """One split of an image set on disk: encoded images and labels by number.
 
@@ -111,13 +96,19 @@ class Source(abc.ABC):
       class_names: what each label means.
       decoding: how its images are decoded.
       on_corrupt: as in `SetSpec`.
+      left_out: what lies beside the images and is not read, for messages.
     """
 
     def __init__(
-        self, name: str, class_names: tuple[str, ...], decoding: Decoding, on_corrupt: str
+        self,
+        name: str,
+        class_names: tuple[str, ...],
+        decoding: Decoding,
+        on_corrupt: str,
+        left_out: str = "",
     ):
         self.name, self.class_names = name, class_names
-        self.decoding, self.on_corrupt = decoding, on_corrupt
+        self.decoding, self.on_corrupt, self.left_out = decoding, on_corrupt, left_out
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -148,16 +139,13 @@ class Source(abc.ABC):
         Raises:
           UserError: the image is damaged, or all are.
         """
-        mode, resize, size = self.decoding
-        if resize is not None:
-            return resize[1], resize[1], _CHANNELS[mode]
-        if size is not None:
-            return *size, _CHANNELS[mode]
+        if self.decoding.crop is not None:
+            return *self.decoding.crop, self.decoding.channels
         for index in range(len(self)):
             ((data, _),) = self.fetch([index])
             try:
                 with image_files.opened(io.BytesIO(data)) as image:
-                    return image.height, image.width, _CHANNELS[mode]
+                    return image_files.upright_shape(image, self.decoding.channels)
             except Unreadable as error:
                 if self.on_corrupt == "error":
                     raise self.damaged(index, error) from None
@@ -173,10 +161,27 @@ class Source(abc.ABC):
         """The error for a set of which no image can be decoded."""
         return UserError(f"all {len(self)} images of {self.name} are damaged: replace them")
 
-    def log_skipped(self, count: int) -> None:
-        """Logs how many damaged images were left out, if any."""
-        if count:
-            _LOGGER.warning("%s: skipped %d of %d images", self.name, count, len(self))
+    def log(
+        self,
+        count: int,
+        skipped: int,
+        reasons: Sequence[str] = (),
+        notes: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        """Logs in one line what was left out and what was converted, if anything was.
+
+        Args:
+          count: number of images, damaged ones included.
+          skipped: number of damaged ones.
+          reasons: the files of some of these, and what is wrong with them.
+          notes: number of images that each remark holds for.
+        """
+        why = f" ({image_files.some(reasons, skipped)})" if reasons else ""
+        parts = [f"skipped {skipped} of {count} images{why}"] if skipped else []
+        parts += [f"{number} of {count} images {note}" for note, number in notes.items()]
+        parts += [self.left_out] if self.left_out else []
+        if parts:
+            _LOGGER.warning("%s: %s", self.name, "; ".join(parts))
 
 
 class Subset(Source):
@@ -197,7 +202,8 @@ class Subset(Source):
         class_names: tuple[str, ...],
         table: Int32[np.ndarray, " k"] | None = None,
     ):
-        super().__init__(source.name, class_names, source.decoding, source.on_corrupt)
+        more = source.on_corrupt, source.left_out
+        super().__init__(source.name, class_names, source.decoding, *more)
         self._source, self._rows, self._table = source, rows, table
 
     def __len__(self) -> int:
@@ -266,43 +272,22 @@ def first_of_each(labels: Int[np.ndarray, " n"], count: int) -> list[int]:
     return sorted(sorted(range(len(ranks)), key=ranks.__getitem__)[:count])
 
 
-def decode(data: bytes, decoding: Decoding) -> UInt8[np.ndarray, "h w c"]:
-    """The pixels of an encoded image.
+class Decoded(NamedTuple):
+    """An image of a set.
 
-    Raises:
-      Unreadable: the image is damaged or has another size than it must have.
+    Attributes:
+      pixels: None for a damaged image that is skipped.
+      label: of the image.
+      notes: as of `image_files.decode_with_notes`; of a damaged image, the reason.
     """
-    mode, resize, size = decoding
-    with image_files.opened(io.BytesIO(data)) as image:
-        if image.mode[0] in "IF":  # PIL's own conversion would cut off what is above 255
-            converted = image_files.convert(image, mode)
-        else:
-            converted = image if image.mode == mode else image.convert(mode)
-        pixels = np.asarray(converted if resize is None else resize_and_crop(converted, *resize))
-    if size not in (None, pixels.shape[:2]):
-        raise Unreadable(f"its shape is {pixels.shape[:2]}, the set's {size}")
-    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+    pixels: UInt8[np.ndarray, "h w c"] | None
+    label: int
+    notes: list[str]
 
 
-def resize_and_crop(image: Image.Image, resize: int, crop: int) -> Image.Image:
-    """The central square of an image whose shorter side is brought to `resize` pixels.
-
-    Sizes and offsets are rounded as torchvision's Resize and CenterCrop round them for Pillow
-    images; `crop` is at most `resize`.
-    """
-    short, long = sorted(image.size)
-    other = int(resize * long / short)
-    size = (resize, other) if image.width <= image.height else (other, resize)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    left, top = (round((side - crop) / 2) for side in image.size)
-    return image.crop((left, top, left + crop, top + crop))
-
-
-def read(
-    source: Source, indices: Sequence[int]
-) -> list[tuple[UInt8[np.ndarray, "h w c"] | None, int]]:
-    """Pixels and labels of images; None in place of the pixels of a damaged one that is skipped.
+def read(source: Source, indices: Sequence[int]) -> list[Decoded]:
+    """Images by number.
 
     Raises:
       UserError: an image can't be read; it is damaged and not to be skipped; its label is out of
@@ -317,11 +302,12 @@ def read(
                     f" {classes} classes need labels 0 to {classes - 1}"
                 )
             try:
-                images.append((decode(data, source.decoding), label))
+                pixels, notes = image_files.decode_with_notes(data, source.decoding)
             except Unreadable as error:
                 if source.on_corrupt == "error":
                     raise source.damaged(index, error) from None
-                images.append((None, label))
+                pixels, notes = None, [str(error)]
+            images.append(Decoded(pixels, label, notes))
     return images
 
 
@@ -342,12 +328,15 @@ def read_all(source: Source) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.nda
     """
     image_files.formats()  # loads PIL's plugins before there are threads
     count, images, labels = len(source), None, []
+    notes, damaged = Counter[str](), []
     tasks = [range(i, min(i + _TASK, count)) for i in range(0, count, _TASK)]
     with image_files.quiet(), ThreadPoolExecutor() as threads:
         for task, rows in zip(tasks, threads.map(partial(read, source), tasks), strict=True):
-            for index, (pixels, label) in zip(task, rows, strict=True):
+            for index, (pixels, label, remarks) in zip(task, rows, strict=True):
                 if pixels is None:
+                    damaged.append(f"{source.where(index)}: {remarks[0]}")
                     continue
+                notes.update(remarks)
                 if images is None:
                     _check_bytes(source, pixels.nbytes)
                     images = np.empty((count, *pixels.shape), np.uint8)
@@ -356,7 +345,7 @@ def read_all(source: Source) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.nda
                 labels.append(label)
     if images is None:
         raise source.all_damaged()
-    source.log_skipped(count - len(labels))
+    source.log(count, len(damaged), damaged, notes)
     return images[: len(labels)], np.array(labels, np.int32)
 
 

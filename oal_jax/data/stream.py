@@ -87,7 +87,7 @@ class Streamed(NamedTuple):
                     yield chunk
         if len(indices) and not count:
             raise self.source.all_damaged()
-        self.source.log_skipped(len(indices) - count)
+        self.source.log(len(indices), len(indices) - count)
 
 
 def open_stream(source: Source, workers: int = 0) -> Streamed:
@@ -143,7 +143,7 @@ def rows(
         read = partial(_permuted, data, order, steps_per_epoch, *part)
         with _read_ahead(read, range(step, steps), data.workers) as results:
             yield batches(results)
-        data.source.log_skipped(len(replaced))
+        data.source.log(data.examples, len(replaced))
 
     return open_rows
 
@@ -175,13 +175,13 @@ def _order_of(order: Order, epoch: int) -> Int[np.ndarray, "s b"]:
 def _batch(data: Streamed, indices: Sequence[int], replace: bool) -> dict[str, np.ndarray]:
     """Images, labels and numbers; the next sound image in place of a damaged one, or none."""
     source, images, labels, numbers = data.source, [], [], []
-    for first, (pixels, label) in zip(indices, stored.read(source, indices), strict=True):
+    for first, (pixels, label, _) in zip(indices, stored.read(source, indices), strict=True):
         index = first
         while pixels is None and replace:
             index = (index + 1) % len(source)
             if index == first:
                 raise source.all_damaged()
-            ((pixels, label),) = stored.read(source, [index])
+            ((pixels, label, _),) = stored.read(source, [index])
         if pixels is not None:
             stored.check_shape(source, index, pixels.shape, data.image_shape)
             images.append(pixels)

@@ -5,7 +5,7 @@
 makes ROOT/NAME/[CONFIG/]VERSION. The set needs an image an example, and a class to be an ID set.
 These features are recognised by their types; of several of a type, the ones called "image" and
 "label" are used. Images become like those of the ID set: its channels, and its size if all its
-images have one (`data.image_size` otherwise), by `oal_jax.data.stored.resize_and_crop`.
+images have one (`data.image_size` otherwise).
 
 A set is named NAME, NAME/CONFIG or NAME:VERSION (default: the highest), and NAME@SPLIT for a split
 of its own in TFDS's notation, such as "imagenet_v2@test[:1000]". `data.id_splits` names the splits
@@ -26,11 +26,11 @@ import numpy as np
 from jaxtyping import Int32
 
 from oal_jax.data import manifest
-from oal_jax.data.stored import Decoding, SetSpec, Source
+from oal_jax.data.image_files import Decoding
+from oal_jax.data.stored import SetSpec, Source
 from oal_jax.errors import UserError
 
 _TASK = 256  # records read at once
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 # OpenOOD's names of sets, which the benchmarks use, to those of TFDS where they differ.
 _TFDS_NAMES = {
@@ -177,14 +177,14 @@ def _decoding(
 ) -> Decoding:
     """How images of `prepared` become like those of the ID set."""
     height, width, channels = id_prepared.shape
-    mode = _MODES[channels or 3]
-    if not image_size:
-        if prepared.shape[:2] == (height, width) or height is None or height != width:
-            own = prepared.shape[:2]
-            return Decoding(mode, None, None if None in own else own)
-        return Decoding(mode, (height, height))
-    large = re.split("[/:@]", _TFDS_NAMES.get(id_set, id_set))[0] == _LARGE
-    return Decoding(mode, (image_size * 256 // 224 if large else image_size, image_size))
+    channels = channels or 3
+    if image_size:
+        large = re.split("[/:@]", _TFDS_NAMES.get(id_set, id_set))[0] == _LARGE
+        resize = image_size * 256 // 224 if large else image_size
+        return Decoding(channels, resize, (image_size, image_size))
+    if prepared.shape[:2] == (height, width) or height is None or width is None:
+        return Decoding(channels)
+    return Decoding.to_shape((height, width, channels))
 
 
 def _check_classes(name: str, prepared: _Prepared, id_set: str, id_prepared: _Prepared) -> None:
@@ -274,7 +274,7 @@ def _open(directory: Path, name: str, remedy: str) -> _Prepared:
         raise UserError(f"{directory} has features {sorted(features)}: one must be an Image")
     kind = features[image].np_dtype
     shape = features[image].shape
-    if kind != "uint8" or shape[2] not in (None, *_MODES):
+    if kind != "uint8" or shape[2] not in (None, 1, 3, 4):
         raise UserError(
             f"images in {directory} are {kind} with {shape[2]} channels: image sets need uint8"
             " with 1, 3 or 4"

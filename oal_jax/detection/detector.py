@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Bool, Float, Int32
 
+from oal_jax.data.image_files import Decoding
 from oal_jax.detection.images import check_images, to_array
 from oal_jax.errors import UserError
 from oal_jax.evaluation.protocol import threshold
@@ -49,6 +50,7 @@ class Detector:
       batch_size: images of a call of the model.
       params: the score's parameters; those left out have their defaults.
       mesh: the devices; None for all.
+      decoding: how files become its images; None: by as little resizing as fills `image_shape`.
     """
 
     forward: Partial
@@ -61,6 +63,7 @@ class Detector:
     batch_size: int = 256
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mesh: Mesh | None = None
+    decoding: Decoding | None = None
 
     def __post_init__(self):
         check_share(self.keep_id)

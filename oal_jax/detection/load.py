@@ -10,6 +10,7 @@ from jax.tree_util import Partial
 from jaxtyping import Float
 
 from oal_jax import scores as post_hoc
+from oal_jax.data.image_files import Decoding
 from oal_jax.detection.detector import Detector, check_share, run_detector, sorted_scores
 from oal_jax.errors import UserError
 from oal_jax.runtime import artifacts, distributed
@@ -65,6 +66,7 @@ def load(
         batch_size=batch_size,
         params=params,
         mesh=context.mesh,
+        decoding=Decoding.from_json(card["decoding"]) if "decoding" in card else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -10,18 +11,21 @@ import numpy as np
 from tqdm import tqdm
 
 from oal_jax.data import image_files
+from oal_jax.data.image_files import Decoding
 from oal_jax.detection.detector import Detector
 from oal_jax.errors import UserError
 from oal_jax.evaluation.tables import csv_line
 
 COLUMNS = ("path", "prediction", "confidence", "ood_score", "threshold", "is_ood")
+_UNREADABLE = "could not be read"
+_NAMED = 20  # files that are named, of those that can't be read
 
 
 def write(file: TextIO, detector: Detector, folder: Path, names: Sequence[str]) -> tuple[int, int]:
     """Write a row for each image; return the number of images and how many of them are OOD."""
     file.write(csv_line(COLUMNS))
     threshold = repr(detector.threshold)
-    tally = {"converted": 0, "unreadable": 0}
+    tally = Counter[str]()
     count = ood = 0
     with tqdm(total=len(names), desc="score", unit="image", mininterval=1.0) as bar:
         for batch, images in _batches(detector, folder, names, tally, bar):
@@ -41,27 +45,25 @@ def write(file: TextIO, detector: Detector, folder: Path, names: Sequence[str]) 
             ood += int(result.is_ood.sum())
     if not count:
         raise UserError(f"none of the {len(names)} image files in {folder} can be read")
-    if tally["unreadable"]:
-        _warn(f"{tally['unreadable']} of {len(names)} image files could not be read")
-    if tally["converted"]:
-        channels = detector.image_shape[2]
-        _warn(
-            f"{tally['converted']} of {count} images were converted to the model's"
-            f" {channels} channel{'s' if channels > 1 else ''} of 8 bits"
-        )
+    if tally[_UNREADABLE]:
+        _warn(f"{tally.pop(_UNREADABLE)} of {len(names)} image files {_UNREADABLE}")
+    for note, number in tally.items():
+        _warn(f"{number} of {count} images {note}")
     return count, ood
 
 
 def _batches(detector, folder, names, tally, bar) -> Iterator[tuple[list[str], np.ndarray]]:
     """(names, images) batches of the readable images, all full but the last."""
     size, waiting, images = detector.batch_size, [], []
-    with contextlib.closing(image_files.stream(folder, names, detector.image_shape)) as chunks:
+    decoding = detector.decoding or Decoding.to_shape(detector.image_shape)
+    with contextlib.closing(image_files.stream(names, decoding, folder)) as chunks:
         for chunk in chunks:
             for name, reason in chunk.unreadable:
-                bar.clear()
-                _warn(f"{name if name.isprintable() else ascii(name)} is left out: {reason}")
-            tally["unreadable"] += len(chunk.unreadable)
-            tally["converted"] += chunk.converted
+                tally[_UNREADABLE] += 1
+                if tally[_UNREADABLE] <= _NAMED:
+                    bar.clear()
+                    _warn(f"{image_files.some([name])} is left out: {reason}")
+            tally.update(chunk.notes)
             bar.update(len(chunk.names) + len(chunk.unreadable))
             waiting += chunk.names
             images.append(chunk.images)

@@ -128,7 +128,8 @@ def run(context: Context) -> list[Path]:
     """Train; write `student.safetensors` and `classifier.json`.
 
     The weights file also has the groups that map outliers, if the method has some. The card has the
-    image shape, the class names and the architecture, for readers without the data set.
+    image shape, how files become such images, the class names and the architecture, for readers
+    without the data set.
     """
     config, mesh, directory = context.config, context.mesh, context.directory("train")
     accumulate = config.train.accumulate
@@ -183,6 +184,7 @@ def run(context: Context) -> list[Path]:
         card,
         {
             "image_shape": data.image_shape,
+            "decoding": dataclasses.asdict(context.info.decoding),
             "class_names": data.class_names,
             "architecture": _architecture(net),
         },
