@@ -14,7 +14,7 @@ import oal_jax
 from oal_jax import export, main, scores
 from oal_jax.data import sources
 from oal_jax.detection import exported
-from oal_jax.detection.detector import predict
+from oal_jax.detection.parts import predict
 from oal_jax.evaluation.tables import read_csv
 from oal_jax.runtime import artifacts
 from oal_jax.scores.forward import as_forward

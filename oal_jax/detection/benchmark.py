@@ -14,8 +14,8 @@ from oal_jax.detection.calibrate import (
     check_labelled,
     check_rows_are_independent,
 )
-from oal_jax.detection.detector import check_share
 from oal_jax.detection.images import check_images
+from oal_jax.detection.parts import check_share
 from oal_jax.errors import UserError
 from oal_jax.evaluation import protocol
 from oal_jax.evaluation.protocol import Evaluation, Inputs

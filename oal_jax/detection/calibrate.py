@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from oal_jax import scores as post_hoc
-from oal_jax.detection.detector import Detector, run_detector, sorted_scores
+from oal_jax.detection.detector import Detector
 from oal_jax.detection.images import check_images
+from oal_jax.detection.parts import run_detector, sorted_scores
 from oal_jax.errors import UserError
 from oal_jax.runtime import distributed
 from oal_jax.scores import Head, Outputs

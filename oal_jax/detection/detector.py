@@ -3,26 +3,15 @@
 `detection.load` makes one of a finished run, `detection.calibrate` of any classifier.
 """
 
-import dataclasses
-import numbers
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jax.tree_util import Partial
 from jaxtyping import Bool, Float, Int32
 
-from oal_jax.data.image_files import Decoding
 from oal_jax.detection.images import check_images, to_array
+from oal_jax.detection.parts import Parts, run_detector
 from oal_jax.errors import UserError
-from oal_jax.evaluation.protocol import threshold
-from oal_jax.runtime import batched, distributed
-from oal_jax.runtime.ops import to_unit
-from oal_jax.scores import Score, State
 
 
 class Result(NamedTuple):
@@ -33,55 +22,18 @@ class Result(NamedTuple):
     ood_score: Float[np.ndarray, " n"]  # higher = more OOD
     is_ood: Bool[np.ndarray, " n"]  # ood_score above the threshold
     class_names: np.ndarray | None  # (n,) the names of the labels, where they are known
+    # Percent of ID validation images with a lower ood_score; the same scale for every score.
+    percentile: Float[np.ndarray, " n"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Detector:
-    """A callable: images to a `Result`. Make one with `load` or `calibrate`.
+class Detector(Parts):
+    """A callable: images to a `Result`. Make one with `load` or `calibrate`."""
 
-    Attributes:
-      forward: float images in [0, 1] to `scores.Outputs`; its leaves are the weights.
-      score: a post-hoc score.
-      state: what the score was fitted to.
-      id_val_scores: sorted ood_scores of ID validation images, from which the threshold follows.
-      image_shape: (height, width, channels) of an image.
-      keep_id: share of the ID validation images that the threshold keeps.
-      class_names: name of each label, or None.
-      batch_size: images of a call of the model.
-      params: the score's parameters; those left out have their defaults.
-      mesh: the devices; None for all.
-      decoding: how files become its images; None: by as little resizing as fills `image_shape`.
-    """
-
-    forward: Partial
-    score: Score
-    state: State
-    id_val_scores: Float[np.ndarray, " m"]
-    image_shape: tuple[int, int, int]
-    keep_id: float = 0.95
-    class_names: tuple[str, ...] | None = None
-    batch_size: int = 256
-    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    mesh: Mesh | None = None
-    decoding: Decoding | None = None
-
-    def __post_init__(self):
-        check_share(self.keep_id)
-        if self.batch_size < 1:
-            raise UserError(f"batch_size must be 1 or more, got {self.batch_size}")
-
-    def __repr__(self) -> str:
-        shape = " x ".join(map(str, self.image_shape))
-        return f"Detector({self.score.name} > {self.threshold:.6g} is OOD, {shape} images)"
-
-    @property
-    def threshold(self) -> float:
-        """An image with a higher ood_score is OOD."""
-        return threshold(self.id_val_scores, self.keep_id)
-
-    def with_keep_id(self, keep_id: float) -> "Detector":
-        """The same detector with the threshold that keeps another share of ID images."""
-        return dataclasses.replace(self, keep_id=keep_id)
+    def __reduce__(self):
+        raise UserError(
+            "a Detector can't be pickled; write it with detector.save(DIR) and read it with"
+            " oal_jax.load(DIR)"
+        )
 
     def __call__(self, images) -> Result:
         """Labels, confidences, ood_scores and verdicts.
@@ -93,6 +45,11 @@ class Detector:
         Raises:
           UserError: another shape or type, or floats out of range.
         """
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(images)):
+            raise UserError(
+                "a detector is called with arrays, and here it is inside of jit, vmap or grad; call"
+                " detector.function(images) there"
+            )
         images, shape = to_array(images), self.image_shape
         single = images.shape in (shape, shape[:2]) and (images.ndim == 3 or shape[2] == 1)
         images = check_images(images[None] if single else images, shape)
@@ -101,51 +58,8 @@ class Detector:
         )
         names = None if self.class_names is None else np.array(self.class_names)[label]
         # `~(<=)`, not `>`: a NaN is OOD.
-        result = Result(label, confidence, ood_score, ~(ood_score <= self.threshold), names)
+        is_ood = ~(ood_score <= self.threshold)
+        below = np.searchsorted(self.id_val_scores, ood_score)
+        percentile = 100 * below / len(self.id_val_scores)
+        result = Result(label, confidence, ood_score, is_ood, names, percentile)
         return Result(*(x if x is None else x[0] for x in result)) if single else result
-
-
-def predict(
-    score: Score, forward: Callable, state: State, images
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(label, confidence, ood_score) of a batch, uint8 or float32 in [0, 1]. Traceable."""
-    images = to_unit(images)
-    outputs = forward(images)
-    label = jnp.argmax(outputs.logits, axis=-1).astype(jnp.int32)
-    confidence = jnp.max(jax.nn.softmax(outputs.logits, axis=-1), axis=-1)
-    if score.perturb:
-        outputs = score.perturb(state, forward, images)
-    return label, confidence, score.score(state, outputs)
-
-
-_predict = jax.jit(predict, static_argnums=0)
-
-
-def run_detector(
-    score: Score,
-    forward: Partial,
-    state: State,
-    images: np.ndarray,
-    batch_size: int,
-    mesh: Mesh | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`predict` over a set, split over the devices of `mesh` (None: all); NumPy arrays."""
-    mesh = mesh or distributed.make_mesh()
-    forward = distributed.place_parameters(forward, mesh)
-    run = partial(_predict, score, forward, distributed.replicate(state, mesh))
-    # A power of two for small sets: few programs, and a single image stays cheap.
-    size = min(batch_size, 1 << max(len(images) - 1, 0).bit_length())
-    return batched.apply(run, [images], size, mesh)
-
-
-def check_share(keep_id: float) -> None:
-    """Raise a UserError unless some threshold can keep this share."""
-    if not isinstance(keep_id, numbers.Real) or not 0 < keep_id < 1:
-        raise UserError(f"keep_id must lie between 0 and 1, got {keep_id!r}; for example 0.95")
-
-
-def sorted_scores(values, name) -> np.ndarray:
-    """The ood_scores in rising order; `UserError` where one is not finite."""
-    if not np.isfinite(values).all():
-        raise UserError(f"{name}: {int((~np.isfinite(values)).sum())} ood_scores are not finite")
-    return np.sort(values)

@@ -12,7 +12,8 @@ import numpy as np
 from jax import export
 from jax.export import Exported
 
-from oal_jax.detection.detector import Detector, predict
+from oal_jax.detection.detector import Detector
+from oal_jax.detection.parts import predict
 from oal_jax.evaluation.tables import is_mean, read_csv
 from oal_jax.report.html import markdown
 from oal_jax.runtime import artifacts, writing

@@ -11,7 +11,8 @@ from jaxtyping import Float
 
 from oal_jax import scores as post_hoc
 from oal_jax.data.image_files import Decoding
-from oal_jax.detection.detector import Detector, check_share, run_detector, sorted_scores
+from oal_jax.detection.detector import Detector
+from oal_jax.detection.parts import check_share, run_detector, sorted_scores
 from oal_jax.errors import UserError
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.scores import Head, Outputs, Score, State

@@ -137,9 +137,9 @@ def top_similarities(
     def step(best, i):
         return _largest(_grouped_candidates(product(i * size, size), k, group), k, best), None
 
-    # Whole groups leave over less than one group a block.
     best = jnp.full((queries.shape[0], k), -jnp.inf, queries.dtype)
-    best = _largest(product(blocks * size, m - blocks * size), k, best)
+    if m > blocks * size:  # whole groups leave over less than one group a block
+        best = _largest(product(blocks * size, m - blocks * size), k, best)
     return lax.scan(step, best, jnp.arange(blocks))[0]
 
 
