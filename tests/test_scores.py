@@ -3,6 +3,7 @@
 from functools import cache, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -157,11 +158,32 @@ def test_make_is_cached_so_that_jit_is_too():
         ("energy", {"temperature": 0.0}, "above 0"),
         ("knn", {"k": 0}, "1 or more"),
         ("mahalanobis", {"floor": 0.0}, "above 0"),
+        (["msp"], {}, "did you mean 'msp'"),
+        ("knn", {"k": "7"}, "k must be a whole number, 1 or more, got '7'"),
+        ("knn", {"k": 5.5}, "whole number"),
+        ("knn", {"k": True}, "whole number"),
+        ("knn", {"k": None}, "whole number"),
+        ("energy", {"temperature": np.nan}, "a number"),
+        ("neco", {"max_logit": 1}, "True or False"),
+        ("mahalanobis_ensemble", {"weights": 1.0}, "list of numbers"),
+        ("mahalanobis_ensemble", {"weights": ["a"]}, "number"),
     ],
 )
 def test_mistakes_in_names_and_parameters(name, params, message):
     with pytest.raises(UserError, match=message):
         scores.make(name, **params)
+
+
+def test_equal_parameters_of_any_type_are_one_score():
+    """Whichever comes first: 5.0 must not take the place of 5."""
+    forms = (5.0, 5, np.int64(5), np.float32(5), jnp.int32(5))
+    made = [scores.make("knn", k=k) for k in forms]
+    assert all(score is made[0] for score in made)
+    lists = [scores.make("mahalanobis_ensemble", weights=w) for w in ([1, 2], (1.0, 2.0))]
+    assert lists[0] is lists[1]
+    outputs, labels = _id(20, seed=0)
+    state = scores.fit(made[0], outputs, labels, _head())
+    assert np.isfinite(scores.apply(made[0], state, outputs)).all()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 10.0])

@@ -402,8 +402,8 @@ def test_a_fit_in_two_batches_is_that_in_one(name):
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("mode", {"k": 0}, "mode: k, bank_chunk must be 1 or more"),
-        ("nnguide", {"bank_chunk": 0}, "nnguide: k, bank_chunk must be 1 or more"),
+        ("mode", {"k": 0}, "mode: k must be 1 or more"),
+        ("nnguide", {"bank_chunk": 0}, "nnguide: bank_chunk must be 1 or more"),
         ("vim", {"dim": -1}, "vim: dim must be 0 or more"),
         ("residual", {"dim": -1}, "residual: dim must be 0 or more"),
         ("neco", {"dim": 0}, "neco: dim must be 1 or more"),

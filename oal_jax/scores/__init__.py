@@ -3,10 +3,9 @@
 A new family is a file with its own `SCORES` dict and one more line in the registry below.
 """
 
-import difflib
 import functools
-import inspect
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from oal_jax.errors import UserError
 from oal_jax.scores import (
@@ -25,6 +24,7 @@ from oal_jax.scores import (
 )
 from oal_jax.scores.base import Head, Score, State, apply, apply_to_images, fit
 from oal_jax.scores.outputs import FIELDS, Forward, Outputs, compute, summarise
+from oal_jax.scores.parameters import checked, nearest
 
 SCORES: dict[str, Callable[..., Score]] = {
     **logits.SCORES,
@@ -76,8 +76,6 @@ __all__ = [
 ]
 
 
-# Cached, so that the same score with the same parameters is the same function to jit.
-@functools.cache
 def make(name: str, **params) -> Score:
     """The score called `name` with these parameters.
 
@@ -86,24 +84,21 @@ def make(name: str, **params) -> Score:
       **params: parameters of its factory, such as `k` of `knn`.
 
     Raises:
-      UserError: no such score or parameter (names the nearest), or a parameter out of range.
+      UserError: no such score or parameter (names the nearest), another type, or out of range.
     """
-    if name not in SCORES:
-        raise UserError(f"no score called {name!r}; {_nearest(name, SCORES)}")
-    known = inspect.signature(SCORES[name]).parameters
-    for param in params:
-        if param not in known:
-            raise UserError(f"score {name!r} has no parameter {param!r}; {_nearest(param, known)}")
-    return SCORES[name](**params)._replace(name=name)
+    if not isinstance(name, str) or name not in SCORES:
+        raise UserError(f"no score called {name!r}; {nearest(name, SCORES)}")
+    values = checked(name, SCORES[name], params)
+    return _make(name, tuple(sorted(values.items())))
+
+
+# Cached, so that the same score with the same parameters is the same function to jit. The values
+# have the declared types: 5 and 5.0, which are equal as keys, both arrive as 5.
+@functools.cache
+def _make(name: str, params: tuple[tuple[str, Any], ...]) -> Score:
+    return SCORES[name](**dict(params))._replace(name=name)
 
 
 def needed(names: Iterable[str]) -> set[str]:
     """The fields of `Outputs`, besides the logits, that any of these scores reads."""
     return {field for name in names for field in make(name).needs}
-
-
-def _nearest(name, known) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"known: {', '.join(known) or 'none'}"

@@ -2,11 +2,11 @@
 
 import jax.numpy as jnp
 
-from oal_jax.errors import UserError
 from oal_jax.scores.base import Score
+from oal_jax.scores.parameters import Positive
 
 
-def gradnorm(temperature: float = 1.0) -> Score:
+def gradnorm(temperature: Positive = 1.0) -> Score:
     """Minus the L1 norm of `d KL(u || softmax(logits / T)) / d W`, W the last layer's kernel.
 
     The gradient is the outer product of the features f and `(p - u) / T`, with u = 1/c, so its
@@ -20,8 +20,6 @@ def gradnorm(temperature: float = 1.0) -> Score:
       Huang et al., On the Importance of Gradients for Detecting Distributional Shifts in the Wild,
       2021, arXiv 2110.00218, section 3, and for the product section 5.
     """
-    if not temperature > 0:
-        raise UserError(f"gradnorm: temperature must be above 0, got {temperature}")
 
     def fit(outputs, labels, head, mesh):
         return {"temperature": jnp.float32(temperature)}

@@ -10,9 +10,10 @@ from scipy.special import logsumexp
 from oal_jax.errors import UserError
 from oal_jax.runtime.ops import unit
 from oal_jax.scores.base import Score, State
+from oal_jax.scores.parameters import Count
 
 
-def knn(k: int = 50, bank_chunk: int = 4096) -> Score:
+def knn(k: Count = 50, bank_chunk: Count = 4096) -> Score:
     """Euclidean distance to the k-th nearest ID training feature, all features of length 1.
 
     Exact. The (queries, bank) matrix is never held as a whole: see `top_similarities`. Distances
@@ -29,7 +30,6 @@ def knn(k: int = 50, bank_chunk: int = 4096) -> Score:
       Sun et al., Out-of-Distribution Detection with Deep Nearest Neighbors, 2022, arXiv 2204.06507,
       section 3. The official OAL code takes the *squared* distance, which ranks alike.
     """
-    _check_positive("knn", k=k, bank_chunk=bank_chunk)
 
     def fit(outputs, labels, head, mesh):
         _check_enough("knn", k, outputs.features)
@@ -41,7 +41,7 @@ def knn(k: int = 50, bank_chunk: int = 4096) -> Score:
     return Score(fit, score, needs=("features",))
 
 
-def mode(k: int = 10, bank_chunk: int = 4096) -> Score:
+def mode(k: Count = 10, bank_chunk: Count = 4096) -> Score:
     """Smallest squared distance of an input's six regions to their k-th nearest training region.
 
     Regions are vectors of length 1. The bank holds all six regions of every training input. One
@@ -58,7 +58,6 @@ def mode(k: int = 10, bank_chunk: int = 4096) -> Score:
       Zhang et al., From Global to Local: Multi-scale Out-of-distribution Detection, 2023,
       arXiv 2308.10239, the cross-scale decision; on any classifier, without its training loss.
     """
-    _check_positive("mode", k=k, bank_chunk=bank_chunk)
 
     def fit(outputs, labels, head, mesh):
         regions = np.asarray(outputs.regions)
@@ -75,7 +74,7 @@ def mode(k: int = 10, bank_chunk: int = 4096) -> Score:
     return Score(fit, score, needs=("regions",))
 
 
-def nnguide(k: int = 10, bank_chunk: int = 4096) -> Score:
+def nnguide(k: Count = 10, bank_chunk: Count = 4096) -> Score:
     """Energy times the similarity to the training features, weighted by their negative energies.
 
     `E(x) G(x)`, where E is -logsumexp of the logits and G the mean of the k largest inner products
@@ -93,7 +92,6 @@ def nnguide(k: int = 10, bank_chunk: int = 4096) -> Score:
       Park et al., Nearest Neighbor Guidance for Out-of-Distribution Detection, 2023,
       arXiv 2309.14888, section 3.
     """
-    _check_positive("nnguide", k=k, bank_chunk=bank_chunk)
 
     def fit(outputs, labels, head, mesh):
         _check_enough("nnguide", k, outputs.features)
@@ -179,14 +177,6 @@ def _bank(features) -> State:
 
 def _of(state: State) -> tuple[Array, Array]:
     return state["bank"], state["scale"]
-
-
-def _check_positive(name: str, **params: int) -> None:
-    if min(params.values()) < 1:
-        raise UserError(
-            f"{name}: {', '.join(params)} must be 1 or more, got"
-            f" {', '.join(map(str, params.values()))}"
-        )
 
 
 def _check_enough(name: str, k: int, bank, what: str = "features") -> None:

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from oal_jax.errors import UserError
 from oal_jax.scores.base import Score
+from oal_jax.scores.parameters import Count, Positive
 
 
-def energy(temperature: float = 1.0) -> Score:
+def energy(temperature: Positive = 1.0) -> Score:
     """Free energy: `-T logsumexp(logits / T)`.
 
     Args:
@@ -18,8 +18,6 @@ def energy(temperature: float = 1.0) -> Score:
     References:
       Liu et al., Energy-based Out-of-distribution Detection, 2020, arXiv 2010.03759, eq. 4.
     """
-    if not temperature > 0:
-        raise UserError(f"energy: temperature must be above 0, got {temperature}")
 
     def fit(outputs, labels, head, mesh):
         return {"temperature": jnp.float32(temperature)}
@@ -69,7 +67,7 @@ def max_logit() -> Score:
     return Score(fit, score)
 
 
-def gen(gamma: float = 0.1, m: int = 100) -> Score:
+def gen(gamma: Positive = 0.1, m: Count = 100) -> Score:
     """Generalised entropy: sum of `(p (1 - p))^gamma` over the m largest softmax probabilities.
 
     `1 - p` of the predicted class is the sum of the other probabilities, and powers are taken of
@@ -85,10 +83,6 @@ def gen(gamma: float = 0.1, m: int = 100) -> Score:
       Liu et al., GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection, CVPR 2023,
       section 3, with the sign turned.
     """
-    if not gamma > 0:
-        raise UserError(f"gen: gamma must be above 0, got {gamma}")
-    if m < 1:
-        raise UserError(f"gen: m must be 1 or more, got {m}")
 
     def fit(outputs, labels, head, mesh):
         return {"gamma": jnp.float32(gamma)}

@@ -9,10 +9,11 @@ from jaxtyping import Array, Float
 from oal_jax.errors import UserError
 from oal_jax.runtime.ops import unit
 from oal_jax.scores.base import Score, State
+from oal_jax.scores.parameters import AtLeast0, Share
 from oal_jax.scores.statistics import moments, whitening
 
 
-def mahalanobis(floor: float = 1e-6, noise: float = 0.0) -> Score:
+def mahalanobis(floor: Share = 1e-6, noise: AtLeast0 = 0.0) -> Score:
     """Squared Mahalanobis distance to the nearest class mean, with one covariance for all classes.
 
     `min_c (f - mu_c)^T S^-1 (f - mu_c)`, where S is the covariance (divided by n) of the training
@@ -33,7 +34,6 @@ def mahalanobis(floor: float = 1e-6, noise: float = 0.0) -> Score:
       Lee et al., A Simple Unified Framework for Detecting Out-of-Distribution Samples and
       Adversarial Attacks, 2018, arXiv 1807.03888, eq. 1 and 2; section 2.2 for the noise.
     """
-    _check("mahalanobis", floor, noise)
 
     def fit(outputs, labels, head, mesh):
         statistics = moments(outputs.features, labels, mesh)
@@ -51,7 +51,7 @@ def mahalanobis(floor: float = 1e-6, noise: float = 0.0) -> Score:
     return Score(fit, score, needs=("features",), perturb=perturb if noise else None)
 
 
-def relative_mahalanobis(floor: float = 1e-6) -> Score:
+def relative_mahalanobis(floor: Share = 1e-6) -> Score:
     """`mahalanobis` less the squared distance under one Gaussian of all training features.
 
     `min_c d_c(f) - d_0(f)`. The second distance removes what says how typical an image is of the
@@ -67,7 +67,6 @@ def relative_mahalanobis(floor: float = 1e-6) -> Score:
       Ren et al., A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection, 2021,
       arXiv 2106.09022, section 2.
     """
-    _check("relative_mahalanobis", floor)
 
     def fit(outputs, labels, head, mesh):
         statistics = moments(outputs.features, labels, mesh)
@@ -85,7 +84,7 @@ def relative_mahalanobis(floor: float = 1e-6) -> Score:
 
 
 def mahalanobis_ensemble(
-    weights: tuple[float, ...] | None = None, floor: float = 1e-6, noise: float = 0.0
+    weights: tuple[float, ...] | None = None, floor: Share = 1e-6, noise: AtLeast0 = 0.0
 ) -> Score:
     """Weighted sum over the layers of `mahalanobis` on the channel means of their maps.
 
@@ -105,7 +104,6 @@ def mahalanobis_ensemble(
     References:
       Lee et al., 2018, arXiv 1807.03888, section 2.2 and algorithm 1.
     """
-    _check("mahalanobis_ensemble", floor, noise)
 
     def fit(outputs, labels, head, mesh):
         layers = outputs.layers
@@ -139,7 +137,7 @@ def mahalanobis_ensemble(
     return Score(fit, score, needs=("layers",), perturb=perturb if noise else None)
 
 
-def mood(by_class: bool = False, floor: float = 1e-6) -> Score:
+def mood(by_class: bool = False, floor: Share = 1e-6) -> Score:
     """Squared Mahalanobis distance of the feature at length 1 to all training features.
 
     The publication uses features of a transformer trained by masked image modelling. Only the
@@ -158,7 +156,6 @@ def mood(by_class: bool = False, floor: float = 1e-6) -> Score:
       Li et al., Rethinking Out-of-distribution (OOD) Detection: Masked Image Modeling is All You
       Need, 2023, arXiv 2302.02615, section 3; the official code for the length.
     """
-    _check("mood", floor)
 
     def fit(outputs, labels, head, mesh):
         statistics = moments(outputs.features, labels if by_class else None, mesh, unit)
@@ -197,13 +194,6 @@ def _nearest(state: State, x: Float[Array, "n d"], prefix: str = "") -> Float[Ar
 
     nearest = jnp.full(white.shape[:1], jnp.inf, white.dtype)
     return lax.scan(step, nearest, means)[0]
-
-
-def _check(name: str, floor: float, noise: float = 0.0) -> None:
-    if not 0 < floor <= 1:
-        raise UserError(f"{name}: floor must be above 0 and at most 1, got {floor}")
-    if not 0 <= noise < np.inf:
-        raise UserError(f"{name}: noise must be 0 or more, got {noise}")
 
 
 SCORES = {

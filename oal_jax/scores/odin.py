@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from oal_jax.errors import UserError
 from oal_jax.scores.base import Score
 from oal_jax.scores.logits import is_top
+from oal_jax.scores.parameters import AtLeast0, Positive
 from oal_jax.scores.temperature import log_odds
 
 
-def odin(temperature: float = 1000.0, epsilon: float = 0.0014) -> Score:
+def odin(temperature: Positive = 1000.0, epsilon: AtLeast0 = 0.0014) -> Score:
     """Maximum softmax probability at temperature T of `x + epsilon sign(grad_x log max p(x; T))`.
 
     The value is `log_odds`, a strictly increasing function of one minus that probability; applied
@@ -27,10 +27,6 @@ def odin(temperature: float = 1000.0, epsilon: float = 0.0014) -> Score:
       Liang et al., Enhancing The Reliability of Out-of-distribution Image Detection in Neural
       Networks, 2018, arXiv 1706.02690, eq. 1 and 2.
     """
-    if not temperature > 0:
-        raise UserError(f"odin: temperature must be above 0, got {temperature}")
-    if not epsilon >= 0:
-        raise UserError(f"odin: epsilon must be 0 or more, got {epsilon}")
 
     def fit(outputs, labels, head, mesh):
         return {"temperature": jnp.float32(temperature), "epsilon": jnp.float32(epsilon)}

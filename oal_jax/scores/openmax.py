@@ -1,5 +1,7 @@
 """Probability of an unknown class, from the tails of the distances to the class means."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +11,13 @@ from scipy import optimize, special
 
 from oal_jax.errors import UserError
 from oal_jax.scores.base import Score, State
+from oal_jax.scores.parameters import Count, Range
 
 _SHIFT = 1e4  # libMR moves the smallest distance of a tail here before it fits the Weibull
 _CERTAIN = 25.0  # log hazard of a class that no input can belong to: exp(-exp(25)) is 0
 
 
-def openmax(tail: int = 20, alpha: int = 3) -> Score:
+def openmax(tail: Annotated[int, Range(at_least=2)] = 20, alpha: Count = 3) -> Score:
     """Log odds of the unknown class of OpenMax, `log(P / (1 - P))`.
 
     Each class has the mean of the logits of its correctly classified ID training inputs, and a
@@ -41,10 +44,6 @@ def openmax(tail: int = 20, alpha: int = 3) -> Score:
     References:
       Bendale and Boult, Towards Open Set Deep Networks, 2016, arXiv 1511.06233, algorithms 1 and 2.
     """
-    if tail < 2:
-        raise UserError(f"openmax: tail must be 2 or more, got {tail}")
-    if alpha < 1:
-        raise UserError(f"openmax: alpha must be 1 or more, got {alpha}")
 
     def fit(outputs, labels, head, mesh):
         return fit_tails(outputs.logits, labels, tail)

@@ -8,8 +8,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from oal_jax.errors import UserError
 from oal_jax.scores.base import Head, Score, State
+from oal_jax.scores.parameters import Percentile
 
 _PERCENTILES = (65.0, 70.0, 75.0, 80.0, 85.0, 90.0, 95.0)
 
@@ -18,7 +18,7 @@ _PERCENTILES = (65.0, 70.0, 75.0, 80.0, 85.0, 90.0, 95.0)
 _MAX_EXPONENT = 60.0
 
 
-def react(percentile: float = 90.0) -> Score:
+def react(percentile: Percentile = 90.0) -> Score:
     """Energy of the logits of `min(features, threshold)`.
 
     The threshold is the percentile of all features of all ID training inputs together, as
@@ -31,7 +31,6 @@ def react(percentile: float = 90.0) -> Score:
       Sun et al., ReAct: Out-of-distribution Detection With Rectified Activations, 2021,
       arXiv 2111.12797, section 3.
     """
-    _check("react", percentile)
 
     def fit(outputs, labels, head, mesh):
         return _head_state(head) | {
@@ -44,7 +43,7 @@ def react(percentile: float = 90.0) -> Score:
     return Score(fit, score, needs=("features",), needs_head=True)
 
 
-def ash_p(percentile: float = 90.0) -> Score:
+def ash_p(percentile: Percentile = 90.0) -> Score:
     """Energy of the logits of the largest features of each input, the others set to 0.
 
     Args:
@@ -57,10 +56,10 @@ def ash_p(percentile: float = 90.0) -> Score:
       wrap the network and so takes the percentile for a clipping threshold; its
       `evaluation_api` does what is published.
     """
-    return _ash("ash_p", percentile, lambda features, pruned: pruned)
+    return _ash(percentile, lambda features, pruned: pruned)
 
 
-def ash_b(percentile: float = 90.0) -> Score:
+def ash_b(percentile: Percentile = 90.0) -> Score:
     """As `ash_p`, with every kept feature replaced by the sum of all features / number of kept.
 
     Features that are 0 before the pruning stay 0 and do not count as kept. Otherwise an input with
@@ -78,10 +77,10 @@ def ash_b(percentile: float = 90.0) -> Score:
         count = jnp.maximum(jnp.sum(nonzero, axis=-1), 1)
         return jnp.where(nonzero, (jnp.sum(features, axis=-1) / count)[:, None], 0.0)
 
-    return _ash("ash_b", percentile, shape)
+    return _ash(percentile, shape)
 
 
-def ash_s(percentile: float = 90.0) -> Score:
+def ash_s(percentile: Percentile = 90.0) -> Score:
     """As `ash_p`, then multiplied by `exp(sum of all features / sum of the kept)`.
 
     Meant for non-negative features. The exponent is clipped to [-60, 60].
@@ -96,10 +95,10 @@ def ash_s(percentile: float = 90.0) -> Score:
     def shape(features, pruned):
         return _scaled(pruned, jnp.sum(features, axis=-1), jnp.sum(pruned, axis=-1))
 
-    return _ash("ash_s", percentile, shape)
+    return _ash(percentile, shape)
 
 
-def scale(percentile: float = 85.0) -> Score:
+def scale(percentile: Percentile = 85.0) -> Score:
     """Energy of the logits of all features times `exp(sum of all features / sum of the largest)`.
 
     As `ash_s` without the pruning: the percentile only enters the factor.
@@ -112,7 +111,6 @@ def scale(percentile: float = 85.0) -> Score:
       Xu et al., Scaling for Training Time and Post-hoc Out-of-distribution Detection Enhancement,
       2024, arXiv 2310.00227, section 4.
     """
-    _check("scale", percentile)
 
     def fit(outputs, labels, head, mesh):
         return _head_state(head)
@@ -127,7 +125,7 @@ def scale(percentile: float = 85.0) -> Score:
     return Score(fit, score, needs=("features",), needs_head=True)
 
 
-def dice(percentile: float = 90.0) -> Score:
+def dice(percentile: Percentile = 90.0) -> Score:
     """Energy of the logits of a sparse last layer.
 
     A weight's contribution is the weight times the mean ID training feature. Weights whose
@@ -140,7 +138,6 @@ def dice(percentile: float = 90.0) -> Score:
       Sun and Li, DICE: Leveraging Sparsification for Out-of-Distribution Detection, 2022,
       arXiv 2111.09805, section 3.
     """
-    _check("dice", percentile)
 
     def fit(outputs, labels, head, mesh):
         mean = np.mean(outputs.features, axis=0, dtype=np.float64)
@@ -155,12 +152,10 @@ def dice(percentile: float = 90.0) -> Score:
 
 
 def _ash(
-    name: str,
     percentile: float,
     shape: Callable[[Float[Array, "n d"], Float[Array, "n d"]], Float[Array, "n d"]],
 ) -> Score:
     """An ASH score. `shape` turns the features and the pruned features into the head's input."""
-    _check(name, percentile)
 
     def fit(outputs, labels, head, mesh):
         return _head_state(head)
@@ -173,11 +168,6 @@ def _ash(
         return _energy(state, shape(features, pruned))
 
     return Score(fit, score, needs=("features",), needs_head=True)
-
-
-def _check(name: str, percentile: float) -> None:
-    if not 0 <= percentile < 100:
-        raise UserError(f"{name}: percentile must be at least 0 and below 100, got {percentile}")
 
 
 def _remaining(width: int, percentile: float) -> int:

@@ -1,6 +1,7 @@
 """Scores from the principal subspace of the training features: vim, residual, neco."""
 
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,13 @@ from jaxtyping import Array, Float
 
 from oal_jax.errors import UserError
 from oal_jax.scores.base import Head, Score, State
+from oal_jax.scores.parameters import Count, Range, Share
 from oal_jax.scores.statistics import accumulate, counted, moments
 
+_Dim = Annotated[int, Range(at_least=0)] | None
 
-def vim(dim: int | None = None) -> Score:
+
+def vim(dim: _Dim = None) -> Score:
     """Virtual logit against the real ones: `alpha |r(f)| - logsumexp(logits)`.
 
     r is the part of `f - u` outside the `dim` largest principal directions of the training
@@ -38,7 +42,6 @@ def vim(dim: int | None = None) -> Score:
       section 4. The subspace is part of the state, so a search over `dim` fits each value;
       OpenOOD v1.5 searches with the first subspace.
     """
-    _check_dim("vim", dim)
 
     def fit(outputs, labels, head, mesh):
         state, length = _outside("vim", outputs.features, head, dim, mesh)
@@ -54,7 +57,7 @@ def vim(dim: int | None = None) -> Score:
     return Score(fit, score, needs=("features",), needs_head=True)
 
 
-def residual(dim: int | None = None) -> Score:
+def residual(dim: _Dim = None) -> Score:
     """Length of the feature outside the principal subspace of the training features.
 
     The |r| of `vim`, fitted on the ID *training* set. (OpenOOD fits it on the validation set, with
@@ -69,7 +72,6 @@ def residual(dim: int | None = None) -> Score:
     References:
       Wang et al., 2022, arXiv 2203.10807, section 3.
     """
-    _check_dim("residual", dim)
 
     def fit(outputs, labels, head, mesh):
         return _outside("residual", outputs.features, head, dim, mesh)[0]
@@ -80,7 +82,7 @@ def residual(dim: int | None = None) -> Score:
     return Score(fit, score, needs=("features",), needs_head=True)
 
 
-def neco(dim: int | None = None, variance: float = 0.9, max_logit: bool = True) -> Score:
+def neco(dim: Count | None = None, variance: Share = 0.9, max_logit: bool = True) -> Score:
     """Minus the share of the feature's length inside the principal subspace, times the max logit.
 
     `-|P f| / |f| max(logits)`: under neural collapse ID features fill the span of the class means
@@ -101,10 +103,6 @@ def neco(dim: int | None = None, variance: float = 0.9, max_logit: bool = True) 
       Ben Ammar et al., NECO: Neural Collapse Based Out-of-distribution Detection, 2024,
       arXiv 2310.06823, eq. 6.
     """
-    if dim is not None and dim < 1:
-        raise UserError(f"neco: dim must be 1 or more, got {dim}")
-    if not 0 < variance <= 1:
-        raise UserError(f"neco: variance must be above 0 and at most 1, got {variance}")
 
     def fit(outputs, labels, head, mesh):
         statistics = moments(outputs.features, None, mesh)
@@ -173,11 +171,6 @@ def _residual(state: State, features: Float[Array, "n d"]) -> Float[Array, " n"]
 @jax.jit
 def _sum_of_residuals(state, features, count):
     return jnp.sum(counted(_residual(state, features), count))
-
-
-def _check_dim(name: str, dim: int | None) -> None:
-    if dim is not None and dim < 0:
-        raise UserError(f"{name}: dim must be 0 or more, got {dim}")
 
 
 SCORES = {"vim": vim, "residual": residual, "neco": neco}
