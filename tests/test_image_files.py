@@ -210,7 +210,8 @@ def test_which_files_are_images(tmp_path):
         (tmp_path / name).write_bytes(b"")
     listing = find(tmp_path)
     assert listing.names == ["a.JPG", "b.png", "sub.png/d.gif", "sub/deep/c.jpeg", "é ü,\n.png"]
-    assert len(listing.others) == 5  # what is in hidden folders is not looked at
+    others = [".git/", ".hidden.png", "LICENSE", "notes.txt", "scores.csv", "x.eps"]
+    assert listing.others == others
     with pytest.raises(UserError, match="nothing does not exist; give one with images"):
         find(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"b\.png is not a folder"):

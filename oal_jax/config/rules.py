@@ -11,7 +11,7 @@ from oal_jax.config.options import value_problem
 from oal_jax.config.schema import Config, unknown_key
 from oal_jax.errors import UserError
 
-STREAMED = ("tfds", "imglist", "folder")  # values of data.source
+STREAMED = ("tfds", "imglist", "folder", "own")  # values of data.source
 
 
 def validate(config: Config) -> None:
@@ -58,8 +58,12 @@ def _data(config: Config) -> Iterator[str]:
             f"config data.id_splits={','.join(splits)} must name three splits, for training,"
             " validation and test, of data.source='tfds'"
         )
-    if data.source in ("imglist", "folder") and not data.root and not config.smoke:
-        yield f"config data.root is empty: data.source={data.source} needs the sets' directory"
+    if data.source in ("imglist", "folder", "own") and not data.root and not config.smoke:
+        yield f"config data.root is empty: data.source={data.source} needs the images' directory"
+    if data.source == "own" and data.id_set != "own":
+        yield f"config data.id_set='{data.id_set}': the ID set of data.source=own is 'own'"
+    if data.channels and data.source in ("bundled", "generated"):
+        yield f"config data.channels={data.channels}: those of data.source={data.source} are fixed"
     if data.stream and data.source not in STREAMED:
         yield (
             f"config data.stream=True: the sets of data.source='{data.source}' are held in memory;"

@@ -29,9 +29,9 @@ class Data:
     source: str = option(
         "bundled",
         "bundled: inside the package; tfds: a prepared TFDS directory; imglist: OpenOOD's own"
-        " directory; folder: ROOT/SET/SPLIT/CLASS/image, for your own sets; generated: random"
-        " patterns, for smoke runs",
-        choices=("bundled", "tfds", "imglist", "folder", "generated"),
+        " directory; own: one folder of yours, ROOT/CLASS/image; folder: several sets,"
+        " ROOT/SET/SPLIT/CLASS/image; generated: random patterns, for smoke runs",
+        choices=("bundled", "tfds", "imglist", "own", "folder", "generated"),
     )
     root: str = option("", "directory of the sets; empty: TFDS's own default")
     id_set: str = option("fashion", "ID set; its benchmark names the sets of the four groups below")
@@ -53,8 +53,11 @@ class Data:
     )
     image_size: int = option(
         0,
-        "side in pixels; 0: 32 or 224 (imglist), as stored (folder), the ID set's (tfds)",
+        "side in pixels; 0: 32 or 224 (imglist), as stored (own, folder), the ID set's (tfds)",
         at_least=0,
+    )
+    channels: int = option(
+        0, "1 (gray) or 3 (colour); 0: the ID set's (tfds), 3 (image files)", choices=(0, 1, 3)
     )
     on_corrupt: str = option(
         "error", "what to do with damaged images: error, or skip them", choices=("error", "skip")

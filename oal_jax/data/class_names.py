@@ -38,7 +38,7 @@ def of_list(path: Path, otherwise: tuple[str, ...]) -> tuple[str, ...]:
 @functools.cache
 def _of_list(path: Path, changed: int, classes: int) -> tuple[str, ...] | None:
     ids_of: dict[str, set[str]] = {str(label): set() for label in range(classes)}
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         for line in file:
             image, _, label = line.strip().rpartition(" ")
             if label in ids_of:

@@ -139,6 +139,14 @@ def decode_with_notes(
         return pixels if pixels.ndim == 3 else pixels[..., None], notes
 
 
+def is_gray(image: Image.Image) -> bool:
+    """Whether an opened image has no colours, by its header."""
+    palette = image.getpalette() if image.mode in ("P", "PA") else None
+    if palette is not None:
+        return palette[::3] == palette[1::3] == palette[2::3]
+    return Image.getmodebase(image.mode) == "L"
+
+
 def upright_shape(image: Image.Image, channels: int) -> tuple[int, int, int]:
     """(height, width, channels) of an opened image as `decode` gives it without a resize."""
     turned = _turn(image) in (_UPRIGHT[5], _UPRIGHT[6], _UPRIGHT[7], _UPRIGHT[8])

@@ -28,6 +28,7 @@ from oal_jax.data.decoding import (
     decode,
     decode_with_notes,
     formats,
+    is_gray,
     opened,
     upright_shape,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "find",
     "formats",
     "in_turn_if_small",
+    "is_gray",
     "is_hidden",
     "is_image_name",
     "opened",
@@ -67,13 +69,23 @@ class Listing(NamedTuple):
 
     Attributes:
       names: files with the ending of an image.
-      others: other files, and hidden ones.
+      others: other files and hidden ones; hidden and empty folders, which end in a slash.
       repeats: links to folders that are listed already, or that lead in a circle.
     """
 
     names: list[str]
     others: list[str]
     repeats: list[str]
+
+    def left_out(self, below: str = "") -> str:
+        """What is not listed, for messages: of all, or of a folder below. Empty: nothing."""
+        counted = {"others": self.others, "links that repeat a folder": self.repeats}
+        parts = []
+        for what, names in counted.items():
+            names = [name for name in names if name.startswith(below)]
+            if names:
+                parts.append(f"{len(names)} {what} ({some(names)})")
+        return f"left out {', '.join(parts)}" if parts else ""
 
 
 class FileBatch(NamedTuple):
@@ -132,12 +144,16 @@ def find(folder: Path) -> Listing:
         below = []
         for name in sorted(folders):
             real = os.path.realpath(os.path.join(parent, name))
-            if real in seen:
+            if is_hidden(name):
+                listing.others.append(f"{prefix}{name}/")
+            elif real in seen:
                 listing.repeats.append(prefix + name)
-            elif not is_hidden(name):
+            else:
                 seen.add(real)
                 below.append(name)
         folders[:] = below
+        if prefix and not (below or files):
+            listing.others.append(prefix)
         for name in files:
             (listing.names if is_image_name(name) else listing.others).append(prefix + name)
     return Listing(*(sorted(names) for names in listing))

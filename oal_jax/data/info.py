@@ -109,5 +109,5 @@ def known_info(data: Data) -> DatasetInfo:
     if name == "fashion":
         return DatasetInfo(name, FASHION, Decoding.to_shape((28, 28, 1)), count, FASHION)
     names = CLASS_NAMES[name]
-    decoding = openood.decoding(name, name, data.image_size)
+    decoding = openood.decoding(name, name, data.image_size, data.channels or 3)
     return DatasetInfo(name, names, decoding, count, names)

@@ -86,7 +86,7 @@ def read(path: Path) -> Manifest:
     """
     digests = {}
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, start=1):
                 match = _LINE.fullmatch(line)
                 if not match:

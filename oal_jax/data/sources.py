@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
 from oal_jax.config.class_names import generated_names
-from oal_jax.data import bundled, corruptions, generated, made, openood, tfds
+from oal_jax.data import bundled, corruptions, folders, generated, made, openood, own, tfds
 from oal_jax.data.leave_out import relabelled
 from oal_jax.data.stored import SetSpec, Source, Subset, read_all, select
 
@@ -89,7 +89,12 @@ def open_source(spec: SetSpec) -> Source:
     if spec.source == "bundled":
         directory = bundled.verified_directory(spec.name, spec.root)
         return select(tfds.open_bundled(directory, spec, bundled.REMEDY), spec)
-    opener = {"tfds": tfds.open_split, "imglist": openood.open_list, "folder": openood.open_folder}
+    opener = {
+        "tfds": tfds.open_split,
+        "imglist": openood.open_list,
+        "folder": folders.open_folder,
+        "own": own.open_own,
+    }
     return select(opener[spec.source](spec), spec)
 
 

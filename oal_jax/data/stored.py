@@ -19,7 +19,7 @@ from oal_jax.data.image_files import Decoding, Unreadable
 from oal_jax.data.leave_out import relabelled
 from oal_jax.errors import UserError
 
-SOURCES = ("bundled", "tfds", "imglist", "folder", "generated")
+SOURCES = ("bundled", "tfds", "imglist", "folder", "own", "generated")
 MAX_BYTES = 16 * 2**30
 _LOGGER = logging.getLogger("absl")
 _TASK = 64  # images a task of a thread
@@ -30,8 +30,9 @@ class SetSpec:
     """Which split of which image set, and how to read it.
 
     Attributes:
-      source: "bundled" (inside the package), "tfds" (`oal_jax.data.tfds`), "imglist" or "folder"
-        (`oal_jax.data.openood`), or "generated" (`oal_jax.data.generated`).
+      source: "bundled" (inside the package), "tfds" (`oal_jax.data.tfds`), "imglist"
+        (`oal_jax.data.openood`), "folder" (`oal_jax.data.folders`), "own" (`oal_jax.data.own`) or
+        "generated" (`oal_jax.data.generated`).
       name: the set; for "tfds" also NAME/CONFIG, NAME:VERSION, NAME@SPLIT; for "bundled" also a
         corrupted copy (`oal_jax.data.corruptions`); an OOD set of `oal_jax.data.made`.
       split: "train", "validation" or "test"; the bundled ID set has "extra" too.
@@ -46,6 +47,7 @@ class SetSpec:
       leave_out: classes to leave out of a labelled set (`oal_jax.data.leave_out`).
       left_out: read the classes of `leave_out`, as an OOD set, and not the others.
       image_size: side of the images in pixels; 0: the default of the source. Not of "bundled".
+      channels: 1 (gray) or 3 (RGB); 0: 3 for image files, those of the ID set for "tfds".
       on_corrupt: "error", or "skip" to leave damaged images out and log how many.
 
     Raises:
@@ -63,6 +65,7 @@ class SetSpec:
     leave_out: tuple[str, ...] = ()
     left_out: bool = False
     image_size: int = 0
+    channels: int = 0
     on_corrupt: str = "error"
 
     def __post_init__(self):
@@ -96,7 +99,7 @@ class Source(abc.ABC):
       class_names: what each label means.
       decoding: how its images are decoded.
       on_corrupt: as in `SetSpec`.
-      left_out: what lies beside the images and is not read, for messages.
+      remarks: what of its files is not read, for messages.
     """
 
     def __init__(
@@ -105,10 +108,10 @@ class Source(abc.ABC):
         class_names: tuple[str, ...],
         decoding: Decoding,
         on_corrupt: str,
-        left_out: str = "",
+        remarks: str = "",
     ):
         self.name, self.class_names = name, class_names
-        self.decoding, self.on_corrupt, self.left_out = decoding, on_corrupt, left_out
+        self.decoding, self.on_corrupt, self.remarks = decoding, on_corrupt, remarks
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -179,7 +182,7 @@ class Source(abc.ABC):
         why = f" ({image_files.some(reasons, skipped)})" if reasons else ""
         parts = [f"skipped {skipped} of {count} images{why}"] if skipped else []
         parts += [f"{number} of {count} images {note}" for note, number in notes.items()]
-        parts += [self.left_out] if self.left_out else []
+        parts += [self.remarks] if self.remarks else []
         if parts:
             _LOGGER.warning("%s: %s", self.name, "; ".join(parts))
 
@@ -202,7 +205,7 @@ class Subset(Source):
         class_names: tuple[str, ...],
         table: Int32[np.ndarray, " k"] | None = None,
     ):
-        more = source.on_corrupt, source.left_out
+        more = source.on_corrupt, source.remarks
         super().__init__(source.name, class_names, source.decoding, *more)
         self._source, self._rows, self._table = source, rows, table
 
@@ -250,7 +253,7 @@ def select(source: Source, spec: SetSpec) -> Source:
                 f"{','.join(spec.leave_out)} {'names' if spec.left_out else 'leaves'}"
             )
     if 0 < spec.limit < len(rows):
-        if spec.source not in ("imglist", "folder"):
+        if spec.source not in ("imglist", "folder", "own"):
             rows = rows[: spec.limit]
         elif spec.labelled:
             labels = _new_labels(table, source.labels(rows.tolist()))

@@ -143,7 +143,7 @@ def open_bundled(directory: Path, spec: SetSpec, remedy: str) -> Source:
       UserError: the directory is damaged, or there is no such split.
     """
     prepared = _open(directory, spec.name, remedy)
-    decoding = _decoding(spec.name, prepared, prepared, 0)
+    decoding = _decoding(spec, prepared, prepared)
     split = _known_split(prepared, spec.name, spec.split)
     return TfdsSource(spec.where, prepared, split, True, decoding, "error")
 
@@ -168,20 +168,17 @@ def open_split(spec: SetSpec) -> Source:
         id_prepared = _find(spec.id_set.partition("@")[0], spec.root)
     if spec.labelled:
         _check_classes(spec.name, prepared, spec.id_set, id_prepared)
-    decoding = _decoding(spec.id_set, id_prepared, prepared, spec.image_size)
+    decoding = _decoding(spec, id_prepared, prepared)
     return TfdsSource(where, prepared, split, spec.labelled, decoding, spec.on_corrupt)
 
 
-def _decoding(
-    id_set: str, id_prepared: _Prepared, prepared: _Prepared, image_size: int
-) -> Decoding:
+def _decoding(spec: SetSpec, id_prepared: _Prepared, prepared: _Prepared) -> Decoding:
     """How images of `prepared` become like those of the ID set."""
-    height, width, channels = id_prepared.shape
-    channels = channels or 3
-    if image_size:
-        large = re.split("[/:@]", _TFDS_NAMES.get(id_set, id_set))[0] == _LARGE
-        resize = image_size * 256 // 224 if large else image_size
-        return Decoding(channels, resize, (image_size, image_size))
+    height, width, id_channels = id_prepared.shape
+    channels, side = spec.channels or id_channels or 3, spec.image_size
+    if side:
+        large = re.split("[/:@]", _TFDS_NAMES.get(spec.id_set, spec.id_set))[0] == _LARGE
+        return Decoding(channels, side * 256 // 224 if large else side, (side, side))
     if prepared.shape[:2] == (height, width) or height is None or width is None:
         return Decoding(channels)
     return Decoding.to_shape((height, width, channels))

@@ -82,6 +82,7 @@ class Context:
             leave_out=data.leave_out if labelled or name in MADE else (),
             left_out=left_out,
             image_size=data.image_size,
+            channels=data.channels,
             on_corrupt=data.on_corrupt,
         )
 

@@ -181,7 +181,7 @@ def _data_files(config: Config) -> dict[str, Any]:
         from oal_jax.data import tfds
 
         root = tfds.sets_root(data.root or None)
-    if data.source in ("folder", "tfds"):
+    if data.source in ("own", "folder", "tfds"):
         return _stats(root)
     if data.source != "bundled":
         return {}
