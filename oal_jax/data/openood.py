@@ -115,8 +115,8 @@ def _lines(path: Path, folder: Path, spec: SetSpec, classes: int) -> list[File]:
             label = int(last)
         except ValueError:
             raise UserError(f"{source}: {line.strip()!r} is not 'relative/path label'") from None
-        if relative.startswith("/"):
-            raise UserError(f"{source}: the path {relative} must be relative to {folder}")
+        if relative.startswith("/") or "\0" in relative or ".." in relative.split("/"):
+            raise UserError(f"{source}: the path {relative!r} must lie below {folder}")
         if spec.labelled and not 0 <= label < classes:
             raise UserError(
                 f"{source}: label {label} is out of range: {spec.id_set} has classes 0 to"

@@ -116,6 +116,10 @@ def resolve(workdir: Path) -> Context:
     if not path.exists():
         raise UserError(f"{workdir} has no config.json; it is not the directory of a run")
     config = unflatten(_read_config(path))
+    try:
+        validate(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     context = Context(config, workdir, distributed.make_mesh(), jax.random.key(config.seed))
     for stage in STAGES:
         _check_unedited(stage, context, path)
