@@ -60,41 +60,6 @@ def test_gray_to_colour_and_back(tmp_path):
     assert notes == [CONVERTED] and np.abs(pixels[..., 0] - luma).max() <= 1
 
 
-def test_transparency_is_blended_with_black(tmp_path):
-    alpha = RNG.integers(0, 256, (28, 28)).astype(np.uint8)
-    path = saved(tmp_path / "a.png", np.dstack([SMOOTH, alpha]))
-    pixels, notes = decode_with_notes(path, SQUARE)
-    expected = SMOOTH * (alpha[..., None] / 255)
-    assert notes == [CONVERTED] and np.abs(pixels - expected).max() <= 1
-    whole, notes = decode_with_notes(path, Decoding(4, 28, (28, 28)))
-    np.testing.assert_array_equal(whole[..., 3], alpha)
-    assert not notes
-    palette = Image.fromarray(GRAY // 128).convert("P")
-    palette.putpalette([200, 200, 200, 90, 90, 90])
-    palette.save(tmp_path / "p.png", transparency=1)
-    pixels = decode(tmp_path / "p.png", GRAY_SQUARE)
-    np.testing.assert_array_equal(pixels[..., 0], np.where(GRAY < 128, 200, 0))
-
-
-def test_palettes_16_bits_one_bit_and_cmyk(tmp_path):
-    palette = Image.fromarray(GRAY // 64).convert("P")
-    palette.putpalette([0, 0, 0, 80, 80, 80, 160, 160, 160, 240, 240, 240])
-    palette.save(tmp_path / "p.png")
-    pixels = decode(tmp_path / "p.png", GRAY_SQUARE)
-    np.testing.assert_array_equal(pixels[..., 0], GRAY // 64 * 80)
-    deep = GRAY.astype(np.uint16) * 257
-    for ending in ("png", "tif", "pgm"):
-        pixels, notes = decode_with_notes(saved(tmp_path / f"d.{ending}", deep), GRAY_SQUARE)
-        np.testing.assert_array_equal(pixels[..., 0], GRAY)
-        assert notes == [CONVERTED]
-    Image.fromarray(GRAY > 99).save(tmp_path / "b.png")
-    pixels = decode(tmp_path / "b.png", GRAY_SQUARE)
-    np.testing.assert_array_equal(pixels[..., 0], 255 * (GRAY > 99))
-    Image.fromarray(SMOOTH).convert("CMYK").save(tmp_path / "c.tif")
-    pixels = decode(tmp_path / "c.tif", SQUARE)
-    assert np.abs(pixels.astype(int) - SMOOTH).max() <= 2
-
-
 def test_shorter_side_and_centre(tmp_path):
     wide = np.zeros((56, 140, 3), np.uint8)
     wide[:, 42:98] = np.kron(SMOOTH, np.ones((2, 2, 1))).astype(np.uint8)
@@ -135,13 +100,6 @@ def test_exif_orientation_is_respected(tmp_path, orientation):
 def test_broken_exif_does_not_cost_the_image(tmp_path):
     path = saved(tmp_path / "a.png", GRAY, exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     np.testing.assert_array_equal(decode(path, GRAY_SQUARE)[..., 0], GRAY)
-
-
-def test_the_first_of_several_frames(tmp_path):
-    frames = [Image.fromarray(np.full((28, 28), v, np.uint8)) for v in (10, 200)]
-    for ending in ("gif", "tif"):
-        frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:])
-        assert np.unique(decode(tmp_path / f"a.{ending}", GRAY_SQUARE)).tolist() == [10]
 
 
 def _encoded(ending, pixels=SMOOTH):

@@ -150,6 +150,7 @@ def is_gray(image: Image.Image) -> bool:
 def upright_shape(image: Image.Image, channels: int) -> tuple[int, int, int]:
     """(height, width, channels) of an opened image as `decode` gives it without a resize."""
     turned = _turn(image) in (_UPRIGHT[5], _UPRIGHT[6], _UPRIGHT[7], _UPRIGHT[8])
+    turned = turned and image.format != "TIFF"  # whose plugin turns it, and gives the upright size
     return (*(image.size if turned else image.size[::-1]), channels)
 
 

@@ -184,7 +184,7 @@ def _metadata(file: TensorFile) -> dict[str, Any]:
             return _typed(json.loads(file.metadata[_METADATA]))
         card = file.path.with_name("config.json")
         if file.path.name == "model.safetensors" and card.is_file():
-            content = json.loads(card.read_text("utf-8")).get("pretrained_cfg", {})
+            content = json.loads(card.read_text("utf-8-sig")).get("pretrained_cfg", {})
             return _typed({name: content[name] for name in ("mean", "std") if name in content})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(

@@ -47,7 +47,7 @@ _OPTIONAL = re.compile(r"model_index\.json|tokenizer/[^/]+\.json")
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; `UserError` where it is absent or not JSON."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is this a diffusers directory?") from None
     except (OSError, ValueError) as error:

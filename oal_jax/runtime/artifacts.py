@@ -53,7 +53,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, remedy: str = "") -> Any:
     """Read a JSON file; `UserError` with `remedy`, what to do about it, when it is damaged."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         remedy = remedy or f"delete {path.parent} (or give --force) to redo its stage"
         raise UserError(f"{path} is damaged; {remedy}") from None

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,7 +181,11 @@ def _data_files(config: Config) -> dict[str, Any]:
         from oal_jax.data import tfds
 
         root = tfds.sets_root(data.root or None)
-    if data.source in ("own", "folder", "tfds"):
+    if data.source in ("own", "folder"):
+        from oal_jax.data import image_files
+
+        return _stats(root, image_files.find(root).names)
+    if data.source == "tfds":
         return _stats(root)
     if data.source != "bundled":
         return {}
@@ -214,20 +218,24 @@ def _train_files(config: Config) -> dict[str, Any]:
     return read | _hashes(start_file(config)) if config.train.start else read
 
 
-def _stats(directory: Path) -> dict[str, Any]:
-    """Digest of the sizes and change times of all files below a directory.
+def _stats(directory: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Digest of the sizes and change times of files below a directory; None: of all.
 
     It stands for their contents, which may be millions of files.
     """
     digest = hashlib.sha256()
-    for parent, folders, names in os.walk(directory):
-        folders.sort()
-        for name in sorted(name for name in names if "." in name):
-            path = os.path.join(parent, name)
-            if os.path.exists(path):  # not a link to nothing
-                stat = os.stat(path)
-                digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    for name in sorted(_names(directory)) if names is None else names:
+        path = directory / name
+        if path.exists():  # not a link to nothing
+            stat = path.stat()
+            line = f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+            digest.update(line.encode(errors="surrogateescape"))
     return {str(directory): digest.hexdigest()}
+
+
+def _names(directory: Path) -> Iterator[str]:
+    for parent, _, names in os.walk(directory):
+        yield from (os.path.join(parent, name) for name in names if "." in name)
 
 
 def _package(*parts: str) -> Path:
