@@ -86,7 +86,7 @@ def processor() -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
-def main(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     """Run the suite that the flags name, write its rows, and draw them if the suite can."""
     parser = BareParser("benchmarks.run", __doc__)
     parser.add_argument("--suite", required=True)
@@ -137,4 +137,4 @@ def _exclusive(output: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(guard(main, sys.argv))
+    sys.exit(guard(run, sys.argv))

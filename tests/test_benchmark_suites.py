@@ -31,7 +31,7 @@ TINY = {
 
 def rows_of(suite, flags, tmp_path) -> list[dict]:
     output = tmp_path / "results.json"
-    assert guard(run.main, ["run", f"--suite={suite}", f"--output={output}", *flags]) == 0
+    assert guard(run.run, ["run", f"--suite={suite}", f"--output={output}", *flags]) == 0
     assert output.with_suffix(".png").exists()
     rows = json.loads(output.read_text())
     for row in rows:
@@ -122,7 +122,7 @@ def test_the_jax_side_of_the_job(tmp_path):
 )
 def test_a_mistake_is_one_line(suite, flags, words, tmp_path, capsys):
     argv = ["run", "--suite", suite, "--output", str(tmp_path / "r.json"), *flags]
-    assert guard(run.main, argv) == 2
+    assert guard(run.run, argv) == 2
     err = capsys.readouterr().err
     assert all(word in err for word in words) and err.count("\n") == 1
 
@@ -130,7 +130,7 @@ def test_a_mistake_is_one_line(suite, flags, words, tmp_path, capsys):
 @pytest.mark.parametrize("suite", run.SUITES)
 def test_help_lists_the_flags_of_a_suite(suite, capsys):
     with pytest.raises(SystemExit) as stop:
-        run.main(["run", f"--suite={suite}", "--help"])
+        run.run(["run", f"--suite={suite}", "--help"])
     assert stop.value.code == 0
     assert f"--suite {suite}" in capsys.readouterr().out
 

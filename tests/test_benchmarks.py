@@ -94,7 +94,7 @@ def test_a_row_has_the_fields_that_ratios_are_made_of():
     ],
 )
 def test_a_mistake_is_one_line(argv, words, capsys):
-    assert guard(run.main, ["run", *argv]) == 2
+    assert guard(run.run, ["run", *argv]) == 2
     err = capsys.readouterr().err
     assert all(word in err for word in words) and err.count("\n") == 1
 
@@ -108,12 +108,12 @@ def test_one_suite_at_a_time_writes_an_output(tmp_path, monkeypatch, capsys):
     def inside(rest):
         if not codes:
             codes.append(None)
-            codes[0] = guard(run.main, flags)
+            codes[0] = guard(run.run, flags)
             assert list(output.parent.iterdir()) == [output.with_name(".results.json.lock")]
         return []
 
     monkeypatch.setattr("benchmarks.ablation.run", inside)
-    assert guard(run.main, flags) == 0 and codes == [2]
+    assert guard(run.run, flags) == 0 and codes == [2]
     err = capsys.readouterr().err
     assert f"--output {output}" in err and err.count("\n") == 1
     assert json.loads(output.read_text()) == [] and list(output.parent.iterdir()) == [output]
@@ -123,7 +123,7 @@ def test_an_output_that_cannot_be_written_fails_at_once(tmp_path, monkeypatch, c
     monkeypatch.setattr("benchmarks.ablation.run", lambda rest: pytest.fail("ran"))
     (tmp_path / "file").touch()
     output = str(tmp_path / "file" / "results.json")
-    assert guard(run.main, ["run", "--suite", "ablation", "--output", output]) == 2
+    assert guard(run.run, ["run", "--suite", "ablation", "--output", output]) == 2
     err = capsys.readouterr().err
     assert f"--output {output}" in err and err.count("\n") == 1
 
@@ -154,11 +154,11 @@ def test_spread_needs_two_values_for_a_deviation():
 def test_a_suite_trains_its_cases_and_resumes(tmp_path, capsys):
     flags = ["--suite=ablation", f"--output={tmp_path / 'results.json'}", "--seeds=0", "--cases=ce"]
     flags += [f"--workdir={tmp_path / 'runs'}", "--config.smoke=True"]
-    assert guard(run.main, ["run", *flags]) == 0
+    assert guard(run.run, ["run", *flags]) == 0
     (row,) = json.loads((tmp_path / "results.json").read_text())
     assert (row["case"], row["seed"], row["runs"]) == ("ce", 0, 1)
     assert {"near", "far", "validation"} <= {metrics["group"] for metrics in row["metrics"]}
     assert "| ce |" in capsys.readouterr().out
-    assert guard(run.main, ["run", *flags]) == 0
+    assert guard(run.run, ["run", *flags]) == 0
     (again,) = json.loads((tmp_path / "results.json").read_text())
     assert again["metrics"] == row["metrics"] and again["median_s"] == row["median_s"]

@@ -31,6 +31,14 @@ def refusal(capsys, *arguments, config=FASHION):
             "config key 'train.epoch' is unknown; nearest: 'train.epochs'",
         ),
         (["--config.trian.epochs", "3"], "'trian.epochs' is unknown; nearest: 'train.epochs'"),
+        (["--config.epochs=3"], "key 'epochs' is unknown; nearest: 'train.epochs', 'teacher"),
+        (["--config.lr=3"], "key 'lr' is unknown; nearest: 'train.learning_rate', 'teacher"),
+        (["--epochs=3"], "unknown flag --epochs; nearest: --config.train.epochs, --config.teacher"),
+        (["--epochs", "3"], "unknown flag --epochs; nearest: --config.train.epochs, --config.teac"),
+        (["--train.epochs=3"], "unknown flag --train.epochs; nearest: --config.train.epochs"),
+        (["--seed=3"], "unknown flag --seed; nearest: --config.seed"),
+        (["--method=kd"], "unknown flag --method; nearest: --config.method.name"),
+        (["--output-dir=x"], "unknown flag --output-dir; nearest: --workdir"),
         (["--noconfig.smke"], "config key 'smke' is unknown; nearest: 'smoke'"),
         (["--config.method=kd"], "config key 'method' is unknown; nearest: 'method.name'"),
         (["--config.train.epochs=many"], "'train.epochs' must be of type int, got 'many'"),
@@ -67,7 +75,7 @@ def refusal(capsys, *arguments, config=FASHION):
             ["--config.outliers.knn.per_anchor=40", "--config.smoke"],
             "per_anchor=40 must be at most outliers.knn.noise_rows=32",
         ),
-        (["--bogus"], "unknown flag --bogus; nearest: --"),
+        (["--bogus"], "unknown flag --bogus; --help lists what there is"),
         (["--wrokdir=x"], "unknown flag --wrokdir; nearest: --workdir"),
         (["stray"], "argument 'stray' is not a flag; flags start with --"),
         (["--stage", "trian"], "--stage trian is not one of this config's: teacher, "),
@@ -102,7 +110,7 @@ def test_bad_arguments_are_refused_in_one_line(capsys, tmp_path, arguments, said
         ("def get_config():\n  return 3", "must return an oal_jax.config.Config, returned a int"),
         ("def get_config():\n  return {'a': 1}", "oal_jax.config.Config, returned a dict"),
         ("c.train.epoch = 3", "config key 'train.epoch' is unknown; nearest: 'train.epochs'"),
-        ("c.trian = 3", "config key 'trian' is unknown; nearest: 'train.ema'"),
+        ("c.trian = 3", "config key 'trian' is unknown; nearest: 'train.start'"),
         ("c.train.epochs = '3'", "'train.epochs' must be of type int, got '3'"),
         ("c.train.epochs = True", "'train.epochs' must be of type int, got True"),
         ("c.train = None", "config train must be a Train, is a NoneType"),
@@ -121,9 +129,20 @@ def test_bad_config_files_are_refused_in_one_line(capsys, tmp_path, monkeypatch,
 
 
 def test_a_missing_config_file_is_told(capsys):
-    assert refusal(capsys, config="no/such.py") == "config file 'no/such.py' does not exist"
-    assert refusal(capsys, "--config", config=None) == "config file '' does not exist"
-    assert refusal(capsys, config=None).startswith("--config FILE is missing; for example")
+    said = refusal(capsys, config="configs/fashion_vs.py")
+    assert "'configs/fashion_vs.py' does not exist" in said and "nearest: fashion_vos" in said
+    assert "config file '' does not exist" in refusal(capsys, "--config", config=None)
+    assert "for example --config fashion" in refusal(capsys, config=None)
+
+
+def test_a_packaged_config_has_a_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["--config", "fashion_vos"], ["--config=fashion_vos"]):
+        assert parse(["main", *arguments]).config.method.name == "vos"
+    # A file of the user's comes first.
+    (tmp_path / "fashion_vos").write_text(Path(FASHION).read_text())
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    assert parse(["main", "--config=fashion_vos"]).config.method.name == "oal"
 
 
 @pytest.mark.parametrize(

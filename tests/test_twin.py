@@ -402,7 +402,7 @@ def test_suites_compare_with_torch(torch, suite, flags, tmp_path):
     from benchmarks import run
 
     output = tmp_path / "results.json"
-    run.main(["run", f"--suite={suite}", f"--output={output}", "--runs=1", *flags])
+    run.run(["run", f"--suite={suite}", f"--output={output}", "--runs=1", *flags])
     rows = json.loads(output.read_text())
     assert {row["framework"] for row in rows} == {"jax", "torch"}
     theirs = [row for row in rows if row["framework"] == "torch"]

@@ -19,7 +19,6 @@ from oal_jax.config.schema import (
     flatten,
     reference_faults,
     unflatten,
-    unknown_key,
     unleashed,
 )
 
@@ -44,6 +43,5 @@ __all__ = [
     "flatten",
     "reference_faults",
     "unflatten",
-    "unknown_key",
     "unleashed",
 ]

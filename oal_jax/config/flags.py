@@ -1,6 +1,5 @@
 """The flags of `oal_jax.main`: how a command line becomes a checked config."""
 
-import difflib
 import re
 import textwrap
 import traceback
@@ -11,8 +10,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from oal_jax.config import GENERATED, Config, expand, flatten, unknown_key
+from oal_jax.config import GENERATED, Config, expand, flatten
 from oal_jax.config.help import describe
+from oal_jax.config.nearest import config_file, packaged_configs, unknown_flag, unknown_key
 from oal_jax.config.rules import validate
 from oal_jax.config.smoke import shrink
 from oal_jax.errors import UserError
@@ -21,7 +21,12 @@ from oal_jax.errors import UserError
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """The flags of the command, in a set of their own; `argv` says which config keys are set."""
     config_flags.DEFINE_config_file(
-        "config", None, "config file; --config.a.b=VALUE sets a key", values, sys_argv=list(argv)
+        "config",
+        None,
+        "config file, or the name of one that comes with the package"
+        f" ({', '.join(packaged_configs())}); --config.a.b=VALUE sets a key",
+        values,
+        sys_argv=list(argv),
     )
     for name, text in {
         "workdir": "directory of the run; default runs/CONFIG",
@@ -74,7 +79,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     Raises:
       UserError: anything about them that is wrong, in one line.
     """
-    arguments = [spelled(argument) for argument in argv[1:]]
+    arguments = _with_config_file([spelled(argument) for argument in argv[1:]])
     _check_config_arguments(arguments)
     values = flags.FlagValues()
     define_flags(values, [argv[0], *arguments])
@@ -84,8 +89,10 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
             warnings.filterwarnings("ignore", r"the load_module\(\)", DeprecationWarning)
             rest = values([argv[0], *arguments])
     except flags.UnrecognizedFlagError as error:
-        near = difflib.get_close_matches(error.flagname, list(values), n=1, cutoff=0.0)
-        raise UserError(f"unknown flag --{error.flagname}; nearest: --{near[0]}") from None
+        names = [name for name in values if not name.startswith("config.")]
+        typed = {spelled(a).partition("=")[0]: a.partition("=")[0] for a in argv[1:]}
+        flag = typed.get(f"--{error.flagname}", error.flagname).lstrip("-")
+        raise UserError(unknown_flag(flag, names)) from None
     except flags.Error as error:
         raise UserError(error) from None
     except Exception as error:  # the config file is code, and can raise anything
@@ -98,7 +105,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     if values.output:
         raise UserError("--output goes with --compare")
     if values.config is None:
-        raise UserError("--config FILE is missing; for example --config configs/fashion.py")
+        raise UserError("--config is missing; for example --config fashion")
     if not isinstance(values.config, Config):
         raise UserError(
             "the config file's get_config() must return an oal_jax.config.Config,"
@@ -127,18 +134,33 @@ def _config_key(name: str) -> str | None:
     return None
 
 
+def _with_config_file(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the path of the config file where `--config` gives its name.
+
+    Raises:
+      UserError: there is no such file or name.
+    """
+    arguments = list(arguments)
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            arguments[i] = "--config=" + config_file(argument.removeprefix("--config="))
+        elif argument == "--config":
+            arguments[i + 1 :] = [
+                config_file("".join(arguments[i + 1 : i + 2])),
+                *arguments[i + 2 :],
+            ]
+    return arguments
+
+
 def _check_config_arguments(arguments: Sequence[str]) -> None:
-    """Raise `UserError` for unknown keys, wrong types and missing files; runs no config file."""
+    """Raise `UserError` for unknown keys and wrong types; runs no config file."""
     known = flatten(Config())
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if not equals and i + 1 < len(arguments):
             value = arguments[i + 1]
         key = _config_key(name)
-        if name == "--config":
-            if not Path(value).is_file():
-                raise UserError(f"config file '{value}' does not exist")
-        elif key is not None and key not in known:
+        if key is not None and key not in known:
             raise UserError(unknown_key(key))
         elif key is not None and (equals or not isinstance(known[key], bool)):
             _check_type(key, value, known[key])
@@ -197,7 +219,7 @@ def read_for_compiling(arguments: Sequence[str]) -> Config:
     if wrong:
         raise UserError(f"unknown flag {wrong[0]}; known: --config, --topology, --stage")
     if not any(re.match(r"--?config(=|$)", a) for a in arguments):
-        raise UserError("--config FILE is missing; for example --config configs/fashion.py")
+        raise UserError("--config is missing; for example --config fashion")
     argv = ["oal_jax.compile", *arguments]
     try:
         config = parse(argv).config

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from oal_jax.config.methods import SECTIONS
+from oal_jax.config.nearest import unknown_key
 from oal_jax.config.options import range_text
-from oal_jax.config.schema import Config, unknown_key
+from oal_jax.config.schema import Config
 from oal_jax.errors import UserError
 
 _WIDTH = 100

@@ -7,8 +7,9 @@ from typing import Any
 from oal_jax.config import hub_names
 from oal_jax.config.benchmarks import resolve, split_names
 from oal_jax.config.methods import FINE_TUNINGS
+from oal_jax.config.nearest import unknown_key
 from oal_jax.config.options import value_problem
-from oal_jax.config.schema import Config, unknown_key
+from oal_jax.config.schema import Config
 from oal_jax.errors import UserError
 
 STREAMED = ("tfds", "imglist", "folder", "own")  # values of data.source

@@ -1,7 +1,6 @@
 """The dataclasses of a config: every field with its meaning, its choices and its range."""
 
 import dataclasses
-import difflib
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -323,11 +322,3 @@ def unflatten(flat: dict[str, Any]) -> Config:
             continue
         setattr(node, name, tuple(value) if isinstance(value, list) else value)
     return config
-
-
-def unknown_key(path: str) -> str:
-    """The line for a key that no config has: names the nearest one."""
-    keys = list(flatten(Config()))
-    below = [key for key in keys if key.startswith(f"{path}.")]
-    nearest = below or difflib.get_close_matches(path, keys, n=1, cutoff=0.0)
-    return f"config key '{path}' is unknown; nearest: '{nearest[0]}'"

@@ -1,6 +1,7 @@
 """Shared by all commands: exit codes, one line for a user's mistake, the argument parser."""
 
 import argparse
+import difflib
 import errno
 import os
 import re
@@ -75,6 +76,16 @@ class BareParser(argparse.ArgumentParser):
     def __init__(self, prog: str, doc: str):
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=doc, formatter_class=raw, allow_abbrev=False)
+
+    def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        """Parse the arguments; `UserError` for an unknown one, with the nearest flag."""
+        values, rest = self.parse_known_args(args, namespace)
+        if rest:
+            flags = re.findall(r"--[\w-]+", self.format_usage())
+            near = difflib.get_close_matches(rest[0].partition("=")[0], flags, n=1, cutoff=0.6)
+            hint = f"nearest: {near[0]}" if near else "see --help"
+            raise UserError(f"unknown argument {rest[0]}; {hint}")
+        return values
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""
