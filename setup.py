@@ -17,6 +17,7 @@ class BuildPy(build_py):
     """The build of the package, with `configs/*.py` as `oal_jax/configs/*.py`."""
 
     def run(self) -> None:
+        """Build; where the package is not editable, copy the configs."""
         super().run()
         if self.editable_mode:  # uses the checkout
             return

@@ -78,7 +78,7 @@ def _field(path: str, f: dataclasses.Field, value: Any) -> list[str]:
     key = f"{path}.{f.name}" if path else f.name
     shown = ",".join(value) if isinstance(value, tuple | list) else value
     notes = [f.metadata["meaning"]]
-    choices = f.metadata["choices"]
+    choices = tuple(map(str, f.metadata["choices"] or ()))
     if choices and not all(choice in notes[0] for choice in choices):
         notes.append(f"one of {', '.join(choices)}")
     if limits := range_text(f):
