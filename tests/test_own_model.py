@@ -22,7 +22,7 @@ from oal_jax.data import sources
 from oal_jax.errors import UserError
 from oal_jax.evaluation import format_table
 from oal_jax.evaluation.metrics import auroc
-from oal_jax.scores import GRIDS
+from oal_jax.scores import GRIDS, SCORES
 
 WIDTH, CLASSES = 48, 8
 
@@ -123,9 +123,20 @@ def linen_of(own):
     return Partial(Linen().apply, variables)
 
 
+def numpy_of(own):
+    def forward(images):
+        x = np.asarray(images).reshape(len(images), -1) - np.float32(0.3)
+        features = np.maximum(x @ own.matrix, 0)
+        return features @ own.head[0] + own.head[1], features
+
+    return forward
+
+
 MODELS = {
     "function": function_of,
+    "numpy": numpy_of,
     "linen": linen_of,
+    "functools": lambda own: partial(Linen().apply, linen_of(own).args[0], mutable=False),
     "nnx": Nnx,
     "module": lambda own: Module(own.matrix, *own.head),
     "named tuple": lambda own: Weights(own.matrix, *own.head),
@@ -168,6 +179,17 @@ def test_the_energy_is_that_of_the_logits(own):
     np.testing.assert_allclose(same.threshold, detector.threshold, rtol=1e-5)
 
 
+def test_class_names_and_labels_in_other_forms(own):
+    names = {i: f"class {i}" for i in range(CLASSES)}
+    forms = (names, {str(i): name for i, name in names.items()}, {v: k for k, v in names.items()})
+    images, labels = own.train
+    for form, integers in zip(forms, (list, jnp.asarray, np.int64), strict=True):
+        detector = oal_jax.calibrate(
+            function_of(own), (images, integers(labels)), own.validation, class_names=form
+        )
+        assert detector.class_names == tuple(names.values())
+
+
 def test_parameters_reach_the_score(own):
     calibrate = partial(oal_jax.calibrate, function_of(own), own.train, own.validation, "knn")
     near, far = calibrate(params={"k": 1}), calibrate(params={"k": 100})
@@ -178,9 +200,44 @@ def test_parameters_reach_the_score(own):
 
 def test_a_score_that_needs_the_head(own):
     calibrate = partial(oal_jax.calibrate, function_of(own), own.train, own.validation, "vim")
-    with pytest.raises(UserError, match="vim .*head=Head"):
-        calibrate()
-    assert np.isfinite(calibrate(head=own.head).threshold)
+    expected = calibrate(head=own.head).threshold
+    kernel, bias = own.head
+    for head in (list(own.head), {"kernel": jnp.asarray(kernel), "bias": bias}):
+        assert calibrate(head=head).threshold == expected
+    for head in ({"weight": kernel}, (kernel, bias, bias), "fc", bias, (bias, kernel), {}):
+        with pytest.raises(UserError, match=r"head .*give \(kernel, bias\)"):
+            calibrate(head=head)
+    with pytest.raises(UserError, match=r"shapes \(48, 7\).*\(48, 8\)"):
+        calibrate(head=(kernel[:, :7],))
+
+
+@pytest.mark.parametrize("kind", ["function", "functools", "module", "nnx", "transposed"])
+def test_the_head_is_found_among_the_model_s_arrays(own, kind):
+    def transposed(matrix, kernel, bias, images):
+        features = features_of(images, matrix)
+        return jnp.einsum("nd,cd->nc", features, kernel) + bias[None], features
+
+    arrays = own.matrix, own.head[0].T, own.head[1]
+    model = Partial(transposed, *arrays) if kind == "transposed" else MODELS[kind](own)
+    calibrate = partial(oal_jax.calibrate, train=own.train, validation=own.validation, score="vim")
+    given = calibrate(function_of(own), head=own.head)
+    np.testing.assert_allclose(calibrate(model).threshold, given.threshold, rtol=1e-4)
+
+
+def test_a_head_that_is_no_array_of_the_model_is_asked_for(own):
+    with pytest.raises(UserError, match=r"vim needs the last linear layer.*head=\(kernel, bias\)"):
+        oal_jax.calibrate(numpy_of(own), own.train, own.validation, "vim")
+
+
+def test_a_numpy_model_is_called_on_the_host_which_is_said(own, capsys):
+    detector = oal_jax.calibrate(numpy_of(own), own.train, own.validation)
+    assert capsys.readouterr().err.count("pure_callback") == 1
+    traced = oal_jax.calibrate(function_of(own), own.train, own.validation)
+    np.testing.assert_allclose(
+        detector(own.digits).ood_score, traced(own.digits).ood_score, rtol=1e-4
+    )
+    with pytest.raises(UserError, match="odin takes gradients"):
+        oal_jax.calibrate(numpy_of(own), own.train, own.validation, "odin")
 
 
 def test_a_model_in_training_mode_is_refused(own):
@@ -223,20 +280,32 @@ def test_what_else_a_model_returns_is_told(own, name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"forward": 3}, "forward .*int"),
+        ({"model": 3}, "forward .*int"),
         ({"train": 3}, r"train .*\(images, labels\)"),
         ({"train": (np.zeros((28, 28, 3), np.uint8), [0] * 28)}, r"single image.*images\[None\]"),
         ({"train": (np.zeros((4, 28, 28, 1), np.uint8), [0] * 3)}, "labels of train"),
         ({"train": (np.zeros((0, 28, 28, 1), np.uint8), [])}, "train .*no images"),
         ({"validation": (np.zeros((4, 9, 9, 1), np.uint8), [0] * 4)}, "not .n, 28, 28, 1."),
         ({"score": "enrgy"}, "'energy'"),
-        ({"score": "mahalanobis", "forward": lambda x: x[:, 0, :8, 0]}, "features"),
+        ({"score": "mahalanobis", "model": lambda x: x[:, 0, :8, 0]}, "features"),
         ({"keep_id": 2}, "keep_id"),
+        ({"keep_id": "0.9"}, "keep_id"),
         ({"class_names": ["a", "b"]}, "2 class_names.*8 logits"),
+        ({"class_names": {0: "a", 1: "b"}}, "dict of 2 names.*8 logits"),
+        ({"class_names": "abcdefgh"}, "list of names"),
+        ({"params": "msp"}, "params must be a dict.*'msp'"),
+        ({"score": ["msp"]}, "did you mean 'msp'"),
+        ({"batch_size": 0}, "batch_size .*1 or more"),
+        ({"batch_size": "all"}, "batch_size .*1 or more"),
+        ({"model": Linen()}, "linen module.*Partial"),
+        ({"model": lambda x: x @ np.zeros((5, 5))}, "model fails.*TypeError"),
+        ({"model": lambda x: x[:, 0, :1, 0]}, "1 logit;"),
+        ({"model": lambda x: jax.nn.softmax(x[:, 0, :8, 0])}, "gives probabilities"),
+        ({"model": "absent.safetensors"}, "absent.safetensors.*No such file"),
     ],
 )
 def test_wrong_arguments_are_told(own, changes, message):
-    usual = {"forward": function_of(own), "train": own.train, "validation": own.validation}
+    usual = {"model": function_of(own), "train": own.train, "validation": own.validation}
     with pytest.raises(UserError, match=message):
         oal_jax.calibrate(**(usual | changes))
 
@@ -244,8 +313,9 @@ def test_wrong_arguments_are_told(own, changes, message):
 def test_a_pytree_carries_its_weights_as_arguments(own):
     held = jax.tree.leaves(oal_jax.as_forward(Weights(own.matrix, *own.head)))
     assert [leaf.shape for leaf in held] == [(784, WIDTH), (WIDTH, CLASSES), (CLASSES,)]
-    # A function among the leaves cannot be an argument: such a model is closed over, whole.
-    assert not jax.tree.leaves(oal_jax.as_forward(Module(own.matrix, *own.head)))
+    # A function among the leaves cannot be an argument, and stays part of the program.
+    of_module = jax.tree.leaves(oal_jax.as_forward(Module(own.matrix, *own.head)))
+    assert [leaf.shape for leaf in of_module] == [leaf.shape for leaf in held]
 
 
 # The benchmark
@@ -370,6 +440,23 @@ def test_the_benchmark_of_images_of_ones_own(colours):
     assert {row.dataset for row in bytes_.validation_rows} == {"cyan", "valood"}
 
 
+@pytest.mark.parametrize("kind", ["logits", pytest.param("features", marks=pytest.mark.slow)])
+def test_all_scores_and_one(colours, capsys, kind):
+    few = colours.sets._replace(near={"yellow": (colours.sets.near["yellow"], np.zeros(60, int))})
+    model = colours.forward if kind == "features" else without_features
+    result = oal_jax.benchmark(model, few, "all", batch_size=60)
+    left_out = capsys.readouterr().err
+    if kind == "features":  # the head is what the function closes over
+        assert {"vim", "react", "knn"} <= set(result.thresholds)
+    else:
+        assert "vim is left out: the model gives no features" in left_out
+    assert "gram is left out: the model gives no grams" in left_out
+    assert {"msp", "odin"} <= set(result.thresholds)
+    assert len(result.thresholds) + left_out.count("left out") == len(SCORES)
+    one = oal_jax.benchmark(model, few, "msp", batch_size=60)
+    assert [row for row in result.rows if row.score == "msp"] == one.rows
+
+
 def without_features(images):
     return images.reshape(images.shape[0], -1)[:, :3]
 
@@ -381,6 +468,11 @@ def without_features(images):
         ({"train": (np.zeros((4, 12, 12, 3), np.uint8), [0] * 3)}, {}, "labels of set ID train"),
         ({"test": (np.zeros((4, 12, 12, 3), np.uint8), [9] * 4)}, {}, "9 to 9"),
         ({"validation": np.zeros((4, 12, 12, 3))}, {}, r"validation .*\(images, labels\)"),
+        ({"near": [np.zeros((4, 12, 12, 3))]}, {}, "near must be a dict"),
+        ({}, {"params": "msp"}, "params must be a dict"),
+        ({}, {"params": {"knn": 5}}, "params must be a dict"),
+        ({}, {"scores": 5}, "scores must be names"),
+        ({}, {"batch_size": 0}, "batch_size"),
         ({"csid": {"fog": np.zeros((4, 12, 12, 3))}}, {}, r"fog .*\(images, labels\)"),
         ({"near": {"small": np.zeros((4, 9, 9, 3))}}, {}, r"small: .*\(n, 12, 12, 3\)"),
         ({"near": {"bright": np.full((4, 12, 12, 3), 9.0)}}, {}, r"bright: .*\[0, 1\]"),
@@ -388,18 +480,18 @@ def without_features(images):
         ({"near": {"nearood": np.zeros((4, 12, 12, 3))}}, {}, "nearood"),
         ({}, {"scores": ("enrgy",)}, "'enrgy'.*'energy'"),
         ({}, {"scores": ("energy", "energy")}, "energy"),
-        ({}, {"scores": ("react",)}, "react .*head=Head"),
+        ({}, {"scores": ("react",), "head": (np.zeros((3, 3)),)}, "react: the head has shapes"),
         ({}, {"params": {"knn": {"k": 3}}}, "parameters .*'knn'"),
-        ({}, {"forward": without_features, "scores": ("knn",)}, "features of ID train"),
-        ({}, {"forward": lambda x: x[:, 0, :3, 0] - x.mean()}, "batch"),
-        ({}, {"forward": lambda x: x[:, 0, :3, 0] / 0}, "ID train: .*NaN"),
+        ({}, {"model": without_features, "scores": ("knn",)}, "features of ID train"),
+        ({}, {"model": lambda x: x[:, 0, :3, 0] - x.mean()}, "batch"),
+        ({}, {"model": lambda x: x[:, 0, :3, 0] / 0}, "ID train: .*NaN"),
         ({"validation_ood": {}}, {"search": True}, "search=True"),
         ({}, {"keep_id": 1.0}, "keep_id"),
         ({}, {"batch_size": 0}, "batch_size.* 0"),
     ],
 )
 def test_a_benchmark_that_cannot_be_is_told_in_one_line(colours, changes, arguments, message):
-    usual = {"forward": colours.forward, "scores": ("energy",)}
+    usual = {"model": colours.forward, "scores": ("energy",)}
     with pytest.raises(UserError, match=message) as caught:
         oal_jax.benchmark(sets=colours.sets._replace(**changes), **(usual | arguments))
     assert "\n" not in str(caught.value)
@@ -420,7 +512,7 @@ def loaded(*names):
 
 assert not loaded("jax", "numpy", "flax"), "importing the package must be instant"
 oal_jax.calibrate, oal_jax.Detector
-heavy = loaded("oal_jax.stages", "oal_jax.training", "orbax", "optax", "matplotlib", "PIL")
+heavy = loaded("oal_jax.stages", "oal_jax.training", "orbax", "optax", "matplotlib")
 assert not heavy, heavy
 import oal_jax.detection.benchmark
 from oal_jax import benchmark, Sets

@@ -1,9 +1,13 @@
 """The near/far protocol for any classifier, given as a function of images."""
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 
 from oal_jax import scores as post_hoc
 from oal_jax.config.benchmarks import resolve
@@ -15,13 +19,23 @@ from oal_jax.detection.calibrate import (
     check_rows_are_independent,
 )
 from oal_jax.detection.images import check_images
+from oal_jax.detection.model import (
+    as_count,
+    as_params,
+    check_gradients,
+    head_for,
+    mesh_for,
+    open_model,
+    score_names,
+)
 from oal_jax.detection.parts import check_share
 from oal_jax.errors import UserError
 from oal_jax.evaluation import protocol
 from oal_jax.evaluation.protocol import Evaluation, Inputs
 from oal_jax.evaluation.search import search as search_parameters
 from oal_jax.runtime import distributed
-from oal_jax.scores.forward import as_forward
+from oal_jax.scores import Score
+from oal_jax.scores.forward import is_on_host
 from oal_jax.scores.outputs import check as check_outputs
 
 
@@ -83,10 +97,10 @@ def load_sets(
 
 
 def benchmark(
-    forward: Callable,
+    model: Any,
     sets: Sets,
-    scores: Sequence[str] = ("msp", "energy"),
-    head: post_hoc.Head | tuple | None = None,
+    scores: Sequence[str] | str = ("msp", "energy"),
+    head: Any = None,
     params: Mapping[str, Mapping[str, Any]] | None = None,
     search: bool = False,
     keep_id: float = 0.95,
@@ -98,11 +112,11 @@ def benchmark(
     The outputs of every set are computed once for all scores.
 
     Args:
-      forward: float images in [0, 1] to what `oal_jax.as_forward` takes: logits, and, for scores
-        that read them, features and feature maps. Pure, traceable, in evaluation mode.
-      sets: from `load_sets`, or made of your own images.
-      scores: keys of `scores.SCORES`.
-      head: (kernel (d, c), bias (c,)) of the last linear layer, for scores that read it.
+      model: as of `calibrate`.
+      sets: from `load_sets`, or made of your own images. Labels of OOD sets are not read.
+      scores: keys of `scores.SCORES`; or "all", which leaves out what this model can't give, with
+        one line on stderr for each.
+      head: as of `calibrate`.
       params: parameters of scores, by score name.
       search: choose the parameters of scores that have a grid, and none in `params`, on
         `sets.validation_ood`.
@@ -118,20 +132,23 @@ def benchmark(
         model in training mode, a NaN.
     """
     check_share(keep_id)
-    if batch_size < 1:
-        raise UserError(f"batch_size must be 1 or more, got {batch_size}")
-    mesh = mesh or distributed.make_mesh()
-    forward = distributed.place_parameters(as_forward(forward), mesh)
-    params = dict(params or {})
-    head = None if head is None else post_hoc.Head(*head)
-    all_scores = [post_hoc.make(name, **params.get(name, {})) for name in scores]
-    fields = sorted({field for score in all_scores for field in score.needs})
+    batch_size = as_count("batch_size", batch_size)
+    params = _as_params(params)
+    names = score_names(scores)
+    scorers = [post_hoc.make(name, **params.get(name, {})) for name in names]
     groups = _groups(sets)
     if search and not sets.validation_ood:
         raise UserError("search=True needs OOD sets to choose on: give Sets(validation_ood={...})")
-
     train_images, _ = check_labelled(sets.train, "set ID train")
     shape = train_images.shape[1:]
+    forward, head = open_model(model, head, train_images)
+    if scores == "all":
+        scorers = _possible(scorers, forward, train_images)
+    for score in scorers:
+        check_gradients(score, forward)
+    mesh = mesh_for(forward, mesh)
+    forward = distributed.place_parameters(forward, mesh)
+    fields = sorted({field for score in scorers for field in score.needs})
     check_rows_are_independent(forward, train_images[:batch_size], mesh)
 
     def labelled(pair: Labelled, name: str) -> Inputs:
@@ -141,6 +158,8 @@ def benchmark(
         return data._replace(labels=labels)
 
     def unlabelled(images, name: str) -> Inputs:
+        if isinstance(images, tuple) and len(images) == 2 and np.ndim(images[1]) == 1:
+            images, _ = images
         try:
             images = check_images(images, shape)
             outputs = post_hoc.compute(forward, images, batch_size, fields, mesh)
@@ -152,6 +171,10 @@ def benchmark(
     id_sets = [
         labelled(getattr(sets, name), f"ID {name}") for name in ("train", "validation", "test")
     ]
+    head = head_for(scorers, head, forward, id_sets[0].outputs, train_images)
+    if scores == "all":
+        scorers = _fitting(scorers, *id_sets[:2], head, mesh)
+    names = [score.name for score in scorers]
     ood = {
         name: (labelled if group == protocol.CSID else unlabelled)(members[name], name)
         for group, members in _members(sets).items()
@@ -159,18 +182,66 @@ def benchmark(
     }
     if search:
         validation = {name: ood[name] for name in sets.validation_ood}
-        for name in scores:
+        for name in names:
             if name in post_hoc.GRIDS and name not in params:
                 params[name], _ = search_parameters(
                     *(name, post_hoc.GRIDS[name], *id_sets[:2], validation),
                     *(head, forward, batch_size, mesh),
                 )
     return protocol.evaluate(
-        scores, *id_sets, ood, groups, head, forward, params, keep_id, batch_size, mesh
+        names, *id_sets, ood, groups, head, forward, params, keep_id, batch_size, mesh
     )
 
 
+def _possible(scorers: list[Score], forward: Partial, images) -> list[Score]:
+    """The scores whose outputs this model gives; the others are named on stderr."""
+    one = jax.ShapeDtypeStruct((1, *images.shape[1:]), np.float32)
+    outputs = jax.eval_shape(forward, one)
+
+    def problem(score):
+        missing = [field for field in score.needs if getattr(outputs, field) is None]
+        if missing:
+            return f"the model gives no {' and '.join(missing)}"
+        return "the model has no gradients" if score.perturb and is_on_host(forward) else ""
+
+    return [score for score in scorers if not _left_out(score, problem(score))]
+
+
+def _fitting(scorers: list[Score], train: Inputs, validation: Inputs, head, mesh) -> list[Score]:
+    """The scores that can be fitted on these sets; the others are named on stderr."""
+
+    def problem(score):
+        try:
+            protocol.fit(score, train, validation, head, mesh)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    return [score for score in scorers if not _left_out(score, problem(score))]
+
+
+def _left_out(score: Score, problem: str) -> bool:
+    if problem:
+        print(f"oal_jax: score {score.name} is left out: {problem}", file=sys.stderr)
+    return bool(problem)
+
+
+def _as_params(params: Any) -> dict[str, dict[str, Any]]:
+    """Parameters by score name."""
+    params = as_params(params, '{"knn": {"k": 5}}')
+    return {name: as_params(value, f'{{"{name}": {{"k": 5}}}}') for name, value in params.items()}
+
+
 def _members(sets: Sets) -> dict[str, Mapping[str, Any]]:
+    if not isinstance(sets, Sets):
+        raise UserError(f"sets must be oal_jax.Sets(train=..., ...), is a {type(sets).__name__}")
+    for name in ("near", "far", "validation_ood", "csid"):
+        group = getattr(sets, name)
+        if not isinstance(group, Mapping):
+            raise UserError(
+                f"{name} must be a dict of sets by name, {name}={{'NAME': images}}, is a"
+                f" {type(group).__name__}"
+            )
     return {
         "near": sets.near,
         "far": sets.far,

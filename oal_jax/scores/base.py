@@ -160,8 +160,8 @@ def _score_images(score: Score, forward: Forward, state, images):
 def _checked_head(score: Score, outputs: Outputs, head: Head | None) -> Head:
     if head is None:
         raise UserError(
-            f"{score.name} needs the last linear layer; give head=Head(kernel, bias), or take"
-            " another score"
+            f"{score.name} needs the last linear layer, and none was found; give head=(kernel,"
+            " bias), or take another score"
         )
     head = Head(*(np.asarray(x, np.float32) for x in head))
     classes = outputs.logits.shape[1]

@@ -1,10 +1,12 @@
 """Any classifier as the function of images that scores read."""
 
 import difflib
+import sys
 from collections.abc import Callable, Collection, Mapping
 from functools import cache, partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from jaxtyping import Array, Float
 
 from oal_jax.errors import UserError
 from oal_jax.models.conv import with_maps
+from oal_jax.runtime.ops import to_unit
 from oal_jax.scores import FIELDS, Outputs, summarise
 
 
@@ -39,27 +42,134 @@ def _apply(net, fields, variables, images: Float[Array, "n h w c"]) -> Outputs:
     return summarise(*with_maps(net, variables, images), fields)
 
 
-def as_forward(function: Callable) -> Partial:
+def as_forward(function: Callable, images: Any = None) -> Partial:
     """A user's function of images as one that returns `scores.Outputs`.
 
-    The weights of a callable that is a pytree of arrays (`jax.tree_util.Partial`, an `nnx.Module`)
-    are arguments of compiled programs. Weights that a plain function closes over become constants.
+    The arrays of a callable that is a pytree (`jax.tree_util.Partial`, `functools.partial` with
+    arguments, an `nnx.Module`, an Equinox module) are arguments of compiled programs; its other
+    leaves, such as activations, are part of the program. Weights that a plain function closes over
+    become constants.
 
     Args:
       function: float images in [0, 1] to logits (n, c); (logits, features), the features (n, d)
         being the input of the last linear layer; (logits, features, maps), a sequence of feature
         maps (n, h, w, d) from the input's side to the last; a dict with these names; or `Outputs`.
+      images: (n, h, w, c). With them the function is tried, and one of NumPy arrays (PyTorch, ONNX
+        Runtime, ...) is called through `jax.pure_callback`, which a line on stderr says.
 
     Raises:
-      UserError: it is not callable, or, once called, returns anything else.
+      UserError: it is not callable, fails on the images, or returns anything else.
     """
+    _check_kind(function)
+    if type(function) is partial:
+        function = Partial(function.func, *function.args, **function.keywords)
+    leaves, structure = jax.tree.flatten(function)
+    is_weight = [_is_weight(leaf) for leaf in leaves]
+    static = [None if weight else leaf for leaf, weight in zip(leaves, is_weight, strict=True)]
+
+    def call(weights, images):
+        arrays = iter(weights)
+        pairs = zip(static, is_weight, strict=True)
+        merged = [next(arrays) if weight else leaf for leaf, weight in pairs]
+        return _outputs_of(structure.unflatten(merged), images)
+
+    weights = [leaf for leaf, weight in zip(leaves, is_weight, strict=True) if weight]
+    forward = Partial(call, weights)
+    if images is None:
+        return forward
+    images = np.asarray(to_unit(images[:2]))
+    problem = _trace_problem(forward, images)
+    if problem is None:
+        return forward
+    on_host = Partial(HostModel(function, images, problem))
+    print(
+        "oal_jax: the model is a function of NumPy arrays: it is called through jax.pure_callback,"
+        " on the host and without gradients",
+        file=sys.stderr,
+    )
+    return on_host
+
+
+def _check_kind(function: Any) -> None:
+    """Raise a UserError for what is no function of images, with what to give instead."""
+    if isinstance(function, nn.Module) and function.scope is None:
+        raise UserError(
+            "a linen module has no weights of its own; give jax.tree_util.Partial(module.apply,"
+            " variables)"
+        )
+    if any(kind.__module__.partition(".")[0] == "torch" for kind in type(function).__mro__):
+        raise UserError(
+            "a PyTorch module takes tensors, channels first; give a function of NumPy arrays that"
+            " calls it under torch.no_grad(), or the safetensors file of a ViT or ResNet"
+        )
     if not callable(function):
         raise UserError(f"forward must be a function of images, is a {type(function).__name__}")
-    leaves = jax.tree.leaves(function)
-    if leaves and all(map(_is_weight, leaves)):
-        return Partial(_outputs_of, function)
-    # A lambda is hashable even where the callable is not.
-    return Partial(lambda images: _outputs_of(function, images))
+
+
+def _trace_problem(forward: Partial, images: np.ndarray) -> Exception | None:
+    """Why JAX cannot trace the function, or None."""
+    shape = jax.ShapeDtypeStruct(images.shape, jnp.float32)
+    try:
+        jax.eval_shape(forward, shape)
+    except UserError:
+        raise
+    except Exception as error:  # a library that meets a tracer raises errors of its own
+        return error
+    return None
+
+
+class HostModel:
+    """A function of NumPy arrays, called from compiled programs on the host."""
+
+    def __init__(self, function: Callable, images: np.ndarray, problem: Exception):
+        """Tries the function on some images. `problem` is why JAX can't trace it."""
+        self.function = function
+        try:
+            returned = function(images.copy())
+        except Exception as error:
+            is_foreign = "Tracer" in f"{type(problem).__name__} {problem}"
+            raise _failure(images, error if is_foreign else problem) from error
+        if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(returned)):
+            raise UserError(
+                f"JAX can't trace the model ({_reason(problem)}); call it in evaluation mode, such"
+                " as model.eval() of an nnx module, and without conditions on values"
+            ) from problem
+        parts = self._parts(returned, len(images))
+        self._rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
+
+    def __call__(self, images: Float[Array, "n h w c"]) -> Outputs:
+        """Traceable; one call of the function for a batch."""
+        count = images.shape[0]
+        shapes = jax.tree.map(
+            lambda row: jax.ShapeDtypeStruct((count, *row.shape), row.dtype), self._rows
+        )
+        parts = jax.pure_callback(self._run, shapes, images, vmap_method="sequential")
+        return summarise(**parts, fields=FIELDS)
+
+    def _run(self, images) -> dict[str, Any]:
+        images = np.array(images)  # writable, as PyTorch wants it
+        return self._parts(self.function(images), len(images))
+
+    def _parts(self, returned: Any, count: int) -> dict[str, Any]:
+        try:
+            arrays = jax.tree.map(lambda x: np.asarray(x, np.float32), returned)
+        except Exception as error:  # a tensor with a gradient, a string
+            raise UserError(f"forward returned no arrays ({_reason(error)})") from None
+        return _parts_of(arrays, count)
+
+
+def is_on_host(forward: Partial) -> bool:
+    """Whether the model is called on the host, without gradients."""
+    return isinstance(forward.func, HostModel)
+
+
+def _failure(images: np.ndarray, error: Exception) -> UserError:
+    return UserError(f"the model fails on float32 images {images.shape}: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def _is_weight(leaf: Any) -> bool:
@@ -76,6 +186,11 @@ def _outputs_of(function: Callable, images) -> Outputs:
     returned = function(images)
     if isinstance(returned, Outputs):
         return returned
+    return summarise(**_parts_of(returned, images.shape[0]), fields=FIELDS)
+
+
+def _parts_of(returned: Any, count: int) -> dict[str, Any]:
+    """The logits, features and maps among what a function returned for `count` images."""
     if isinstance(returned, Mapping):
         for name in returned:
             if name not in _PARTS:
@@ -91,14 +206,13 @@ def _outputs_of(function: Callable, images) -> Outputs:
     if parts.get("logits") is None:
         raise UserError(f"forward returned no logits; {_ALLOWED}")
     maps = parts.get("maps")
-    maps = (maps,) if hasattr(maps, "ndim") else tuple(maps or ())
-    count = images.shape[0]
+    parts["maps"] = (maps,) if hasattr(maps, "ndim") else tuple(maps or ())
     _check_part("logits", parts["logits"], 2, count)
-    if parts.get("features") is not None:
+    if parts.setdefault("features", None) is not None:
         _check_part("features", parts["features"], 2, count)
-    for i, feature_map in enumerate(maps):
+    for i, feature_map in enumerate(parts["maps"]):
         _check_part(f"maps[{i}]", feature_map, 4, count)
-    return summarise(parts["logits"], parts.get("features"), maps, FIELDS)
+    return parts
 
 
 def _check_part(name: str, value: Any, ndim: int, count: int) -> None:
