@@ -34,8 +34,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
-CONVERTED = "have other channels or another depth than the model takes, and are converted"
-SEVERAL = "have several frames or layers, of which the first is read"
+CONVERTED = "converted to the model's channels of 8 bits"
+SEVERAL = "with several frames or layers, of which the first is read"
 
 
 class Unreadable(Exception):

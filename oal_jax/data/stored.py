@@ -3,12 +3,11 @@
 import abc
 import dataclasses
 import io
-import logging
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +17,10 @@ from oal_jax.data import image_files
 from oal_jax.data.image_files import Decoding, Unreadable
 from oal_jax.data.leave_out import relabelled
 from oal_jax.errors import UserError
+from oal_jax.runtime import processes
 
 SOURCES = ("bundled", "tfds", "imglist", "folder", "own", "generated")
 MAX_BYTES = 16 * 2**30
-_LOGGER = logging.getLogger("absl")
 _TASK = 64  # images a task of a thread
 
 
@@ -99,7 +98,7 @@ class Source(abc.ABC):
       class_names: what each label means.
       decoding: how its images are decoded.
       on_corrupt: as in `SetSpec`.
-      remarks: what of its files is not read, for messages.
+      remarks: what of its files is not read, for messages; None: a set that needs none.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class Source(abc.ABC):
         class_names: tuple[str, ...],
         decoding: Decoding,
         on_corrupt: str,
-        remarks: str = "",
+        remarks: str | None = None,
     ):
         self.name, self.class_names = name, class_names
         self.decoding, self.on_corrupt, self.remarks = decoding, on_corrupt, remarks
@@ -164,27 +163,16 @@ class Source(abc.ABC):
         """The error for a set of which no image can be decoded."""
         return UserError(f"all {len(self)} images of {self.name} are damaged: replace them")
 
-    def log(
-        self,
-        count: int,
-        skipped: int,
-        reasons: Sequence[str] = (),
-        notes: Mapping[str, int] = MappingProxyType({}),
-    ) -> None:
-        """Logs in one line what was left out and what was converted, if anything was.
+    def say(self, *parts: str) -> None:
+        """Prints these parts of a line about the set, if there are any, on the first process."""
+        if any(parts) and processes.is_main():
+            line = "; ".join(filter(None, parts))
+            print(f"oal_jax: {self.name}: {line}", file=sys.stderr, flush=True)
 
-        Args:
-          count: number of images, damaged ones included.
-          skipped: number of damaged ones.
-          reasons: the files of some of these, and what is wrong with them.
-          notes: number of images that each remark holds for.
-        """
-        why = f" ({image_files.some(reasons, skipped)})" if reasons else ""
-        parts = [f"skipped {skipped} of {count} images{why}"] if skipped else []
-        parts += [f"{number} of {count} images {note}" for note, number in notes.items()]
-        parts += [self.remarks] if self.remarks else []
-        if parts:
-            _LOGGER.warning("%s: %s", self.name, "; ".join(parts))
+    def skipped(self, count: int, reasons: Sequence[str] = ()) -> str:
+        """Part of a line: how many damaged images were left out, and some reasons."""
+        why = f" ({image_files.some(reasons, count)})" if reasons else ""
+        return f"skipped {count} of {len(self)} images{why}" if count else ""
 
 
 class Subset(Source):
@@ -348,7 +336,10 @@ def read_all(source: Source) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.nda
                 labels.append(label)
     if images is None:
         raise source.all_damaged()
-    source.log(count, len(damaged), damaged, notes)
+    parts = [f"{number} {note}" for note, number in notes.items()]
+    if source.remarks is not None:
+        parts = [f"{len(labels)} images", *parts, source.remarks]
+    source.say(source.skipped(len(damaged), damaged), *parts)
     return images[: len(labels)], np.array(labels, np.int32)
 
 

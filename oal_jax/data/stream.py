@@ -87,7 +87,7 @@ class Streamed(NamedTuple):
                     yield chunk
         if len(indices) and not count:
             raise self.source.all_damaged()
-        self.source.log(len(indices), len(indices) - count)
+        self.source.say(self.source.skipped(len(indices) - count))
 
 
 def open_stream(source: Source, workers: int = 0) -> Streamed:
@@ -96,6 +96,8 @@ def open_stream(source: Source, workers: int = 0) -> Streamed:
     Raises:
       UserError: the header of its first image is damaged, or all are.
     """
+    if source.remarks is not None:
+        source.say(f"{len(source)} images", source.remarks)
     return Streamed(source, source.image_shape(), workers)
 
 
@@ -143,7 +145,7 @@ def rows(
         read = partial(_permuted, data, order, steps_per_epoch, *part)
         with _read_ahead(read, range(step, steps), data.workers) as results:
             yield batches(results)
-        data.source.log(data.examples, len(replaced))
+        data.source.say(data.source.skipped(len(replaced)))
 
     return open_rows
 
