@@ -188,9 +188,8 @@ def test_damaged_images_are_named_or_skipped(tmp_path, capsys):
     message = refused("is damaged .not an image.: replace it, .* data.on_corrupt=skip", tmp_path)
     assert "record 1 of" in message and "pets-train.array_record-00001-of-00002" in message
     data = load(tmp_path, on_corrupt="skip")
-    assert capsys.readouterr().err.startswith(
-        "oal_jax: pets/train: skipped 1 of 6 images (record 1 of"
-    )
+    line = capsys.readouterr().err
+    assert line.startswith("oal_jax: pets/train: skipped 1 of 6 images (record 1 of")
     assert data.labels.tolist() == [0, 1, 0, 1, 1]
     sound = [e for i, e in enumerate(examples) if i != 4]
     np.testing.assert_array_equal(data.images, decoded(sound))

@@ -10,9 +10,9 @@ They are those of OpenOOD v1.5 (arXiv 2306.09301), in its own directory, which i
 A set has another list in each benchmark, so it is read as one of the sets of an ID set. Images
 are preprocessed as in OpenOOD's tests: RGB; the shorter side brought to 32 pixels (CIFAR) or 256
 (ImageNet; ImageNet-C keeps its 224) by Pillow's antialiased bilinear filter; the central 32 x 32 or
-224 x 224. Normalisation is left to the models. Three things differ from OpenOOD: a truncated image is
-an error and not grey; a label is the *last* field of its line, so that paths may hold spaces; EXIF
-turns and transparency are respected.
+224 x 224. Normalisation is left to the models. Three things differ from OpenOOD: a truncated image
+is an error and not grey; a label is the *last* field of its line, so that paths may hold spaces;
+EXIF turns and transparency are respected.
 
 In memory, an image of 32 x 32 takes 3 KiB, one of 224 x 224 147 KiB: ImageNet's test split 6.3
 GiB. Sets of more than 16 GiB, such as ImageNet's train split, are for `oal_jax.data.stream`.

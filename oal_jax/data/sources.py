@@ -107,6 +107,7 @@ def _made(spec: SetSpec) -> ImageSet:
         images, labels = images[rows], labels[rows]
     else:
         source = open_source(known)
+        source.remarks = None  # the ID set's own line has them
         rows = made.base_rows(len(source), source.image_shape(), spec.limit)
         images, labels = read_all(Subset(source, rows, source.class_names))
     images = made.make(spec.name, images, labels)

@@ -336,10 +336,11 @@ def read_all(source: Source) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.nda
                 labels.append(label)
     if images is None:
         raise source.all_damaged()
-    parts = [f"{number} {note}" for note, number in notes.items()]
+    parts = [source.skipped(len(damaged), damaged)]
     if source.remarks is not None:
-        parts = [f"{len(labels)} images", *parts, source.remarks]
-    source.say(source.skipped(len(damaged), damaged), *parts)
+        converted = [f"{number} {note}" for note, number in notes.items()]
+        parts = [f"{len(labels)} images", *parts, *converted, source.remarks]
+    source.say(*parts)
     return images[: len(labels)], np.array(labels, np.int32)
 
 
