@@ -217,7 +217,7 @@ def test_damaged_images_are_skipped_and_counted_when_asked(tmp_path, capsys):
     for i in (0, 4):
         (tmp_path / f"images_classic/{i}.png").write_bytes(b"nothing")
     loaded = load(tmp_path, on_corrupt="skip")
-    assert "cifar10/test: skipped 2 of 6 images" in capsys.readouterr().err
+    assert "cifar10/test: 4 images; skipped 2 of 6 images (" in capsys.readouterr().err
     assert loaded.labels.tolist() == [1, 2, 3, 5]
     np.testing.assert_array_equal(loaded.images, whole.images[[1, 2, 3, 5]])
     # A missing file is a wrong list, not a damaged image.
