@@ -8,6 +8,7 @@ from tfds_sets import a_class, an_image, png, write
 from oal_jax.config import Config, Data
 from oal_jax.config.class_names import CLASS_NAMES
 from oal_jax.data import image_files
+from oal_jax.data.decoding import Decoding
 from oal_jax.data.info import known_info
 from oal_jax.errors import UserError
 from oal_jax.stages.context import Context
@@ -104,6 +105,11 @@ def test_well_known_sets_need_no_files(data, shape, count):
     assert (info.image_shape, info.num_train) == (shape, count)
     if data.get("id_set") in CLASS_NAMES:
         assert info.class_names == CLASS_NAMES[data["id_set"]]
+
+
+def test_lists_are_decoded_as_openood_does():
+    decoding = known_info(Data(id_set="imagenet", source="imglist")).decoding
+    assert decoding == Decoding(3, 256, (224, 224))
 
 
 def test_what_is_known_of_the_embedded_set_is_what_its_files_hold(tmp_path):

@@ -85,6 +85,25 @@ def test_a_manifest_may_be_of_one_set(root):
     refused("a.png differs from its sha256 in .*mine/SHA256SUMS", load, root)
 
 
+def test_a_folder_of_classes_is_compared_as_a_whole(tmp_path):
+    for name in ("a/0.png", "a/1.png", "b/0.png", "elsewhere/2.png"):
+        path = tmp_path / ("own" if name[0] in "ab" else "") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    (tmp_path / "own/b/more").symlink_to(tmp_path / "elsewhere")
+    root = tmp_path / "own"
+    assert manifest.write(root) == 4
+    path = root / manifest.NAME
+    path.write_text(path.read_text(), "utf-8-sig")  # as some editors save it
+
+    def read():
+        return sources.load("own", "own", "train", root=str(root))
+
+    assert len(read().images) == 4
+    (root / "a/1.png").unlink()
+    refused("a/1.png is missing", read)
+
+
 def test_lists_are_compared_too(tmp_path):
     listed = tmp_path / "benchmark_imglist/cifar10/test_cifar10.txt"
     listed.parent.mkdir(parents=True)

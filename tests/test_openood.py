@@ -144,6 +144,17 @@ def test_lists_keep_their_order_and_paths_may_hold_spaces(tmp_path, digits):
         assert error.max() == 0 if names[i].endswith("png") else error.mean() < 4
 
 
+def test_text_files_may_begin_with_a_byte_order_mark(tmp_path):
+    photo(tmp_path / "images_largescale/n01443537/x.png", 8, 8)
+    path = openood(tmp_path, ["n01443537/x.png 1"], "imagenet200/val_imagenet200.txt")
+    path.write_text(path.read_text(), "utf-8-sig")
+    (path.parent / "classes.txt").write_text(
+        "".join(f"thing {i}\n" for i in range(200)), "utf-8-sig"
+    )
+    loaded = load(tmp_path, "imagenet200", "validation", image_size=8)
+    assert len(loaded.images) == 1 and loaded.class_names[0] == "thing 0"
+
+
 def test_limit_takes_of_every_class_in_order(tmp_path):
     # OpenOOD's lists are sorted by class.
     lines = []

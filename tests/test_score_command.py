@@ -13,6 +13,7 @@ from PIL import Image
 import oal_jax
 from oal_jax import main, score
 from oal_jax.data import image_files, sources
+from oal_jax.data.decoding import Decoding
 
 HEADER = "path,prediction,confidence,ood_score,threshold,is_ood"
 
@@ -57,6 +58,7 @@ def test_each_image_gets_its_row(capsys, finished_run, folder, images, tmp_path)
     paths = [row["path"] for row in table]
     assert paths == sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png"))
     detector = oal_jax.load(finished_run)
+    assert detector.decoding == Decoding(1, 28, (28, 28))
     expected = detector(images[[int(p[-6:-4]) for p in paths]])
     assert [row["prediction"] for row in table] == expected.class_names.tolist()
     # Another batch size rounds otherwise.

@@ -6,7 +6,6 @@ files one by one, a TFDS set as a whole (once a process, at about a GB/s). A mis
 file is an error that names it. --check checks all files and writes nothing.
 """
 
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from oal_jax.data import image_files
 from oal_jax.errors import UserError
 from oal_jax.runtime import artifacts, writing
 
@@ -43,7 +43,8 @@ class Manifest(NamedTuple):
 
     def check_names(self, folder: Path, present: Sequence[Path]) -> None:
         """Raise `UserError` if a listed file below a folder is missing; `present` are not."""
-        prefix = folder.relative_to(self.path.parent).as_posix() + "/"
+        below = folder.relative_to(self.path.parent).as_posix()
+        prefix = "" if below == "." else below + "/"
         unseen = {name for name in self.digests if name.startswith(prefix)}
         unseen -= {path.relative_to(self.path.parent).as_posix() for path in present}
         for path in (self.path.parent / name for name in sorted(unseen)):
@@ -131,11 +132,11 @@ def _sha256(path: Path, size: int, changed_ns: int) -> str:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and name != NAME:
-                yield Path(parent, name)
+    listing = image_files.find(root)
+    for name in (*listing.names, *listing.others):
+        base = name.rpartition("/")[2]
+        if base and base != NAME and not image_files.is_hidden(base):
+            yield root / name
 
 
 def run(argv: Sequence[str]) -> None:
