@@ -125,7 +125,7 @@ def test_other_sets_need_their_files(data):
 def test_damaged_files_are_passed_over_or_named(tmp_path):
     data = from_folder(tmp_path) | {"near": ("x",)}
     (tmp_path / "mine/train/cat/0.png").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"cat/0\.png is damaged"):
+    with pytest.raises(UserError, match=r"cat/0\.png can't be decoded"):
         _ = context_of(tmp_path, **data).info
     assert context_of(tmp_path, **data, on_corrupt="skip").info.image_shape == (9, 7, 3)
 

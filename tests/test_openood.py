@@ -197,9 +197,9 @@ def test_classes_of_imagenet_can_be_named(tmp_path):
         (["/x.png 0"], r"line 1: the path ./x\.png. must"),
         (["a/../../x.png 0"], r"line 1: the path .a/\.\./\.\./x\.png. must"),
         (["a\0.png 0"], r"line 1: the path .*png. must"),
-        (["x.png 0", "text.png 1"], "line 2: .*text.png is damaged .*not an image"),
-        (["cut.png 1"], "line 1: .*cut.png is damaged .*on_corrupt=skip"),
-        (["cut.jpg 1"], "line 1: .*cut.jpg is damaged .*truncated"),
+        (["x.png 0", "text.png 1"], "line 2: .*text.png can't be decoded .*not an image"),
+        (["cut.png 1"], "line 1: .*cut.png can't be decoded .*on_corrupt=skip"),
+        (["cut.jpg 1"], "line 1: .*cut.jpg can't be decoded .*truncated"),
         (["folder 1"], "line 1: .*folder cannot be read .*Is a directory"),
         ([], "test_cifar10.txt lists no images"),
         (["", " "], "test_cifar10.txt lists no images"),
@@ -236,7 +236,7 @@ def test_damaged_images_are_skipped_and_counted_when_asked(tmp_path, capsys):
     refused("line 2: .*1.png cannot be read", load, tmp_path, on_corrupt="skip")
     refused("'ignore' is not one of error, skip", load, tmp_path, on_corrupt="ignore")
     openood(tmp_path, ["0.png 0", "4.png 0"])
-    refused("all 2 images of cifar10/test are damaged", load, tmp_path, on_corrupt="skip")
+    refused("none of the 2 images of cifar10/test can", load, tmp_path, on_corrupt="skip")
 
 
 def test_what_is_not_there_is_named_with_where_to_get_it(tmp_path):
@@ -337,6 +337,6 @@ def test_faults_of_folders_are_named(own):
     (own / "new/train").mkdir(parents=True)
     refused("new/train has no folders", folder, own, "new", id_set="new")
     (own / "rocks/test/q.png").write_bytes(b"damaged")
-    refused("rocks/test/q.png is damaged", folder, own, "rocks", "test", labelled=False)
+    refused("rocks/test/q.png can't be decoded", folder, own, "rocks", "test", labelled=False)
     skipped = folder(own, "rocks", "test", labelled=False, on_corrupt="skip")
     assert len(skipped.images) == 1

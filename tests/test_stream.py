@@ -234,7 +234,9 @@ def test_worker_processes_give_the_same_and_end(mine, tmp_path):
     assert (run.returncode, run.stderr) == (0, "")
     message, left = run.stdout.splitlines()
     assert message.startswith(f"UserError {tmp_path}/mine/train/") and left == "[]"
-    assert ".png is damaged (not an image): replace it, or set data.on_corrupt=skip" in message
+    assert (
+        ".png can't be decoded (not an image): replace it, or set data.on_corrupt=skip" in message
+    )
 
 
 @pytest.mark.slow
@@ -291,7 +293,9 @@ def damage(mine: dict, *numbers: int) -> list[str]:
 def test_damaged_images_are_named(mine):
     (name,) = damage(mine, 4)
     for read in (rows, lambda data: list(data.chunks(3))):
-        with pytest.raises(UserError, match=f"{name} is damaged .not an image.: replace") as error:
+        with pytest.raises(
+            UserError, match=f"{name} can't be decoded .not an image.: replace"
+        ) as error:
             read(opened(mine))
         assert "\n" not in str(error.value)
 
@@ -317,7 +321,7 @@ def test_damaged_images_are_replaced_and_counted_once_when_asked(mine, capsys):
     np.testing.assert_array_equal(np.concatenate([c.labels for c in chunks]), held.labels[sound])
     damage(mine, *range(22))
     for read in (rows, lambda data: list(data.chunks(3))):
-        with pytest.raises(UserError, match="all 22 images of mine/train are damaged"):
+        with pytest.raises(UserError, match="none of the 22 images of mine/train can"):
             read(opened(mine, on_corrupt="skip"))
 
 

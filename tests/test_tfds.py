@@ -185,7 +185,9 @@ def test_damaged_images_are_named_or_skipped(tmp_path, capsys):
     examples = photos(6)
     examples[4]["image"] = b"nothing"
     write(tmp_path, "pets", {"train": examples}, SMALL, shards=2)
-    message = refused("is damaged .not an image.: replace it, .* data.on_corrupt=skip", tmp_path)
+    message = refused(
+        "can't be decoded .not an image.: replace it, .* data.on_corrupt=skip", tmp_path
+    )
     assert "record 1 of" in message and "pets-train.array_record-00001-of-00002" in message
     data = load(tmp_path, on_corrupt="skip")
     line = capsys.readouterr().err

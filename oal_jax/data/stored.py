@@ -139,7 +139,7 @@ class Source(abc.ABC):
         skipped.
 
         Raises:
-          UserError: the image is damaged, or all are.
+          UserError: the image can't be decoded, or all are.
         """
         if self.decoding.crop is not None:
             return *self.decoding.crop, self.decoding.channels
@@ -156,12 +156,15 @@ class Source(abc.ABC):
     def damaged(self, index: int, reason: Unreadable) -> UserError:
         """The error for an image that can't be decoded."""
         return UserError(
-            f"{self.where(index)} is damaged ({reason}): replace it, or set data.on_corrupt=skip"
+            f"{self.where(index)} can't be decoded ({reason}): replace it, or set"
+            " data.on_corrupt=skip"
         )
 
     def all_damaged(self) -> UserError:
         """The error for a set of which no image can be decoded."""
-        return UserError(f"all {len(self)} images of {self.name} are damaged: replace them")
+        return UserError(
+            f"none of the {len(self)} images of {self.name} can be decoded: replace them"
+        )
 
     def say(self, *parts: str) -> None:
         """Prints these parts of a line about the set, if there are any, on the first process."""
@@ -281,8 +284,8 @@ def read(source: Source, indices: Sequence[int]) -> list[Decoded]:
     """Images by number.
 
     Raises:
-      UserError: an image can't be read; it is damaged and not to be skipped; its label is out of
-        range. The message names it.
+      UserError: an image can't be read, can't be decoded and is not to be skipped, or has a label
+        that is out of range. The message names it.
     """
     encoded, classes, images = source.fetch(indices), len(source.class_names), []
     with image_files.in_turn_if_small([len(data) for data, _ in encoded]):
