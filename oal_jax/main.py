@@ -52,6 +52,8 @@ def _run_stages(values: flags.FlagValues) -> None:
     with processes.only_main_prints():
         pipeline.run(values.config, workdir, **options)
         if values.stage in (None, "report"):
+            if values.config.smoke:
+                print("SMOKE: all sizes were tiny, and the numbers mean nothing\n")
             print(format_table(read_csv(workdir / "report" / "ood.csv")))
             print(f"report: {workdir / 'report' / 'index.html'}")
 

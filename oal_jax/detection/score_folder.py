@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
-from tqdm import tqdm
 
 from oal_jax.data import image_files
 from oal_jax.data.image_files import Decoding
 from oal_jax.detection.detector import Detector
 from oal_jax.errors import UserError
 from oal_jax.evaluation.tables import csv_line
+from oal_jax.runtime.progress import Bar
 
 COLUMNS = ("path", "prediction", "confidence", "ood_score", "threshold", "is_ood")
 _UNREADABLE = "could not be read"
@@ -27,7 +27,7 @@ def write(file: TextIO, detector: Detector, folder: Path, names: Sequence[str]) 
     threshold = repr(detector.threshold)
     tally = Counter[str]()
     count = ood = 0
-    with tqdm(total=len(names), desc="score", unit="image", mininterval=1.0) as bar:
+    with Bar(len(names), "score", "image") as bar:
         for batch, images in _batches(detector, folder, names, tally, bar):
             result = detector(images)
             for name, prediction, confidence, value, is_ood in zip(
@@ -42,6 +42,7 @@ def write(file: TextIO, detector: Detector, folder: Path, names: Sequence[str]) 
                 row = (name, prediction, f"{confidence:.6f}", repr(value), threshold, verdict)
                 file.write(csv_line(row))
             count += len(batch)
+            bar.update(len(batch))
             ood += int(result.is_ood.sum())
     if not count:
         raise UserError(f"none of the {len(names)} image files in {folder} can be read")
@@ -64,7 +65,7 @@ def _batches(detector, folder, names, tally, bar) -> Iterator[tuple[list[str], n
                     bar.clear()
                     _warn(f"{image_files.some([name])} is left out: {reason}")
             tally.update(chunk.notes)
-            bar.update(len(chunk.names) + len(chunk.unreadable))
+            bar.total -= len(chunk.unreadable)
             waiting += chunk.names
             images.append(chunk.images)
             while len(waiting) >= size:

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from oal_jax.data.augment import augment
 from oal_jax.data.sources import ImageSet
@@ -21,6 +20,7 @@ from oal_jax.methods import losses, masking
 from oal_jax.runtime import artifacts, batched, distributed
 from oal_jax.runtime.batched import rows_per_batch
 from oal_jax.runtime.keys import at_step, named
+from oal_jax.runtime.progress import Bar
 from oal_jax.stages import train
 from oal_jax.stages.context import Context
 
@@ -43,10 +43,12 @@ def run(context: Context) -> list[Path]:
         return masking.apply_masks(params, masking.init_scores(key, params), m.mask_density)
 
     unmasked = mean_loss({"params": params, **model_state})
-    per_mask = [
-        mean_loss({"params": masked(at_step(key, "mask", i), params), **model_state})
-        for i in tqdm(range(m.n_masks), desc="estimate_loss", unit="mask")
-    ]
+    per_mask = []
+    with Bar(m.n_masks, "estimate_loss", "mask") as bar:
+        for i in range(m.n_masks):
+            weights = masked(at_step(key, "mask", i), params)
+            per_mask.append(mean_loss({"params": weights, **model_state}))
+            bar.update()
     sizes = [weight.size for weight in masking.masked_tensors(params).values()]
     path = context.directory("estimate_loss") / train.CONSTRAINT
     result = {

@@ -6,11 +6,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from oal_jax.data.augment import augment
 from oal_jax.runtime import artifacts, batched
 from oal_jax.runtime.keys import named
+from oal_jax.runtime.progress import Bar
 from oal_jax.scores import compute
 from oal_jax.stages import outliers, teacher
 from oal_jax.stages.context import Context, outputs_of_set
@@ -42,10 +42,12 @@ def run(context: Context) -> list[Path]:
     artifacts.write_tensors(plain, tensors)
     if not config.teacher.views:
         return [plain]
-    views = [
-        compute(forward, _augmented(context, data.images, v), batch, ("features",), context.mesh)
-        for v in tqdm(range(config.teacher.views), desc="teacher views", unit="view")
-    ]
+    views = []
+    with Bar(config.teacher.views, "teacher views", "view") as bar:
+        for view in range(config.teacher.views):
+            images = _augmented(context, data.images, view)
+            views.append(compute(forward, images, batch, ("features",), context.mesh))
+            bar.update()
     cached = directory / "views.safetensors"
     artifacts.write_tensors(
         cached,

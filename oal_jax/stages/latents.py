@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int32, UInt32
-from tqdm import tqdm
 
 from oal_jax.config import Config
 from oal_jax.generator import conditioning, samplers, stable_diffusion
@@ -19,6 +18,7 @@ from oal_jax.methods import registry
 from oal_jax.outliers.pools import DECODED_LATENTS, ID_LATENTS, LATENTS, OUTLIERS
 from oal_jax.runtime import artifacts, batched, distributed
 from oal_jax.runtime.keys import named
+from oal_jax.runtime.progress import Bar
 from oal_jax.stages import generator
 from oal_jax.stages.context import Context
 
@@ -159,7 +159,7 @@ def _sample(
     columns = inputs.outliers, inputs.labels, inputs.indices
     call = lambda batch: sample(placed, ids, mask, empty, *batch)
     parts = []
-    with tqdm(total=len(inputs.labels), desc="outlier latents", unit="latent") as bar:
+    with Bar(len(inputs.labels), "outlier latents", "latent") as bar:
         for latents in batched.results(call, [columns], chunk, context.mesh):
             parts.append(latents)
             bar.update(len(latents))

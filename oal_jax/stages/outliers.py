@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float, Int
-from tqdm import tqdm
 
 from oal_jax.config import Outliers
 from oal_jax.errors import UserError
@@ -16,6 +15,7 @@ from oal_jax.outliers.pools import OUTLIERS
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.runtime.keys import at_step
 from oal_jax.runtime.ops import unit
+from oal_jax.runtime.progress import Bar
 from oal_jax.stages import generator
 from oal_jax.stages.context import Context
 
@@ -83,11 +83,13 @@ def _class_by_class(
         )
     )
     at_once, parts = mesh.shape["data"], []
-    for start in tqdm(range(0, classes, at_once), desc=name, unit="step"):
-        # The last step's spare devices repeat its last class.
-        rows = np.minimum(np.arange(start, start + at_once), classes - 1)
-        placed = distributed.place(tuple(a[rows] for a in arguments), sharding)
-        parts.append(distributed.to_host(run(*placed)))
+    with Bar(classes, name, "class") as bar:
+        for start in range(0, classes, at_once):
+            # The last step's spare devices repeat its last class.
+            rows = np.minimum(np.arange(start, start + at_once), classes - 1)
+            placed = distributed.place(tuple(a[rows] for a in arguments), sharding)
+            parts.append(distributed.to_host(run(*placed)))
+            bar.update(min(at_once, classes - start))
     return np.concatenate(parts)[:classes]
 
 

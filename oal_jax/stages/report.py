@@ -64,7 +64,7 @@ def _write(
     write_report(
         written[-1],
         ReportInputs(
-            title=f"{context.workdir.name}: OOD report",
+            title=f"{'SMOKE: ' * config.smoke}{context.workdir.name}: OOD report",
             facts=facts,
             config=config,
             class_names=context.info.class_names,

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
-from tqdm import tqdm
 
 from oal_jax.errors import Preempted, TrainingFailed, UserError
 from oal_jax.runtime import distributed, preemption
 from oal_jax.runtime.keys import at_step
+from oal_jax.runtime.progress import Bar
 from oal_jax.training.checkpoints import Checkpoints
 from oal_jax.training.log import MetricsLog
 from oal_jax.training.state import compiler_options
@@ -185,14 +185,18 @@ def fit(
     with (
         preemption.stop_requested(mesh) as stop,
         _streamed(rows, first, plan, mesh, name) as batches,
-        tqdm(total=plan.steps, initial=first, desc=name, unit="step", mininterval=1.0) as bar,
+        Bar(plan.steps, name, "step", initial=first) as bar,
     ):
         metrics, order, epoch = _Metrics(log, bar, failed), None, None
+        sizes: set[int] = set()  # of the calls whose programs are compiled
         for call in plan.calls(first, per_call):
             if rows is None and call.epoch != epoch:
                 epoch = call.epoch
                 order = distributed.replicate(epoch_order(key, epoch, plan), mesh)
             source = order if rows is None else next(batches)
+            if call.steps not in sizes:
+                bar.compiling()
+                sizes.add(call.steps)
             with jax.transfer_guard("disallow"):
                 state, values = compiled(call.steps)(state, arrays, source)
             bar.update(call.steps)
@@ -230,7 +234,7 @@ class _Metrics:
     host does not wait for the devices.
     """
 
-    def __init__(self, log: MetricsLog | None, bar: tqdm, failed: Callable[[str], Exception]):
+    def __init__(self, log: MetricsLog | None, bar: Bar, failed: Callable[[str], Exception]):
         self._log, self._bar, self._failed = log, bar, failed
         self._due: list[tuple[int, dict]] = []  # (step, metrics) of the calls to the last logged
         self._calls: list[tuple[int, dict]] = []  # of those since
