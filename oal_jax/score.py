@@ -32,8 +32,8 @@ def run(argv: Sequence[str]) -> None:
 
     files = image_files.find(args.images)
     if not files.names:
-        others = f", only {len(files.others)} others: {image_files.some(files.others)}"
-        raise UserError(f"{args.images} holds no image files{others if files.others else ''}")
+        left_out = files.left_out()
+        raise UserError(f"{args.images} holds no image files{left_out and f'; {left_out}'}")
     # Names that are not UTF-8 come out as the bytes that they are.
     text = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
     with writing.output_file(args.output, "w", **text) as file:
@@ -52,12 +52,8 @@ def run(argv: Sequence[str]) -> None:
         f" {args.output}",
         file=stream,
     )
-    if files.others:
-        others = image_files.some(files.others)
-        print(f"{len(files.others)} other files are not images: {others}", file=stream)
-    if files.repeats:
-        repeats = image_files.some(files.repeats)
-        print(f"{len(files.repeats)} links repeat a folder: {repeats}", file=stream)
+    if left_out := files.left_out():
+        print(left_out, file=stream)
 
 
 if __name__ == "__main__":

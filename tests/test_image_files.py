@@ -1,5 +1,6 @@
 """Image files of every kind as a model takes them; damaged ones; how far decoding runs ahead."""
 
+import contextlib
 import io
 import os
 import threading
@@ -17,6 +18,7 @@ from oal_jax.data.image_files import (
     decode,
     decode_with_notes,
     find,
+    formats,
     stream,
 )
 from oal_jax.errors import UserError
@@ -49,6 +51,24 @@ def test_colour_formats(tmp_path, ending):
     pixels, notes = decode_with_notes(saved(tmp_path / f"a.{ending}", SMOOTH), SQUARE)
     assert pixels.shape == (28, 28, 3) and not notes
     assert np.abs(pixels.astype(int) - SMOOTH).mean() < 6
+
+
+@pytest.mark.parametrize("ending", sorted(formats()[1]))
+def test_every_format_that_pillow_reads_and_writes_is_listed_and_read(tmp_path, ending):
+    file_format = Image.registered_extensions()[ending]
+    if file_format not in Image.SAVE:
+        return
+    path, decoded = tmp_path / f"a{ending.upper()}", None
+    for mode in ("RGB", "RGBA", "L", "1", "P"):  # some formats take one of them alone
+        with contextlib.suppress(OSError, ValueError, KeyError), image_files.quiet():
+            image = Image.new(mode, (32, 32), "white" if mode != "P" else 0)
+            if mode == "P":
+                image.putpalette([255] * 768)
+            image.save(path, file_format)
+            decoded = decode(path, SQUARE)
+            break
+    assert find(tmp_path).names == [path.name]
+    assert decoded.shape == (28, 28, 3) and decoded.min() > 250
 
 
 def test_gray_to_colour_and_back(tmp_path):
