@@ -37,8 +37,8 @@ def _run_stages(values: flags.FlagValues) -> None:
 
     names = "coordinator num_processes process_id distributed join_timeout heartbeat_timeout"
     distributed.initialize(*(values[name].value for name in names.split()))
-    from oal_jax.evaluation.tables import format_table, read_csv
     from oal_jax.generator import flax_models
+    from oal_jax.report import summary
     from oal_jax.runtime import profile
     from oal_jax.stages import run as pipeline
 
@@ -54,8 +54,7 @@ def _run_stages(values: flags.FlagValues) -> None:
         if values.stage in (None, "report"):
             if values.config.smoke:
                 print("SMOKE: all sizes were tiny, and the numbers mean nothing\n")
-            print(format_table(read_csv(workdir / "report" / "ood.csv")))
-            print(f"report: {workdir / 'report' / 'index.html'}")
+            summary.show(workdir / "report")
 
 
 if __name__ == "__main__":

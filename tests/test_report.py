@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from oal_jax.config import Config
-from oal_jax.evaluation import Inputs, bootstrap, evaluate, protocol
+from oal_jax.evaluation import Inputs, bootstrap, evaluate, headline, protocol
 from oal_jax.evaluation.search import Trial
 from oal_jax.report import figures, run_page
 from oal_jax.report.run_page import ReportInputs, write_report
@@ -56,6 +56,9 @@ def inputs():
         config=config,
         class_names=["coat", "shirt", "<i>", "boot & shoe"],
         evaluation=result,
+        headline=headline.choose(
+            headline.validation_aurocs(result, GROUPS), ["<u> speaks against"]
+        ),
         id_test=id_test,
         ood=ood,
         groups=GROUPS,
@@ -144,7 +147,7 @@ def test_page_fetches_nothing_and_runs_nothing(page):
 
 
 def test_strings_are_escaped(page):
-    for tag in ("<script", "<b>bold", "<i>", "<k>"):
+    for tag in ("<script", "<b>bold", "<i>", "<k>", "<u>"):
         assert tag not in page
     text = "".join(_parse(page).text)
     for string in ("<script>alert('x')", "<b>bold</b>", "boot & shoe", "oal & more", "<k> is too"):
@@ -175,6 +178,13 @@ def test_numbers_of_all_tables(page, inputs):
     assert page.count("<table") == page.count("<div class=scroll")
 
 
+def test_the_headline_is_on_top_with_its_reason_and_warnings(page, inputs):
+    chosen, top = inputs.headline, page.partition("<main>")[0]
+    near = {row.score: row.auroc for row in inputs.evaluation.rows if row.dataset == "nearood"}
+    assert f"<b>{chosen.score}</b>: {chosen.reason}" in top
+    assert f"{near[chosen.score]:.2f}" in top and "&lt;u&gt; speaks against" in top
+
+
 def test_best_values_are_marked_by_column(page, inputs):
     means = [row for row in inputs.evaluation.rows if row.dataset == "nearood"]
     low = min(round(row.fpr_at_95_ood_tpr, 2) for row in means)
@@ -187,11 +197,12 @@ def test_best_values_are_marked_by_column(page, inputs):
 def test_extreme_images_have_their_ood_score(page, inputs):
     shown = re.findall(r"<span>(-?[\d.e+-]+)</span>", _section(page, "most-and-least-ood"))
     result, expected = inputs.evaluation, []
+    score = inputs.headline.score
     for scores in (
         result.id_scores,
         *({s: v[n] for s, v in result.ood_scores.items()} for n in ("bag", "digits")),
     ):
-        order = np.sort(scores["energy"])
+        order = np.sort(scores[score])
         expected += [f"{value:.3g}" for value in (*order[::-1][:8], *order[:8])]
     assert shown == expected
 
@@ -213,8 +224,9 @@ def test_sections_without_data_are_left_out(inputs, ood):
     sets = {name: bare(inputs.ood[name]) for name in ood}
     known = bare(inputs.id_test)
     result = evaluate(["msp"], known, known, known, sets, GROUPS)
+    chosen = headline.choose(headline.validation_aurocs(result, GROUPS))
     page = run_page.render(
-        ReportInputs("run", {}, Config(), inputs.class_names, result, known, sets, GROUPS)
+        ReportInputs("run", {}, Config(), inputs.class_names, result, chosen, known, sets, GROUPS)
     )
     _parse(page)
     expected = {
@@ -238,6 +250,7 @@ def test_large_inputs_stay_small(inputs):
     scores = {"energy": rng.normal(size=200_000)}
     page = run_page.render(
         inputs._replace(
+            headline=headline.Headline("energy", 91.0, None, None),
             evaluation=inputs.evaluation._replace(
                 id_scores=scores,
                 id_val_scores=scores,

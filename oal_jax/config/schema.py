@@ -217,7 +217,8 @@ class Evaluation:
 
     scores: tuple[str, ...] = option(
         ("energy", "msp", "max_logit", "gen", "knn", "vim", "mahalanobis"),
-        "scores, or all; the first is the headline and a detector's default",
+        "scores, or all; the best one on the validation OOD sets is the headline and a detector's"
+        " default",
         choices=SCORES,
     )
     batch_size: int = option(

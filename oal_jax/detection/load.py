@@ -14,6 +14,7 @@ from oal_jax.data.image_files import Decoding
 from oal_jax.detection.detector import Detector
 from oal_jax.detection.parts import check_share, run_detector, sorted_scores
 from oal_jax.errors import UserError
+from oal_jax.evaluation import headline
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.scores import Head, Outputs, Score, State
 from oal_jax.scores.forward import make_forward
@@ -32,9 +33,9 @@ def load(
 
     Args:
       directory: the run's working directory.
-      score: a key of `scores.SCORES`; None for the first of the config. A score that is not in the
-        config is fitted now, on the run's saved outputs, or on its images where those do not
-        suffice.
+      score: a key of `scores.SCORES`; None for the headline of the report, or, of older runs, the
+        first of the config. A score that is not in the report is fitted now, on the run's saved
+        outputs, or on its images where those do not suffice.
       keep_id: share of ID validation images that the threshold keeps; None for the config's.
       batch_size: images of a call of the model.
 
@@ -43,7 +44,7 @@ def load(
     """
     context = pipeline.resolve(Path(directory).expanduser())
     config = context.config.evaluation
-    name = score or config.scores[0]
+    name = score or _headline(context)
     post_hoc.make(name)  # an unknown name fails before any file is read
     keep_id = config.keep_id if keep_id is None else keep_id
     check_share(keep_id)
@@ -69,6 +70,14 @@ def load(
         mesh=context.mesh,
         decoding=Decoding.from_json(card["decoding"]) if "decoding" in card else None,
     )
+
+
+def _headline(context: Context) -> str:
+    """The score that the run chose; the first of the config if it chose none."""
+    chosen = None
+    if _is_current(context, "report"):
+        chosen = headline.read(context.directory("report"))
+    return chosen.score if chosen else context.config.evaluation.scores[0]
 
 
 def _check_finished(context: Context, stage: str) -> None:

@@ -48,6 +48,7 @@ class Evaluation(NamedTuple):
     csid_rows: list[Shifted]  # empty without csid sets
     full_spectrum_rows: list[Row]  # as `rows`, against ID test and csid sets; empty without them
     params: dict[str, dict[str, Any]]  # parameters of each score that differ from its defaults
+    refused: dict[str, str]  # score -> why it can't be computed here; in no other field
 
 
 def evaluate(
@@ -63,6 +64,7 @@ def evaluate(
     keep: float = 0.95,
     batch_size: int = 512,
     mesh: Mesh | None = None,
+    leave_out_refused: bool = False,
 ) -> Evaluation:
     """Run the protocol.
 
@@ -81,10 +83,13 @@ def evaluate(
       keep: share of ID validation inputs that a threshold keeps.
       batch_size: inputs a call of a score.
       mesh: the devices; None for all.
+      leave_out_refused: go on without a score that can't be fitted or gives NaN, such as `knn` with
+        fewer inputs than k, and say why in `refused`.
 
     Raises:
       UserError: an unknown score, a set without a group or with the name of a mean row, a NaN,
-        missing labels, or a missing head, output, image or forward function that a score needs.
+        missing labels, or a missing head, output, image or forward function that a score needs; or
+        every score is refused (first reason).
     """
     params = params or {}
     _check_names(score_names, ood, groups, params)
@@ -97,21 +102,27 @@ def evaluate(
     sizes = [len(data.outputs.logits) for data in (id_test, *(ood[name] for name in csid))]
     spectrum = float(np.average([id_only, *accuracies.values()], weights=sizes))
     order = [name for group in MEANS for name in ood if groups[name] == group]
-    result = Evaluation([], [], {}, {}, {}, {}, {}, {}, [], [], {})
+    result = Evaluation([], [], {}, {}, {}, {}, {}, {}, [], [], {}, {})
     rows, full = [], []
     for score_name in score_names:
         chosen = dict(params.get(score_name, {}))
         score = post_hoc.make(score_name, **chosen)
-        state = fit(score, id_train, id_val, head, mesh)
+        try:
+            state = fit(score, id_train, id_val, head, mesh)
 
-        def on(data, set_name, score=score, state=state):
-            return apply(score, state, data, forward, batch_size, set_name, mesh)
+            def on(data, set_name, score=score, state=state):
+                return apply(score, state, data, forward, batch_size, set_name, mesh)
 
-        id_scores = on(id_test, "ID test")
-        val_scores = np.sort(on(id_val, "ID validation"))
+            id_scores = on(id_test, "ID test")
+            val_scores = np.sort(on(id_val, "ID validation"))
+            ood_scores = {name: on(ood[name], name) for name in order}
+            csid_scores = {name: on(ood[name], name) for name in csid}
+        except UserError as error:
+            if not leave_out_refused:
+                raise
+            result.refused[score_name] = str(error)
+            continue
         limit = threshold(val_scores, keep)
-        ood_scores = {name: on(ood[name], name) for name in order}
-        csid_scores = {name: on(ood[name], name) for name in csid}
         everything = np.concatenate([id_scores, *csid_scores.values()])
         for name, values in ood_scores.items():
             rows.append(_row(score_name, name, groups[name], id_scores, values, id_only))
@@ -127,6 +138,8 @@ def evaluate(
         result.id_val_scores[score_name] = val_scores
         result.csid_scores[score_name] = csid_scores
         result.params[score_name] = chosen
+    if len(result.refused) == len(score_names):
+        raise UserError(f"no score can be computed: {next(iter(result.refused.values()))}")
     test = [row for row in rows if row.group != "validation"]
     validation = [row for row in rows if row.group == "validation"]
     return result._replace(

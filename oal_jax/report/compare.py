@@ -15,7 +15,7 @@ import numpy as np
 
 from oal_jax.config import Config, flatten
 from oal_jax.errors import UserError
-from oal_jax.evaluation import tables
+from oal_jax.evaluation import headline, tables
 from oal_jax.evaluation.tables import OPENOOD, Row
 from oal_jax.report import html
 from oal_jax.runtime import artifacts
@@ -38,6 +38,7 @@ class Run(NamedTuple):
     path: Path
     config: dict[str, Any]
     rows: list[Row]
+    headline: str = ""  # the score that the run chose; empty for an older run
 
 
 class Case(NamedTuple):
@@ -106,7 +107,7 @@ def read(paths: Sequence[Path]) -> list[Case]:
     scores = list(dict.fromkeys(row.score for runs in groups for row in runs[0].rows))
     for path in files:
         score = _OPENOOD_SCORES.get(path.stem, path.stem)
-        score = score if score in scores else scores[0]
+        score = score if score in scores else groups[0][0].headline or scores[0]
         rows = [row._replace(score=score) for row in tables.read_openood(path)]
         groups.append([Run(path, {}, rows)])
         labels.append(f"{path}, as score {score}")
@@ -189,9 +190,10 @@ def _read_run(path: Path) -> Run:
         raise UserError(f"run {path} is not finished: {table} is missing; start it again to go on")
     rows = tables.read_csv(table)
     if not rows:
-        raise UserError(f"{table} has no rows; delete {table.parent} and run the stage report")
+        raise UserError(f"{table} has no rows: {path} has no near- or far-OOD sets to compare on")
+    chosen = headline.read(table.parent)
     # Keys that are newer than the run have their defaults.
-    return Run(path, flatten(Config()) | config, rows)
+    return Run(path, flatten(Config()) | config, rows, chosen.score if chosen else "")
 
 
 def _identity(config: Mapping[str, Any]) -> str:
@@ -228,7 +230,9 @@ def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
         seeds = " ".join(str(run.config["seed"]) for run in runs)
         paths = ", ".join(str(run.path) for run in runs)
         word = "seed" if len(runs) == 1 else "seeds"
-        labels.append(f"{settings}{'; ' * bool(settings)}{word} {seeds} ({paths})")
+        chosen = ", ".join(dict.fromkeys(run.headline for run in runs if run.headline))
+        chosen = f"; headline {chosen}" if chosen else ""
+        labels.append(f"{settings}{'; ' * bool(settings)}{word} {seeds} ({paths}){chosen}")
     return labels
 
 

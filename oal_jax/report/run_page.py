@@ -9,6 +9,7 @@ import numpy as np
 from oal_jax.config import Config, flatten
 from oal_jax.evaluation import protocol
 from oal_jax.evaluation.bootstrap import Interval
+from oal_jax.evaluation.headline import Headline
 from oal_jax.evaluation.protocol import Evaluation, Inputs
 from oal_jax.evaluation.search import Trial, describe
 from oal_jax.evaluation.tables import MEANS, Row, is_mean
@@ -31,6 +32,7 @@ class ReportInputs(NamedTuple):
     config: Config
     class_names: Sequence[str]
     evaluation: Evaluation
+    headline: Headline
     id_test: Inputs
     ood: Mapping[str, Inputs]
     groups: Mapping[str, str]  # set -> near, far, validation or csid
@@ -56,14 +58,15 @@ def render(inputs: ReportInputs) -> str:
     means, sets = _split(result.rows)
     spectrum_means, spectrum_sets = _split(result.full_spectrum_rows)
     accuracy, rejected = protocol.accuracy(inputs.id_test), protocol.rejected(result)
-    shown = list(result.thresholds)[:_SCORES_SHOWN]
+    score = inputs.headline.score
+    shown = [score, *(name for name in result.thresholds if name != score)][:_SCORES_SHOWN]
     return html.render(
         "run_page.html.jinja",
         title=inputs.title,
         facts=inputs.facts,
-        tiles=_tiles(accuracy, means),
+        tiles=_tiles(accuracy, inputs.headline, means),
+        headline=inputs.headline,
         groups=inputs.groups,
-        score=shown[0],
         scores_left=len(result.thresholds) - len(shown),
         keep=100 * keep,
         means=_metric_table(means, _METRICS),
@@ -76,7 +79,7 @@ def render(inputs: ReportInputs) -> str:
         csid_rows=result.csid_rows,
         spectrum_means=_metric_table(spectrum_means, _METRICS),
         spectrum_sets=_metric_table(spectrum_sets, _MAIN_METRICS),
-        extremes=_extremes(inputs, shown[0]),
+        extremes=_extremes(inputs, score),
         projection=_projection(inputs),
         has_outliers=inputs.outlier_features is not None,
         curves=_curves(inputs.log),
@@ -99,13 +102,17 @@ def _split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return [row for row in rows if is_mean(row)], [row for row in rows if not is_mean(row)]
 
 
-def _tiles(accuracy: float, means: Sequence[Row]) -> list[tuple[str, float, str]]:
-    """(name, value, unit) of the numbers on top, those of the first score."""
+def _tiles(
+    accuracy: float, headline: Headline, means: Sequence[Row]
+) -> list[tuple[str, float, str]]:
+    """(name, value, unit) of the numbers on top, those of the headline score."""
     tiles = [("ID accuracy", accuracy, "%")]
     for row in means:
-        if row.score == means[0].score:
-            tiles.append((f"{row.group}-OOD AUROC, {row.score}", row.auroc, ""))
-            tiles.append((f"{row.group}-OOD FPR95, {row.score}", row.fpr_at_95_ood_tpr, "%"))
+        if row.score == headline.score:
+            tiles.append((f"{row.group}-OOD AUROC", row.auroc, ""))
+            tiles.append((f"{row.group}-OOD FPR95", row.fpr_at_95_ood_tpr, "%"))
+    if headline.validation_auroc is not None:
+        tiles.append(("validation-OOD AUROC", headline.validation_auroc, ""))
     return tiles
 
 

@@ -98,7 +98,7 @@ class Parser(BareParser):
     def __init__(self, prog: str, doc: str):
         super().__init__(prog, doc)
         self.add_argument("--workdir", type=Path, required=True, help="directory of a finished run")
-        self.add_argument("--score", help="default: the first of the run's config")
+        self.add_argument("--score", help="default: the headline of the run's report")
         self.add_argument(
             "--keep-id",
             type=float,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from oal_jax.evaluation import bootstrap, protocol
+from oal_jax.evaluation import bootstrap, headline, protocol
 from oal_jax.evaluation.search import Trial, describe, search, write_search
 from oal_jax.evaluation.tables import write_csv
 from oal_jax.methods import registry
@@ -21,7 +21,7 @@ _SHOWN_OUTLIERS = 400
 
 
 def run(context: Context) -> list[Path]:
-    """Writes the tables, the thresholds, parameters and states of all scores, and `index.html`."""
+    """Write the tables, the headline score, what detectors load of all scores, and `index.html`."""
     settings = context.config.evaluation
     sets = evaluate.inputs(context)
     params, trials = _search(context, sets)
@@ -32,6 +32,7 @@ def run(context: Context) -> list[Path]:
         keep=settings.keep_id,
         batch_size=settings.batch_size,
         mesh=context.mesh,
+        leave_out_refused=True,
     )
     written: list[Path] = []
     processes.on_main(lambda: written.extend(_write(context, sets, trials, result)))
@@ -44,6 +45,8 @@ def _write(
     """Writes the files of the stage from what the devices computed."""
     config, stage = context.config, context.directory("report")
     written = protocol.write_tables(stage, result) + protocol.write_detectors(stage, result)
+    chosen = _headline(context, sets, result)
+    written.append(headline.write(stage, chosen))
     intervals = [
         interval
         for score, known in result.id_scores.items()
@@ -69,6 +72,7 @@ def _write(
             config=config,
             class_names=context.info.class_names,
             evaluation=result,
+            headline=chosen,
             id_test=sets.id_test,
             ood=sets.ood,
             groups=sets.groups,
@@ -80,6 +84,17 @@ def _write(
         ),
     )
     return written
+
+
+def _headline(
+    context: Context, sets: evaluate.Sets, result: protocol.Evaluation
+) -> headline.Headline:
+    """The headline score, with what speaks against the run."""
+    steps = train.make_plan(context.config, context.info.num_train).steps
+    accuracy = protocol.accuracy(sets.id_test)
+    warnings = headline.run_warnings(accuracy, sets.id_test.labels, steps)
+    warnings += headline.fit_warnings(result, sets.id_train)
+    return headline.choose(headline.validation_aurocs(result, sets.groups), warnings)
 
 
 def _search(context: Context, sets: evaluate.Sets) -> tuple[dict[str, Any], list[Trial]]:
