@@ -216,7 +216,7 @@ class Evaluation:
     """Which scores are computed."""
 
     scores: tuple[str, ...] = option(
-        ("energy", "msp", "max_logit", "gen", "knn", "vim", "mahalanobis"),
+        ("energy", "msp", "knn", "vim", "mahalanobis", "relative_mahalanobis"),
         "scores, or all; the best one on the validation OOD sets is the headline and a detector's"
         " default",
         choices=SCORES,

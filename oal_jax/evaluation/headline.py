@@ -7,14 +7,15 @@ another score is named.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from oal_jax.evaluation import protocol
 from oal_jax.evaluation.metrics import auroc
-from oal_jax.evaluation.protocol import Evaluation, Inputs
 from oal_jax.runtime import artifacts
+
+if TYPE_CHECKING:  # these import JAX, which a comparison of runs does not need
+    from oal_jax.evaluation.protocol import Evaluation, Inputs
 
 FILE = "headline.json"
 _LOW_AUROC = 60.0  # percent; below it a detector is of no use
@@ -44,7 +45,7 @@ class Headline(NamedTuple):
 
 
 def validation_aurocs(
-    evaluation: Evaluation, groups: Mapping[str, str]
+    evaluation: "Evaluation", groups: Mapping[str, str]
 ) -> dict[str, dict[str, float]]:
     """Score -> validation OOD set -> AUROC against ID validation, in percent."""
     return {
@@ -104,7 +105,7 @@ def run_warnings(accuracy: float, labels: np.ndarray, steps: int) -> list[str]:
     return warnings
 
 
-def fit_warnings(evaluation: Evaluation, id_train: Inputs) -> list[str]:
+def fit_warnings(evaluation: "Evaluation", id_train: "Inputs") -> list[str]:
     """Scores that were left out, or whose fit on the training images is degenerate."""
     warnings = [f"{score} is left out: {why}" for score, why in evaluation.refused.items()]
     singular = []
@@ -146,13 +147,13 @@ def read(folder: Path) -> Headline | None:
     return Headline(**values)
 
 
-def _is_constant(evaluation: Evaluation, score: str) -> bool:
+def _is_constant(evaluation: "Evaluation", score: str) -> bool:
     values = [evaluation.id_val_scores[score], evaluation.id_scores[score]]
     values += evaluation.ood_scores[score].values()
     return len({float(end) for v in values for end in (v.min(), v.max())}) == 1
 
 
-def _residual_is_empty(state: protocol.post_hoc.State, features: np.ndarray) -> bool:
+def _residual_is_empty(state: Mapping[str, Any], features: np.ndarray) -> bool:
     """Whether training features have nothing outside the subspace of `vim` and `residual`."""
     rows = features[:: -(-len(features) // _ROWS)]
     centred = np.asarray(rows, np.float64) - np.asarray(state["origin"], np.float64)
@@ -160,7 +161,7 @@ def _residual_is_empty(state: protocol.post_hoc.State, features: np.ndarray) -> 
     return bool(np.linalg.norm(outside) <= _EMPTY * np.linalg.norm(centred))
 
 
-def _singular_share(state: protocol.post_hoc.State, params: Mapping[str, Any]) -> float:
+def _singular_share(state: Mapping[str, Any], params: Mapping[str, Any]) -> float:
     """Share of the directions whose variance `mahalanobis` and its kin had to raise."""
     if "whiten" not in state:
         return 0.0
