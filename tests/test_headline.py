@@ -117,6 +117,15 @@ def test_a_score_that_can_not_be_fitted_is_left_out_aloud():
         outcome(["knn"], few, ood, leave_out_refused=True)
 
 
+def test_knn_beyond_a_class():
+    ood = {"validation": data(40, 1.0, seed=3)}
+    result, _ = outcome(["knn"], data(120), ood)
+    (warning,) = headline.fit_warnings(result, data(120))
+    assert "k=50 is more than the 40" in warning
+    result, _ = outcome(["knn"], data(120), ood, params={"knn": {"k": 5}})
+    assert headline.fit_warnings(result, data(120)) == []
+
+
 def test_vim_with_an_empty_residual():
     def flat(inputs):
         features = inputs.outputs.features.copy()

@@ -6,6 +6,7 @@ another score is named.
 """
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -118,6 +119,11 @@ def fit_warnings(evaluation: "Evaluation", id_train: "Inputs") -> list[str]:
                 f"{score} is degenerate: the training features lie inside its principal subspace"
                 f"{same}"
             )
+        elif score == "knn" and (k := _neighbour(evaluation)) > (most := _largest_class(id_train)):
+            warnings.append(
+                f"knn: k={k} is more than the {most} training images of the largest class, so the"
+                " k-th neighbour is of another class; a smaller k or another score says more"
+            )
         elif share := _singular_share(state, evaluation.params.get(score, {})):
             singular.append((score, share))
     if singular:
@@ -151,6 +157,16 @@ def _is_constant(evaluation: "Evaluation", score: str) -> bool:
     values = [evaluation.id_val_scores[score], evaluation.id_scores[score]]
     values += evaluation.ood_scores[score].values()
     return len({float(end) for v in values for end in (v.min(), v.max())}) == 1
+
+
+def _neighbour(evaluation: "Evaluation") -> int:
+    from oal_jax.scores import SCORES  # imports JAX
+
+    return evaluation.params["knn"].get("k", signature(SCORES["knn"]).parameters["k"].default)
+
+
+def _largest_class(id_train: "Inputs") -> int:
+    return int(np.bincount(id_train.labels).max())
 
 
 def _residual_is_empty(state: Mapping[str, Any], features: np.ndarray) -> bool:
