@@ -310,7 +310,7 @@ def test_what_is_no_image_of_a_class_is_said(own, capsys):
     assert loaded.class_names == ("cat", "dog") and loaded.labels.tolist() == [0, 1, 0, 1, 0, 1]
     line = capsys.readouterr().err
     assert line.startswith("oal_jax: mine/train: 6 images; left out 4 others (__MACOSX/,")
-    assert "1 images in no class (stray.png)" in line
+    assert "1 image in no class (stray.png)" in line
 
 
 def test_folder_images_get_the_size_asked_for(own):

@@ -110,7 +110,7 @@ def test_what_is_no_class_is_named(tmp_path, capsys):
     assert reasons["a/0.png"] == "not an image"
     load(tmp_path, on_corrupt="skip")
     line = capsys.readouterr().err
-    for text in ("4 others", "1 links that repeat", "1 images in no class (loose.png)"):
+    for text in ("4 others", "1 repeated link (", "1 image in no class (loose.png)"):
         assert text in line
 
 

@@ -40,7 +40,7 @@ def open_folder(spec: SetSpec) -> Source:
         images, stray = by_class(listing.names)
         check_known(folder, images, names)
         files = in_turn(images, names)
-        remarks += [f"{len(stray)} images in no class ({image_files.some(stray)})"] if stray else []
+        remarks.append(image_files.counted(stray, "image in no class", "images in no class"))
     return open_files(spec, root, folder, files, names, "; ".join(filter(None, remarks)))
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "FileBatch",
     "Listing",
     "Unreadable",
+    "counted",
     "decode",
     "decode_with_notes",
     "find",
@@ -79,13 +80,12 @@ class Listing(NamedTuple):
 
     def left_out(self, below: str = "") -> str:
         """What is not listed, for messages: of all, or of a folder below. Empty: nothing."""
-        counted = {"others": self.others, "links that repeat a folder": self.repeats}
-        parts = []
-        for what, names in counted.items():
-            names = [name for name in names if name.startswith(below)]
-            if names:
-                parts.append(f"{len(names)} {what} ({some(names)})")
-        return f"left out {', '.join(parts)}" if parts else ""
+        others, repeats = ([n for n in names if n.startswith(below)] for names in self[1:])
+        parts = (
+            counted(others, "other", "others"),
+            counted(repeats, "repeated link", "repeated links"),
+        )
+        return f"left out {', '.join(filter(None, parts))}" if any(parts) else ""
 
 
 class FileBatch(NamedTuple):
@@ -164,6 +164,11 @@ def some(names: Sequence[str], count: int | None = None) -> str:
     shown = [name if name.isprintable() else ascii(name) for name in names[:3]]
     more = ", ..." if (len(names) if count is None else count) > len(shown) else ""
     return ", ".join(shown) + more
+
+
+def counted(names: Sequence[str], one: str, many: str) -> str:
+    """Number, kind and first names, for messages: "2 links (a, b)"; empty: there are none."""
+    return f"{len(names)} {one if len(names) == 1 else many} ({some(names)})" if names else ""
 
 
 def stream(

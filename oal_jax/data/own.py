@@ -130,15 +130,15 @@ def open_own(spec: SetSpec) -> Source:
         return _open_ood(spec, root, listing)
     layout = _layout(root, listing.names)
     images, names = layout.splits[spec.split], layout.class_names
-    remarks = [listing.left_out(layout.folders[spec.split])]
-    if layout.stray:
-        some = image_files.some(layout.stray)
-        remarks.append(f"{len(layout.stray)} images in no class ({some})")
+    remarks = [
+        listing.left_out(layout.folders[spec.split]),
+        image_files.counted(layout.stray, "image in no class", "images in no class"),
+    ]
     if spec.split in layout.cut:
         remarks.append(f"{SHARE:.0%} of the training images, by a digest of their names")
     without = [name for name in names if name not in images]
     if without:
-        remarks.append(f"no image of {len(without)} classes ({image_files.some(without)})")
+        remarks.append(f"no image of {image_files.counted(without, 'class', 'classes')}")
     text = "; ".join(filter(None, remarks))
     return folders.open_files(spec, root, root, in_turn(images, names), names, text)
 
