@@ -37,7 +37,7 @@ from oal_jax.config.class_names import CLASS_NAMES
 from oal_jax.errors import UserError
 from oal_jax.models.normalise import moments
 from oal_jax.runtime import distributed
-from oal_jax.stages import teacher, train
+from oal_jax.stages import student, teacher, train
 from oal_jax.training import loop
 from oal_jax.training.state import init_state, make_train_step
 
@@ -192,7 +192,7 @@ def ours(problem: Problem) -> Callable[[], None]:
     OAL without cached teacher outputs runs the teacher in the step.
     """
     config, classes, batch = problem
-    net = train.student(config, classes)
+    net = student.network(config, classes)
     estimate = {"unmasked": 0.5, "constraint": 0.5}
     method = train.assemble(
         config, net, problem.image_shape, batch, estimate, problem.plan.examples

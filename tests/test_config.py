@@ -55,10 +55,10 @@ def test_names_of_scores_and_methods_are_those_that_exist():
     assert {name for names in SECTIONS.values() for name in names} <= sections
 
 
-def test_a_user_meets_about_ninety_common_fields_and_at_most_thirteen_of_a_method():
+def test_a_user_meets_fewer_than_a_hundred_common_fields_and_at_most_thirteen_of_a_method():
     keys = [key for key, _, _ in fields()]
     common = [key for key in keys if not key.startswith("method.") or key.count(".") == 1]
-    assert len(common) <= 96
+    assert len(common) < 100
     for sections in SECTIONS.values():
         prefixes = tuple(f"method.{section}." for section in sections)
         assert sum(key.startswith(prefixes) for key in keys if prefixes) <= 13

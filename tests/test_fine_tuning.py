@@ -15,7 +15,7 @@ from oal_jax.config.methods import UnleashingMask
 from oal_jax.methods import ce, masking
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.runtime.keys import at_step, named
-from oal_jax.stages import estimate_loss, train
+from oal_jax.stages import estimate_loss, student, train
 from oal_jax.stages.context import Context
 from oal_jax.training.state import init_state
 
@@ -45,7 +45,7 @@ def start(tmp_path_factory):
     directory = tmp_path_factory.mktemp("start")
     context = context_of(small(), directory, "")
     data = context.train_images()
-    net = train.student(context.config, len(data.class_names))
+    net = student.network(context.config, len(data.class_names))
     fresh = init_state(
         ce.cross_entropy(net, data.images.shape[1:]), optax.sgd(0.1), jax.random.key(3)
     )

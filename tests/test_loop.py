@@ -231,13 +231,19 @@ def test_a_collapse_stops_before_it_is_saved(tmp_path):
 
 def test_the_collapse_check_gives_a_sound_run_time():
     plan = loop.Plan(12_000, 100, 8)  # 960 steps, 320 of them a third
-    _check_collapse(0.125, 8, 320, plan)
-    _check_collapse(0.26, 8, 960, plan)
+    labels = np.arange(40) % 8
+    constant, sound = np.eye(8)[np.zeros(40, int)], np.eye(8)[labels]
+    _check_collapse(constant, labels, 320, plan)
+    _check_collapse(sound, labels, 960, plan)
     with pytest.raises(
         loop.TrainingFailed, match=r"collapsed, validation accuracy 12.5% at step 321"
     ):
-        _check_collapse(0.125, 8, 321, plan)
-    _check_collapse(0.125, 8, 100, loop.Plan(100, 10, 10))
+        _check_collapse(constant, labels, 321, plan)
+    _check_collapse(constant, labels, 100, loop.Plan(100, 10, 10))
+    # Two classes, one of them rare; a set too small to tell.
+    rare = (np.arange(40) == 0).astype(int)
+    _check_collapse(constant[:, :2], rare, 960, plan)
+    _check_collapse(constant[:8], labels[:8], 960, plan)
 
 
 def test_a_batch_larger_than_the_set_is_refused():

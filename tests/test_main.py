@@ -40,6 +40,8 @@ def test_workdirs_that_do_not_do_are_refused(capsys, tmp_path):
     assert "is not a writable directory" in refusal(capsys, "--workdir", workdir)
     flat = flatten(Config()) | {"seed": 7}
     (tmp_path / "config.json").write_text(json.dumps(flat))
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "manifest.json").write_text("{}")
     said = refusal(capsys, "--workdir", str(tmp_path), "--config.method.name=ce")
     assert "seed was 7, now 0" in said and "--force" in said
 

@@ -23,7 +23,7 @@ from oal_jax.models.vit import POOLS, VisionTransformer, narrow_product
 from oal_jax.models.wide_resnet import WideResNet
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.stages import evaluate as evaluation
-from oal_jax.stages import plan, teacher, train
+from oal_jax.stages import plan, student, teacher, train
 from oal_jax.stages import run as pipeline
 from oal_jax.stages.context import Context
 from oal_jax.training.state import compiler_options, init_state, make_train_step
@@ -82,7 +82,7 @@ def test_the_config_s_types_reach_every_architecture_and_nothing_else_of_it():
         config.student.architecture, config.student.depth = name, 18 if name == "resnet" else 10
         for dtype in ("float32", "bfloat16"):
             config.student.dtype = dtype
-            net = train.student(config, 3)
+            net = student.network(config, 3)
             assert net.dtype == jnp.dtype(dtype)
             assert type(net) in {type(model) for model in MODELS.values()}
     config.teacher.dtype = "bfloat16"
@@ -236,7 +236,7 @@ def saved_start(tmp_path, net, **changes):
 def test_a_start_may_have_been_trained_in_another_type_or_before_there_was_one(tmp_path, dtype):
     config = Config()
     config.student.width = 2
-    net = train.student(config, 8)
+    net = student.network(config, 8)
     context, data = saved_start(tmp_path, net, dtype=dtype)
     params, _ = train.start(context, net.clone(dtype=HALF, remat=True), data)
     assert dtypes(params) == {np.dtype(np.float32)}

@@ -19,7 +19,7 @@ from oal_jax.runtime import distributed
 from oal_jax.scores import compute
 from oal_jax.stages import teacher
 from oal_jax.stages.context import Context
-from oal_jax.stages.run import sized
+from oal_jax.stages.ready import sized
 from oal_jax.training.optimizer import adam_by_part
 
 CONFIG = Path(__file__).parent.parent / "configs" / "cifar10_32px.py"

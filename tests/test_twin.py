@@ -18,7 +18,7 @@ from oal_jax.models.vit import VisionTransformer
 from oal_jax.outliers import knn
 from oal_jax.runtime import artifacts, ops
 from oal_jax.runtime.keys import named
-from oal_jax.stages import train
+from oal_jax.stages import student, train
 from oal_jax.training.state import init_state, make_train_step
 
 pytestmark = [
@@ -141,7 +141,7 @@ def in_torch(torch, batch):
 def ours(objective: str, source: str, image_share: float):
     """Config, batch, state before and after a step of ours, and its metrics."""
     config = experiment(objective, source, image_share)
-    net = train.student(config, CLASSES)
+    net = student.network(config, CLASSES)
     batch = draw(config)
     steps_an_epoch = STEPS // config.train.epochs
     method = train.assemble(config, net, SHAPE, batch, {}, steps_an_epoch * BATCH)

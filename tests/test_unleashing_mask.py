@@ -17,7 +17,7 @@ from oal_jax.config.methods import UnleashingMask
 from oal_jax.methods import ce, masking, unleashing_mask
 from oal_jax.models.densenet import DenseNet
 from oal_jax.runtime import artifacts, distributed
-from oal_jax.stages import plan, train
+from oal_jax.stages import plan, student, train
 from oal_jax.stages.context import Context
 from oal_jax.training.state import TrainState, make_train_step
 
@@ -259,7 +259,7 @@ def test_the_shipped_configs_are_the_papers(path):
     if not path.stem.startswith("cifar"):
         return
     classes = int(path.stem.removeprefix("cifar").partition("_")[0])
-    net = train.student(settings, classes)
+    net = student.network(settings, classes)
     shapes = jax.eval_shape(lambda k: net.init(k, jnp.zeros((1, 32, 32, 3))), jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
     assert count == {10: 745_174, 100: 776_044}[classes]

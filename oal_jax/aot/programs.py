@@ -23,7 +23,7 @@ from oal_jax.runtime.batched import rows_per_batch
 from oal_jax.runtime.keys import named
 from oal_jax.scores.forward import make_forward
 from oal_jax.scores.outputs import jitted
-from oal_jax.stages import batches, generator, latents, teacher, train
+from oal_jax.stages import batches, generator, latents, student, teacher, train
 from oal_jax.stages.context import Context
 from oal_jax.training import loop
 from oal_jax.training.state import fresh_state, make_train_step, with_average
@@ -87,7 +87,7 @@ def _train(context: Context) -> Program:
     latent_shape = generator_of(config).latent_shape if generated else None
     arrays = batches.abstract_arrays(context, info, latent_shape)
     examples = -(-info.num_train // recipe.label_every)
-    net = train.student(config, info.num_classes)
+    net = student.network(config, info.num_classes)
     # Numbers of the stage before, which change no shape.
     estimated = {"unmasked": 1.0, "constraint": 1.0}
     method = train.assemble(config, net, info.image_shape, arrays, estimated, examples)

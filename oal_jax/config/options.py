@@ -18,11 +18,15 @@ def option(
     at_least: float | None = None,
     below: float | None = None,
     at_most: float | None = None,
+    chosen: Any = None,
 ) -> Any:
-    """A dataclass field with a default, what it means, and the values that it may have."""
+    """A dataclass field with a default, what it means, and the values that it may have.
+
+    `chosen` is the value that leaves the choice to `oal_jax.stages.choose`, with data.source='own'.
+    """
     limits = {"above": above, "at_least": at_least, "below": below, "at_most": at_most}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
-    metadata = {"meaning": meaning, "choices": choices, "limits": limits}
+    metadata = {"meaning": meaning, "choices": choices, "limits": limits, "chosen": chosen}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -52,6 +56,12 @@ def value_problem(f: dataclasses.Field, path: str, value: Any, default: Any) -> 
     if all(tests[name](limit) for name, limit in limits.items()):
         return None
     return f"config {path}={value} must be {range_text(f)}"
+
+
+def is_open(f: dataclasses.Field, value: Any) -> bool:
+    """Whether a field's value leaves the choice to the data."""
+    chosen = f.metadata.get("chosen")
+    return chosen is not None and value == chosen
 
 
 def _has_type_of(value: Any, default: Any) -> bool:

@@ -10,13 +10,18 @@ class Knn:
     """k-NN boundary sampling around each class in the teacher's feature space (after NPOS)."""
 
     features_per_class: int = option(
-        500, "ID features that represent a class, the first in data order", above=0
+        500, "ID features that represent a class, the first in data order", above=0, chosen=0
     )
     neighbour: int = option(
-        300, "K: the distance to the K-th nearest counts, the point itself being the first", above=0
+        300,
+        "K: the distance to the K-th nearest counts, the point itself being the first",
+        above=0,
+        chosen=0,
     )
-    boundary_points: int = option(50, "points of a class with the largest such distance", above=0)
-    anchors: int = option(50, "boundary points that are perturbed in a repeat", above=0)
+    boundary_points: int = option(
+        50, "points of a class with the largest such distance", above=0, chosen=0
+    )
+    anchors: int = option(50, "boundary points that are perturbed in a repeat", above=0, chosen=0)
     sigma: float = option(
         0.07, "standard deviation of the Gaussian noise, per coordinate", at_least=0
     )

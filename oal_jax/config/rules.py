@@ -8,7 +8,7 @@ from oal_jax.config import hub_names
 from oal_jax.config.benchmarks import resolve, split_names
 from oal_jax.config.methods import FINE_TUNINGS
 from oal_jax.config.nearest import unknown_key
-from oal_jax.config.options import value_problem
+from oal_jax.config.options import is_open, value_problem
 from oal_jax.config.schema import Config
 from oal_jax.errors import UserError
 
@@ -21,12 +21,20 @@ def validate(config: Config) -> None:
     A config file is code: it can set fields that do not exist, and values of any type. Rules
     between fields are checked once every field has a value that it may have.
     """
-    problems = list(_field_problems(config, Config(), "")) or list(_rule_problems(config))
-    if problems:
-        raise UserError("; ".join(problems))
+    lines = problems(config)
+    if lines:
+        raise UserError("; ".join(lines))
 
 
-def _field_problems(node: Any, default: Any, prefix: str) -> Iterator[str]:
+def problems(config: Config) -> list[str]:
+    """A line for each thing that is wrong with a config."""
+    # `oal_jax.stages.choose` then gives the open fields a value.
+    may_be_open = getattr(getattr(config, "data", None), "source", "") == "own"
+    fields = _field_problems(config, Config(), "", may_be_open)
+    return list(fields) or list(_rule_problems(config))
+
+
+def _field_problems(node: Any, default: Any, prefix: str, may_be_open: bool) -> Iterator[str]:
     if type(node) is not type(default):
         name = prefix.rstrip(".") or "file"
         yield f"config {name} must be a {type(default).__name__}, is a {type(node).__name__}"
@@ -38,13 +46,16 @@ def _field_problems(node: Any, default: Any, prefix: str) -> Iterator[str]:
     for name, f in fields.items():
         value, usual = getattr(node, name), getattr(default, name)
         if dataclasses.is_dataclass(usual):
-            yield from _field_problems(value, usual, f"{prefix}{name}.")
+            yield from _field_problems(value, usual, f"{prefix}{name}.", may_be_open)
+        elif may_be_open and is_open(f, value):
+            continue
         elif problem := value_problem(f, prefix + name, value, usual):
             yield problem
 
 
 def _rule_problems(config: Config) -> Iterator[str]:
-    for rules in (_data, _student, _teacher, _outliers, _method, _accumulated, _evaluation):
+    sections = (_data, _student, _teacher, _outliers, _method, _accumulated, _evaluation)
+    for rules in sections:
         try:
             yield from rules(config)
         except UserError as error:  # of a function that checks for itself
@@ -83,7 +94,14 @@ def _data(config: Config) -> Iterator[str]:
 
 
 def _student(config: Config) -> Iterator[str]:
-    student = config.student
+    student, name = config.student, config.method.name
+    if student.weights and student.tune == "head" and name not in ("ce", "logitnorm"):
+        yield (
+            f"config method.name='{name}' trains the whole student: set student.tune=all, or"
+            " method.name=ce"
+        )
+    if student.weights:
+        return  # the file has its own sizes
     if student.architecture == "resnet":
         if student.depth not in (18, 34, 50):
             yield f"config student.depth={student.depth} is not one of 18, 34, 50"
@@ -119,7 +137,9 @@ def _outliers(config: Config) -> Iterator[str]:
 
 def _at_most(section: Any, path: str, names: tuple[str, str]) -> Iterator[str]:
     small, large = (getattr(section, name) for name in names)
-    if small > large:
+    fields = {f.name: f for f in dataclasses.fields(section)}
+    left_open = any(is_open(fields[name], getattr(section, name)) for name in names)
+    if small > large and not left_open:
         yield f"config {path}.{names[0]}={small} must be at most {path}.{names[1]}={large}"
 
 

@@ -52,7 +52,8 @@ class Data:
     )
     image_size: int = option(
         0,
-        "side in pixels; 0: 32 or 224 (imglist), as stored (own, folder), the ID set's (tfds)",
+        "side in pixels; 0: by the images (own), 32 or 224 (imglist), as stored (folder), the ID"
+        " set's (tfds)",
         at_least=0,
     )
     channels: int = option(
@@ -68,13 +69,15 @@ class Data:
         0, "processes of a stream that decode images; 0: threads of this one", at_least=0
     )
     train_images: int = option(0, "ID images that the student trains on; 0: all", at_least=0)
-    shift: int = option(2, "augmentation: largest random shift in pixels, zeros padded", at_least=0)
+    shift: int = option(
+        2, "augmentation: largest random shift in pixels, zeros padded", at_least=0, chosen=-1
+    )
     flip: bool = option(True, "augmentation: random horizontal flip")
 
 
 @dataclass
 class Teacher:
-    """The frozen Vision Transformer."""
+    """The frozen classifier that is distilled."""
 
     weights: str = option(
         "",
@@ -83,16 +86,21 @@ class Teacher:
         " these sizes, for smoke runs",
     )
     train: bool = option(False, "train it, or fine-tune the weights of the file")
+    architecture: str = option(
+        "vit",
+        "without weights: vit, or resnet (a ResNet-18 whose features have this width)",
+        choices=("vit", "resnet"),
+    )
     image_size: int = option(
         0, "side in pixels that images are resized to, with weights; 0: the file's own", at_least=0
     )
-    patch: int = option(4, "side of a patch in pixels", above=0)
+    patch: int = option(4, "side of a patch in pixels", above=0, chosen=0)
     width: int = option(128, "width of a token, and so of a feature", above=0)
     depth: int = option(4, "blocks", above=0)
     heads: int = option(4, "attention heads", above=0)
     mlp_ratio: float = option(2.0, "width of the MLP, as a multiple of the token's")
-    epochs: int = option(12, "epochs of training or fine-tuning", above=0)
-    batch_size: int = option(128, "batch size of training or fine-tuning", above=0)
+    epochs: int = option(12, "epochs of training or fine-tuning", above=0, chosen=0)
+    batch_size: int = option(128, "batch size of training or fine-tuning", above=0, chosen=0)
     learning_rate: float = option(
         1e-3, "peak of the one-cycle schedule (AdamW), trained from scratch", above=0
     )
@@ -102,7 +110,10 @@ class Teacher:
     )
     head_rate: float = option(1e-4, "fine-tuning: learning rate of the head", above=0)
     views: int = option(
-        4, "cached augmented views per image; 0: run the teacher in every step", at_least=0
+        4,
+        "cached augmented views per image; 0: run the teacher in every step",
+        at_least=0,
+        chosen=-1,
     )
     dtype: str = option(
         "float32", "precision of its arithmetic (see student.dtype)", choices=_DTYPES
@@ -130,18 +141,32 @@ class Generator:
         "precision of the UNet and the text encoder; the autoencoder is always float32",
         choices=_DTYPES,
     )
-    vae_epochs: int = option(1, "epochs of the autoencoder's training", above=0)
+    vae_epochs: int = option(1, "epochs of the autoencoder's training", above=0, chosen=0)
     vae_batch_size: int = option(
-        16, "batch size of the autoencoder's training; it needs many small steps", above=0
+        16,
+        "batch size of the autoencoder's training; it needs many small steps",
+        above=0,
+        chosen=0,
     )
-    diffusion_epochs: int = option(8, "epochs of the diffusion's training", above=0)
-    batch_size: int = option(128, "batch size of the diffusion's training", above=0)
+    diffusion_epochs: int = option(8, "epochs of the diffusion's training", above=0, chosen=0)
+    batch_size: int = option(128, "batch size of the diffusion's training", above=0, chosen=0)
 
 
 @dataclass
 class Student:
     """The classifier that is trained."""
 
+    weights: str = option(
+        "",
+        "file of a ViT or ResNet (timm, torchvision, Hugging Face, Google) to start from; it gives"
+        " the network, in place of the next four fields",
+    )
+    tune: str = option(
+        "all",
+        "with weights: head trains a linear head on the file's features, all the whole network",
+        choices=("head", "all"),
+        chosen="",
+    )
     architecture: str = option(
         "resnet",
         "resnet, densenet (DenseNet-BC) or wide_resnet",
@@ -152,11 +177,13 @@ class Student:
         16,
         "resnet: channels of the first stage; densenet: growth; wide_resnet: widening factor",
         above=0,
+        chosen=0,
     )
     stem: str = option(
         "small",
         "stem of a resnet: small (3 x 3, stride 2), cifar (3 x 3), imagenet (7 x 7, pool)",
         choices=("small", "cifar", "imagenet"),
+        chosen="",
     )
     affine_bn: bool = option(True, "batch normalisation with scale and offset")
     dropout: float = option(
@@ -182,12 +209,12 @@ class Train:
     start: str = option(
         "", "directory of a finished run, or its train/student.safetensors, to start from"
     )
-    epochs: int = option(6, "epochs", above=0)
-    batch_size: int = option(128, "batch size over all devices", above=0)
+    epochs: int = option(6, "epochs", above=0, chosen=0)
+    batch_size: int = option(128, "batch size over all devices", above=0, chosen=0)
     accumulate: int = option(
         1, "microbatches per update, one after another: the memory of one", above=0
     )
-    learning_rate: float = option(0.1, "peak learning rate of the student", above=0)
+    learning_rate: float = option(0.1, "peak learning rate of the student", above=0, chosen=0)
     momentum: float = option(0.9, "momentum of SGD", at_least=0, at_most=1)
     nesterov: bool = option(True, "Nesterov momentum")
     schedule: str = option(
@@ -207,7 +234,9 @@ class Train:
         below=1,
     )
     log_every: int = option(20, "steps between two lines of the log", above=0)
-    checkpoint_every: int = option(1, "epochs between two checkpoints", above=0)
+    checkpoint_every: int = option(
+        1, "epochs between two checkpoints, each with a validation", above=0, chosen=0
+    )
     keep_checkpoints: int = option(2, "newest checkpoints left on disk; 0: all", at_least=0)
 
 

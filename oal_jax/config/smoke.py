@@ -17,7 +17,7 @@ def shrink(config: Config) -> Config:
     data, teacher, generator = config.data, config.teacher, config.generator
     bundled = data.source == "bundled"
     if not bundled and not data.root:
-        data = replace(data, source=GENERATED, image_size=32, stream=False)
+        data = replace(data, source=GENERATED, image_size=32, channels=0, stream=False)
         known = generated_names(data.id_set)
         if not set(split_names(data.leave_out)) <= set(known):
             data = replace(data, leave_out=known[: len(data.leave_out)])
@@ -64,4 +64,5 @@ def _shrink_method(method: Method) -> Method:
 
 def _shrink_student(student: Student) -> Student:
     tiny = {"densenet": {"width": 4, "depth": 10}, "wide_resnet": {"width": 1, "depth": 10}}
+    student = dataclasses.replace(student, weights="", tune="all")
     return dataclasses.replace(student, **tiny.get(student.architecture, {"width": 8}))

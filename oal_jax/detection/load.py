@@ -18,7 +18,7 @@ from oal_jax.evaluation import headline
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.scores import Head, Outputs, Score, State
 from oal_jax.scores.forward import make_forward
-from oal_jax.stages import evaluate, train
+from oal_jax.stages import evaluate, student, train
 from oal_jax.stages import run as pipeline
 from oal_jax.stages.context import Context
 
@@ -104,7 +104,7 @@ def _classifier(context: Context, name: str) -> tuple[dict[str, Any], Partial, H
     for file in (train.CLASSIFIER, train.STUDENT):
         artifacts.verified(directory, file)
     card = artifacts.read_json(directory / train.CLASSIFIER)
-    net = train.student(context.config, len(card["class_names"]))
+    net = student.network(context.config, len(card["class_names"]), card)
     variables = train.student_variables(*train.load(context))
     fc = variables["params"]["fc"]
     forward = make_forward(net, variables, post_hoc.make(name).needs)

@@ -20,6 +20,11 @@ class Resized(nn.Module):
     size: int
     channels: int = 3
 
+    @property
+    def feature_width(self) -> int:
+        """Number of features per image."""
+        return self.net.feature_width
+
     def setup(self) -> None:
         """The wrapper adds no level to the names."""
         nn.share_scope(self, self.net)

@@ -116,7 +116,7 @@ class VisionTransformer(nn.Module):
     other features; only "token" needs a `class_token`. Maps are sown as `maps`: stage0 is the grid
     of embedded patches, then one per block, all without the class token. `dtype`: see
     `models.conv`; logits and features are float32. With `remat` the backward pass recomputes the
-    activations of each block.
+    activations of each block. `head` is the name of the last layer's parameters.
     """
 
     num_classes: int
@@ -133,13 +133,19 @@ class VisionTransformer(nn.Module):
     pool: str = "token"
     dtype: Any = jnp.float32
     remat: bool = False
+    head: str = "head"
+
+    @property
+    def feature_width(self) -> int:
+        """Number of features per image."""
+        return self.width
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "b h w c"], train: bool = False
+        self, images: Float[Array, "b h w c"], train: bool = False, statistics: Any = None
     ) -> tuple[Float[Array, "b k"], Float[Array, "b d"]]:
-        """`train` has no effect: there is no dropout and there are no batch statistics."""
-        del train
+        """`train` and `statistics` have no effect: no dropout, no batch statistics."""
+        del train, statistics
         b, h, w, c = images.shape
         p, first = self.patch, int(self.class_token)
         x = normalise(images, self.mean, self.std)
@@ -167,4 +173,4 @@ class VisionTransformer(nn.Module):
             features = jnp.mean(norm(x)[:, first:], axis=1)
         else:
             features = norm(jnp.mean(x[:, first:].astype(jnp.float32), axis=1))
-        return nn.Dense(self.num_classes, name="head")(features), features
+        return nn.Dense(self.num_classes, name=self.head)(features), features

@@ -13,7 +13,7 @@ from oal_jax.config import Config
 from oal_jax.config.benchmarks import LEFT_OUT, MADE, Benchmark, resolve, split_names
 from oal_jax.data.info import DatasetInfo, read_info
 from oal_jax.data.sources import ImageSet, open_source, read_set
-from oal_jax.data.stored import SetSpec
+from oal_jax.data.stored import SetSpec, Source
 from oal_jax.data.stream import Streamed, open_stream
 from oal_jax.runtime.batched import rows_per_batch
 from oal_jax.scores import Forward, Outputs, compute
@@ -56,8 +56,11 @@ class Context:
         """The same, as a stream if `data.stream`. Sets made from ID images are small."""
         if not self.config.data.stream or name in MADE:
             return self.images(split, name, limit)
-        source = open_source(self._spec(split, name, limit))
-        return open_stream(source, self.config.data.workers)
+        return open_stream(self.source(split, name, limit), self.config.data.workers)
+
+    def source(self, split: str, name: str = "", limit: int = 0) -> Source:
+        """The same on disk, nothing decoded."""
+        return open_source(self._spec(split, name, limit))
 
     @cached_property
     def info(self) -> DatasetInfo:

@@ -21,7 +21,7 @@ from oal_jax.runtime import artifacts, batched, distributed
 from oal_jax.runtime.batched import rows_per_batch
 from oal_jax.runtime.keys import at_step, named
 from oal_jax.runtime.progress import Bar
-from oal_jax.stages import train
+from oal_jax.stages import student, train
 from oal_jax.stages.context import Context
 
 
@@ -33,7 +33,7 @@ def run(context: Context) -> list[Path]:
     """
     m, key = context.config.method.um, named(context.key, "estimate_loss")
     data = context.train_images()
-    net = train.student(context.config, len(data.class_names))
+    net = student.network(context.config, len(data.class_names))
     params, model_state = train.start(context, net, data)
     mean_loss = make_mean_loss(context, net, data)
 

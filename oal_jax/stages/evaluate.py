@@ -11,7 +11,7 @@ from oal_jax.evaluation.protocol import Inputs
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.scores import Head, Outputs
 from oal_jax.scores.forward import make_forward
-from oal_jax.stages import train
+from oal_jax.stages import student, train
 from oal_jax.stages.context import Context, outputs_of_set
 
 _FILE = "outputs.safetensors"
@@ -83,8 +83,9 @@ def inputs(context: Context) -> Sets:
 
 def _student(context: Context) -> tuple[Any, dict[str, Any]]:
     params, model_state = train.load(context)
-    classes = params["student"]["fc"]["bias"].shape[0]
-    return train.student(context.config, classes), train.student_variables(params, model_state)
+    card = artifacts.read_json(context.directory("train") / train.CLASSIFIER)
+    net = student.network(context.config, len(card["class_names"]), card)
+    return net, train.student_variables(params, model_state)
 
 
 def _place(context: Context, name: str) -> tuple[str, str, int]:

@@ -99,6 +99,28 @@ def run(context: Context) -> list[Path]:
     return [path, *files] if is_trained or is_random else [path]
 
 
+def check(context: Context) -> None:
+    """Raise `UserError` if a given generator does not fit the ID set. Reads headers alone.
+
+    A model of the hub is not fetched for it.
+    """
+    config, info = context.config.generator, context.info
+    words = class_words(context)
+    trained = config.train and not config.directory
+    if trained or config.directory == GENERATED or hub_names.parse(config.directory):
+        return
+    where = directory(context)
+    sd = stable_diffusion.check(where)
+    conditioning.class_tokens(sd, words, "all_pieces")
+    channels, own = sd.vae.in_channels, info.image_shape[-1]
+    if own not in (1, channels):
+        raise UserError(
+            f"the generator {where} takes images of {channels} channels, {info.name} has {own};"
+            " give generator.directory, set generator.train=True, or choose"
+            " outliers.source=knn, which needs no generator"
+        )
+
+
 def encode(
     context: Context, sd, params, data: ImageSet | Streamed, dtype=jnp.float32
 ) -> Float[np.ndarray, "n h w C"]:

@@ -16,15 +16,15 @@ from oal_jax.runtime import artifacts, distributed
 from oal_jax.runtime.keys import at_step
 from oal_jax.runtime.ops import unit
 from oal_jax.runtime.progress import Bar
-from oal_jax.stages import generator
+from oal_jax.stages import generator, latents
 from oal_jax.stages.context import Context
 
 
 def run(context: Context) -> list[Path]:
     """Write `outliers.safetensors`: `outliers` (C, n, d) float32 and `labels` (C,) int32.
 
-    Each outlier has the norm of its class word's row in the text encoder's token table, which it
-    replaces when latents are sampled.
+    Where latents are sampled, each outlier has the norm of its class word's row in the text
+    encoder's token table, which it replaces. Else it is as sampled.
     """
     classes = _class_features(context)
     keys = [at_step(context.key, "outliers", c) for c in range(len(classes))]
@@ -36,7 +36,8 @@ def run(context: Context) -> list[Path]:
 
     arguments = keys, np.asarray(unit(classes))
     outliers = _class_by_class(context, of_class, arguments, "k-NN outliers")
-    outliers = outliers * generator.token_norms(context)[:, None, None]
+    if latents.samples(context.config):
+        outliers = outliers * generator.token_norms(context)[:, None, None]
     labels = np.arange(len(outliers), dtype=np.int32)
     path = context.directory("outliers") / OUTLIERS
     artifacts.write_tensors(path, {"outliers": outliers, "labels": labels})

@@ -94,6 +94,13 @@ def _outliers(config: Config) -> dict[str, Any]:
     }
 
 
+def _outliers_needs(config: Config) -> tuple[str, ...]:
+    """The generator's token norms matter where outliers take the place of tokens."""
+    from oal_jax.stages.latents import samples
+
+    return ("features", "generator") if samples(config) else ("features",)
+
+
 def _latents(config: Config) -> dict[str, Any]:
     from oal_jax.stages.latents import files
 
@@ -215,6 +222,8 @@ def _train_files(config: Config) -> dict[str, Any]:
     from oal_jax.stages.train import start_file
 
     read = _data_files(config)
+    if config.student.weights:
+        read |= _hashes(Path(config.student.weights).expanduser())
     return read | _hashes(start_file(config)) if config.train.start else read
 
 
@@ -252,7 +261,7 @@ STAGES = (
     Stage("teacher", _teacher, lambda config: (), _teacher_files, ("teacher",)),
     Stage("generator", _generator, lambda config: (), _generator_files, ("vae", "diffusion")),
     Stage("features", _features, lambda config: ("teacher",), _data_files),
-    Stage("outliers", _outliers, lambda config: ("features", "generator")),
+    Stage("outliers", _outliers, _outliers_needs),
     Stage("latents", _latents, _latents_needs, _data_files),
     Stage("estimate_loss", _estimate_loss, lambda config: (), _train_files),
     Stage("train", _train, _train_needs, _train_files, ("train",)),

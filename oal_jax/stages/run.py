@@ -1,6 +1,5 @@
 """Runs the unfinished stages of a config, and opens the directory of a run."""
 
-import dataclasses
 import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,13 +10,14 @@ from typing import Any
 
 import jax
 
-from oal_jax.config import GENERATED, Config, expand, flatten, unflatten
+from oal_jax.config import Config, flatten, unflatten
 from oal_jax.config.rules import validate
-from oal_jax.config.smoke import shrink
 from oal_jax.errors import UserError
 from oal_jax.runtime import artifacts, distributed, processes, writing
+from oal_jax.stages import check
 from oal_jax.stages.context import Context
 from oal_jax.stages.plan import DEVICE_KEYS, STAGES, Stage, inputs_of, plan
+from oal_jax.stages.ready import ready
 from oal_jax.training import log
 
 
@@ -43,7 +43,7 @@ def run(
     Raises:
       UserError: an impossible config, a directory of another config, a damaged file.
     """
-    config = ready(config)
+    config, lines = ready(config)
     stages = plan(config)
     if only:
         names = [stage.name for stage in stages]
@@ -54,60 +54,13 @@ def run(
     _check_alike(config)
     context = Context(config, workdir, mesh, jax.random.key(config.seed))
     reuse = [reuse] if isinstance(reuse, Path) else list(reuse or ())
+    print("\n".join(lines), end="\n" * bool(lines), flush=True)
+    check.require(context, reuse)
     with _alone(workdir):
         processes.on_main(lambda: _claim(workdir, config, force))
         for stage in stages:
             _run_stage(stage, context, force, reuse, watch)
     return workdir
-
-
-def ready(config: Config) -> Config:
-    """The config for the stages: expanded, checked, and shrunk with `smoke`.
-
-    Raises:
-      UserError: the config is not valid.
-    """
-    config = sized(expand(config))
-    validate(config)
-    if config.smoke:
-        config = shrink(config)
-        validate(config)
-    from oal_jax.methods import registry
-
-    registry.check(config)
-    if config.data.stream:
-        from oal_jax.stages.batches import check_streamed
-
-        check_streamed(config)
-    return config
-
-
-def sized(config: Config) -> Config:
-    """The config with the teacher's sizes read off the file `teacher.weights`.
-
-    Raises:
-      UserError: there is no such file, or none that can be read.
-    """
-    weights, name = config.teacher.weights, config.method.name
-    if not isinstance(weights, str) or weights in ("", GENERATED) or config.smoke:
-        return config
-    from oal_jax.methods.registry import METHODS
-
-    if name not in METHODS or "teacher" not in {stage.name for stage in plan(config)}:
-        return config
-    path = Path(weights).expanduser()
-    if not path.is_file():
-        raise UserError(
-            f"config teacher.weights={weights}: there is no such file; give a ViT or ResNet as"
-            " timm or torchvision publish it (.safetensors), or Google (.npz), such as the"
-            " model.safetensors of timm/vit_base_patch16_224.orig_in21k"
-        )
-    from oal_jax.pretrained.classifiers import describe
-
-    described = describe(path)
-    names = ("patch", "width", "depth", "heads", "mlp_ratio")
-    sizes = {name: described[name] for name in names if name in described}
-    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, **sizes))
 
 
 def resolve(workdir: Path) -> Context:
@@ -242,11 +195,21 @@ def _make(workdir: Path) -> None:
 
 
 def _claim(workdir: Path, config: Config, force: bool) -> None:
-    """Write `config.json`, unless the directory belongs to another config."""
+    """Write `config.json`, unless the directory belongs to another config.
+
+    A directory without a finished stage belongs to no config: a start that failed leaves one.
+    """
     path = workdir / "config.json"
     with _writable(workdir):
         if path.exists() and not force:
-            _check_same(workdir, _read_config(path), config)
+            before = _read_config(path)
+            if "method.name" not in before:
+                raise UserError(
+                    f"{path} is not of a run; choose another --workdir, or give --force to replace"
+                    " it"
+                )
+            if any((workdir / stage.name / artifacts.MANIFEST).exists() for stage in STAGES):
+                _check_same(workdir, before, config)
         artifacts.write_json(path, flatten(config))
 
 

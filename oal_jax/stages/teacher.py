@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from oal_jax.config import GENERATED, Config
+from oal_jax.config import GENERATED, Config, Teacher
 from oal_jax.data.augment import augment
 from oal_jax.data.info import DatasetInfo
 from oal_jax.errors import UserError
@@ -30,6 +30,7 @@ from oal_jax.pretrained import classifiers
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.runtime.keys import named
 from oal_jax.scores.forward import make_forward
+from oal_jax.stages import file_networks
 from oal_jax.stages.context import Context, outputs_of_set
 from oal_jax.training import arrays as streams
 from oal_jax.training import loop, session
@@ -52,6 +53,8 @@ def model(config: Config, num_classes: int) -> Any:
     t = config.teacher
     if t.weights:
         return Resized(_vit(config, num_classes, (0.5,) * 3, (0.5,) * 3), t.image_size or 224)
+    if t.architecture == "resnet":
+        return _resnet(config, num_classes)
     return _vit(config, num_classes, *moments(config.data.id_set))
 
 
@@ -65,13 +68,24 @@ def network(context: Context, num_classes: int) -> Any:
     """The teacher's network: `model`, or the one that the stage read from `teacher.weights`."""
     if not context.config.teacher.weights:
         return model(context.config, num_classes)
-    card = artifacts.read_json(context.directory("teacher") / _CARD)
-    module = {"VisionTransformer": VisionTransformer, "ResNet": ResNet}[card["kind"]]
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in card["fields"].items()}
     t = context.config.teacher
-    fields |= {"num_classes": num_classes, "dtype": jnp.dtype(t.dtype), "remat": t.remat}
-    net = module(**fields)
-    return Resized(net, card["image_size"], card["channels"])
+    card = artifacts.read_json(context.directory("teacher") / _CARD)
+    options = {"num_classes": num_classes, "dtype": jnp.dtype(t.dtype), "remat": t.remat}
+    return file_networks.rebuild(card, **options)
+
+
+def _resnet(config: Config, num_classes: int) -> ResNet:
+    t, (mean, std) = config.teacher, moments(config.data.id_set)
+    return ResNet(
+        num_classes=num_classes,
+        depth=18,
+        width=t.width // 8,
+        stem=config.student.stem,
+        mean=mean,
+        std=std,
+        dtype=jnp.dtype(t.dtype),
+        remat=t.remat,
+    )
 
 
 def _vit(config: Config, num_classes: int, mean, std) -> VisionTransformer:
@@ -100,7 +114,8 @@ def run(context: Context) -> list[Path]:
     if config.weights:
         classifier, tensors = _from_file(context)
         card = stage / _CARD
-        artifacts.write_json(card, _card(classifier))
+        size, _, channels = classifier.config.image_shape
+        artifacts.write_json(card, file_networks.describe(classifier.net, size, channels))
         written.append(card)
         if config.train:
             tensors = _train(context, tensors)
@@ -109,27 +124,32 @@ def run(context: Context) -> list[Path]:
         tensors = {name: t.astype(np.float16) for name, t in _train(context).items()}
     else:
         tensors = _shipped(context)
+        _warn_of_left_out(context)
     artifacts.write_tensors(path, tensors)
     variables(context)  # raises for shapes that do not fit the config
     return [path, *written]
 
 
-def _shipped(context: Context) -> dict[str, np.ndarray]:
-    """The tensors of the shipped weights, the head's for the ID classes alone.
-
-    Warns where `data.leave_out` takes out classes that these weights were trained on.
-    """
-    tensors = artifacts.read_tensors(Path(str(SHIPPED)))
+def _warn_of_left_out(context: Context) -> None:
+    """Warn where `data.leave_out` takes out classes that the shipped weights were trained on."""
     left = context.config.data.leave_out
     if not left:
-        return tensors
-    labels, classes = context.info.kept_labels, len(context.info.all_class_names)
+        return
     _LOGGER.warning(
         "the shipped teacher has been trained on '%s', which data.leave_out takes out of the ID"
         " set, and so has the shipped generator: they know that near-OOD set. teacher.train=True"
         " and generator.train=True train them without it",
         "', '".join(left),
     )
+
+
+def _shipped(context: Context) -> dict[str, np.ndarray]:
+    """The tensors of the shipped weights, the head's for the ID classes alone."""
+    tensors = artifacts.read_tensors(Path(str(SHIPPED)))
+    left = context.config.data.leave_out
+    if not left:
+        return tensors
+    labels, classes = context.info.kept_labels, len(context.info.all_class_names)
     return {n: t[..., labels] if _of_head(n, t, classes) else t for n, t in tensors.items()}
 
 
@@ -143,10 +163,36 @@ def variables(context: Context) -> dict[str, Any]:
     Raises:
       UserError: the shapes are not those of the config's teacher.
     """
-    info = context.info
-    net = network(context, info.num_classes)
     path = context.directory("teacher") / _FILE
     tensors = artifacts.read_tensors(path)
+    _check_shapes(context, network(context, context.info.num_classes), tensors, path)
+    return _unflat({name: tensor.astype(np.float32) for name, tensor in tensors.items()})
+
+
+def check(context: Context) -> None:
+    """Raise `UserError` if the teacher does not fit the ID set. Reads no image."""
+    config, classes = context.config.teacher, context.info.num_classes
+    if config.weights == GENERATED or (config.train and not config.weights):
+        return
+    if config.weights:
+        _check_head(config, classes, Path(config.weights).expanduser())
+        return
+    _check_shapes(context, model(context.config, classes), _shipped(context), Path(str(SHIPPED)))
+
+
+def _check_head(config: Teacher, classes: int, path: Path) -> int:
+    """The number of classes of the file's head."""
+    count = classifiers.describe(path)["num_classes"]
+    if count != classes and not config.train:
+        raise UserError(
+            f"{path} has {f'a head of {count} classes' if count else 'no head'}, the ID set has"
+            f" {classes} classes; set teacher.train=True to fine-tune it with a new head"
+        )
+    return count
+
+
+def _check_shapes(context: Context, net: Any, tensors: Mapping[str, Any], path: Path) -> None:
+    info = context.info
     image = jnp.zeros((1, *info.image_shape))
     expected = jax.eval_shape(lambda k: net.init(k, image), context.key)
     shapes = {name: leaf.shape for name, leaf in _flat(expected).items()}
@@ -157,7 +203,6 @@ def variables(context: Context) -> dict[str, Any]:
                 f"{path}: tensor {name} has shape {shape}, not {shapes.get(name)} as in the"
                 " config's teacher; set teacher.train=True, or the sizes of the weights"
             )
-    return _unflat({name: tensor.astype(np.float32) for name, tensor in tensors.items()})
 
 
 def load(context: Context):
@@ -195,12 +240,7 @@ def _from_file(context: Context) -> tuple[classifiers.Classifier, dict[str, np.n
     path = Path(config.weights).expanduser()
     if config.weights == GENERATED:
         path = _generate(context, classes)
-    count = classifiers.describe(path)["num_classes"]
-    if count != classes and not config.train:
-        raise UserError(
-            f"{path} has {f'a head of {count} classes' if count else 'no head'}, the ID set has"
-            f" {classes} classes; set teacher.train=True to fine-tune it with a new head"
-        )
+    count = _check_head(config, classes, path)
     key = named(context.key, "teacher head")
     classifier = classifiers.load_classifier(
         path,
@@ -223,12 +263,6 @@ def _generate(context: Context, classes: int) -> Path:
     params = jax.jit(net.init)(named(context.key, "generated teacher"), image)["params"]
     path = context.directory("teacher") / "generated.safetensors"
     return classifiers.save_timm(path, params, None, net, image_size=side)
-
-
-def _card(classifier: classifiers.Classifier) -> dict[str, Any]:
-    size, _, channels = classifier.config.image_shape
-    kind, fields = type(classifier.net).__name__, classifiers.fields(classifier.net)
-    return {"kind": kind, "fields": fields, "image_size": size, "channels": channels}
 
 
 def _train(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
+from jaxtyping import Float, Int
 
 from oal_jax.config import Config
 from oal_jax.data.sources import ImageSet
 from oal_jax.data.stream import Streamed
 from oal_jax.errors import UserError
 from oal_jax.methods import base, registry
-from oal_jax.models.densenet import DenseNet
-from oal_jax.models.normalise import moments
-from oal_jax.models.resnet import ResNet
-from oal_jax.models.wide_resnet import WideResNet
+from oal_jax.models.linear_head import LinearHead, standardise, unstandardised
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.runtime.keys import named
 from oal_jax.scores.forward import make_forward
-from oal_jax.stages import batches, teacher
+from oal_jax.stages import batches, student, teacher
 from oal_jax.stages.context import Context, outputs_of_set
 from oal_jax.training import arrays as streams
 from oal_jax.training import loop, session
@@ -41,18 +40,6 @@ STUDENT = "student.safetensors"
 CHECKPOINTS = "checkpoints"
 CLASSIFIER = "classifier.json"
 CONSTRAINT = "constraint.json"  # of stage `estimate_loss`
-
-
-def student(config: Config, num_classes: int) -> Any:
-    """The student's network; it normalises images by the ID set's mean and standard deviation."""
-    s, (mean, std) = config.student, moments(config.data.id_set)
-    common = {"num_classes": num_classes, "depth": s.depth, "affine_bn": s.affine_bn}
-    common |= {"mean": mean, "std": std, "dtype": jnp.dtype(s.dtype), "remat": s.remat}
-    if s.architecture == "densenet":
-        return DenseNet(**common, growth=s.width, dropout=s.dropout)
-    if s.architecture == "wide_resnet":
-        return WideResNet(**common, widen=s.width, dropout=s.dropout)
-    return ResNet(**common, width=s.width, stem=s.stem)
 
 
 def make_method(
@@ -135,7 +122,9 @@ def run(context: Context) -> list[Path]:
     accumulate = config.train.accumulate
     check_batches(config, mesh)
     data, validation = batches.labelled_images(context), context.opened("validation")
-    net = student(config, len(data.class_names))
+    net = student.network(config, len(data.class_names))
+    if config.student.weights and config.student.tune == "head":
+        return _write(context, net, data, *_train_head(context, net, data, validation))
     arrays = batches.make_arrays(context, data)
     method = make_method(context, net, data.image_shape, arrays, data.examples)
     plan = make_plan(config, data.examples)
@@ -152,9 +141,8 @@ def run(context: Context) -> list[Path]:
         batch = config.evaluation.batch_size
         forward = make_forward(net, variables, ())
         outputs, labels = outputs_of_set(forward, validation, batch, mesh)
-        accuracy = float(np.mean(outputs.logits.argmax(-1) == labels))
-        _check_collapse(accuracy, outputs.logits.shape[-1], int(state.step), plan)
-        return {"val_accuracy": accuracy}
+        _check_collapse(outputs.logits, labels, int(state.step), plan)
+        return {"val_accuracy": float(np.mean(outputs.logits.argmax(-1) == labels))}
 
     fresh = _started(context, net, data, init_state(method, optimizer, key, mesh))
     state = session.train(
@@ -173,41 +161,101 @@ def run(context: Context) -> list[Path]:
         rows=streams.rows(data, key, plan),
     )
     state = averaged(state)
-    path = directory / STUDENT
     # Queues and multipliers of a method are for resuming alone: they stay in the checkpoints.
     statistics = {group: s for group, s in state.model_state.items() if group in state.params}
-    tree = {"params": finish(state.params), "state": statistics}
-    flat = {".".join(k): distributed.to_host(v) for k, v in flatten_dict(tree).items()}
-    artifacts.write_tensors(path, flat)
-    card = directory / CLASSIFIER
-    artifacts.write_json(
-        card,
-        {
-            "image_shape": data.image_shape,
-            "decoding": dataclasses.asdict(context.info.decoding),
-            "class_names": data.class_names,
-            "architecture": _architecture(net),
-        },
+    return _write(context, net, data, finish(state.params), statistics)
+
+
+def _train_head(
+    context: Context, net: Any, data: ImageSet | Streamed, validation: ImageSet | Streamed
+) -> tuple[dict, dict]:
+    """(params, statistics) of the file's network with a linear head, trained on its features.
+
+    Every image passes through the network once, without augmentation.
+    """
+    config, mesh = context.config, context.mesh
+    key, classes = named(context.key, "student"), len(data.class_names)
+    variables = student.variables_of_file(config, classes, named(key, "head"))
+    forward = make_forward(net, variables, ("features",))
+    forward = distributed.place_parameters(forward, mesh)
+
+    def features_of(images):
+        size = config.evaluation.batch_size
+        outputs, labels = outputs_of_set(forward, images, size, mesh, ("features",))
+        return outputs.features, labels
+
+    features, labels = features_of(data)
+    val_features, val_labels = features_of(validation)
+    features, mean, deviation = standardise(features)
+    head = LinearHead(classes)
+    method = assemble(config, head, features.shape[1:], {}, {}, len(features))
+    plan = make_plan(config, len(features))
+    optimizer = make_optimizer(config, ["student"], plan.steps)
+
+    def make_batch(arrays, indices, epoch, step):
+        del epoch, step
+        return {"image": arrays["features"][indices], "label": arrays["labels"][indices]}
+
+    def evaluate(state):
+        trained = jax.device_get(averaged(state).params["student"]["fc"])
+        fc = unstandardised(trained, mean, deviation)
+        logits = val_features @ fc["kernel"] + fc["bias"]
+        return {"val_accuracy": float(np.mean(logits.argmax(-1) == val_labels))}
+
+    fresh = init_state(method, optimizer, key, mesh)
+    state = session.train(
+        make_train_step(method, optimizer, key, config.train.accumulate, ema=config.train.ema),
+        with_average(fresh) if config.train.ema else fresh,
+        {"features": features, "labels": labels},
+        make_batch,
+        plan,
+        workdir=context.workdir,
+        directory=context.directory("train") / CHECKPOINTS,
+        keep=config.train.keep_checkpoints,
+        name="train",
+        evaluate=evaluate,
+        key=key,
+        mesh=mesh,
     )
+    trained = jax.tree.map(distributed.to_host, averaged(state).params["student"]["fc"])
+    params, statistics = base.split_variables(variables)
+    params = params | {student.HEAD: unstandardised(trained, mean, deviation)}
+    return {"student": params}, {"student": statistics}
+
+
+def _write(
+    context: Context, net: Any, data: ImageSet | Streamed, params: Any, statistics: Any
+) -> list[Path]:
+    """Write `student.safetensors` and `classifier.json`."""
+    path = context.directory("train") / STUDENT
+    flat = flatten_dict({"params": params, "state": statistics})
+    artifacts.write_tensors(path, {".".join(k): distributed.to_host(v) for k, v in flat.items()})
+    card = path.with_name(CLASSIFIER)
+    content = {
+        "image_shape": data.image_shape,
+        "decoding": dataclasses.asdict(context.info.decoding),
+        "class_names": data.class_names,
+        "architecture": student.architecture(net),
+    }
+    if described := student.description(net):
+        content["network"] = described
+    artifacts.write_json(card, content)
     return [path, card]
-
-
-def _architecture(net: Any) -> dict[str, Any]:
-    """Name and fields of a linen module, for readers outside of this package."""
-    fields = {f.name: getattr(net, f.name) for f in dataclasses.fields(net)}
-    for name in ("parent", "name", "num_classes", "remat"):
-        del fields[name]
-    fields["dtype"] = jnp.dtype(net.dtype).name
-    return {"name": type(net).__name__.lower(), **fields}
 
 
 def _started(
     context: Context, net: Any, data: ImageSet | Streamed, fresh: TrainState
 ) -> TrainState:
-    """The fresh state, its student replaced by that of `train.start`, if there is one."""
-    if not context.config.train.start:
+    """The fresh state, its student replaced by that of `train.start` or `student.weights`."""
+    config = context.config
+    if config.train.start:
+        params, model_state = start(context, net, data)
+    elif config.student.weights:
+        key = named(context.key, "student head")
+        variables = student.variables_of_file(config, len(data.class_names), key)
+        params, model_state = base.split_variables(variables)
+    else:
         return fresh
-    params, model_state = start(context, net, data)
     return fresh.replace(
         params=fresh.params | {"student": params},
         model_state=fresh.model_state | {"student": model_state},
@@ -227,20 +275,7 @@ def start(context: Context, net: Any, data: ImageSet | Streamed) -> tuple[dict, 
       UserError: it is missing, differs from `net` in a tensor, or was trained on other classes or
         images than `data`. So no training starts from partly random weights.
     """
-    path = start_file(context.config)
-    if not path.is_file():
-        raise UserError(
-            f"config train.start={context.config.train.start}: there is no {path}; give the"
-            " directory of a finished run"
-        )
-    card_path = path.with_name(CLASSIFIER)
-    card = artifacts.read_json(card_path) if card_path.exists() else {}
-    classes = card.get("class_names")
-    if classes is not None and classes != list(data.class_names):
-        raise UserError(
-            f"{path} knows other classes than {data.name}: {len(classes)} such as"
-            f" '{classes[0]}', not {len(data.class_names)} such as '{data.class_names[0]}'"
-        )
+    path, card = check_start(context.config, data.class_names)
     params, model_state = _read(path)
     saved = params.get("student", {}), model_state.get("student", {})
     image = jnp.zeros((1, *data.image_shape))
@@ -254,7 +289,7 @@ def start(context: Context, net: Any, data: ImageSet | Streamed) -> tuple[dict, 
             )
     # Strides leave no trace in the shapes. Dropout and precision may differ: no weight depends on
     # them.
-    now = {"image_shape": data.image_shape, **_architecture(net)}
+    now = {"image_shape": data.image_shape, **student.architecture(net)}
     before = {"image_shape": card.get("image_shape"), **card.get("architecture", {})}
     for name, value in json.loads(json.dumps(now)).items():
         if card and name not in ("dropout", "dtype") and before.get(name, value) != value:
@@ -265,15 +300,46 @@ def start(context: Context, net: Any, data: ImageSet | Streamed) -> tuple[dict, 
     return saved
 
 
+def check_start(config: Config, class_names: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """The weights that `train.start` names, and the card beside them.
+
+    Raises:
+      UserError: they are missing, or know other classes.
+    """
+    path = start_file(config)
+    if not path.is_file():
+        raise UserError(
+            f"config train.start={config.train.start}: there is no {path}; give the directory of a"
+            " finished run"
+        )
+    card_path = path.with_name(CLASSIFIER)
+    card = artifacts.read_json(card_path) if card_path.exists() else {}
+    classes = card.get("class_names")
+    if classes is not None and classes != list(class_names):
+        raise UserError(
+            f"{path} knows other classes than {config.data.id_set}: {len(classes)} such as"
+            f" '{classes[0]}', not {len(class_names)} such as '{class_names[0]}'"
+        )
+    return path, card
+
+
 def _shapes(params: dict, rest: dict) -> dict[str, tuple[int, ...]]:
     flat = flatten_dict({"params": params, **rest})
     return {".".join(path): tuple(leaf.shape) for path, leaf in flat.items()}
 
 
-def _check_collapse(accuracy: float, classes: int, step: int, plan: loop.Plan) -> None:
-    # Past a third of the training a sound run is far above twice the accuracy of guessing. The
-    # first hundred steps are too noisy to tell.
-    if step > max(100, plan.steps / 3) and accuracy < 2 / classes:
+def _check_collapse(
+    logits: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"], step: int, plan: loop.Plan
+) -> None:
+    """Raise `TrainingFailed` where every validation image gets the same label.
+
+    The first third of a training, its first hundred steps, and sets of a few images are too noisy
+    to tell. A set that is mostly of one class may deserve one label.
+    """
+    predictions = logits.argmax(-1)
+    accuracy, constant = float(np.mean(predictions == labels)), len(set(predictions.tolist())) == 1
+    late = step > max(100, plan.steps / 3)
+    if late and constant and len(labels) >= 20 and accuracy < 1.5 / logits.shape[-1]:
         raise loop.TrainingFailed(
             f"student: collapsed, validation accuracy {accuracy:.1%} at step {step};"
             " lower train.learning_rate or train.clip, or raise train.warmup"

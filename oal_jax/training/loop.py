@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     batch_size: int
     epochs: int
     log_every: int = 20  # steps, counted from the start of each epoch; its last step is logged too
-    checkpoint_every: int = 1  # epochs
+    checkpoint_every: int = 1  # epochs; the state is evaluated then, too
 
     @property
     def steps_per_epoch(self) -> int:
@@ -146,8 +146,8 @@ def fit(
       name: of the training, in messages and the progress bar.
       log: where the metrics of logged steps go.
       checkpoints: where states go.
-      evaluate: called with the state after every epoch; its values are logged with those of the
-        epoch's last step.
+      evaluate: called with the state every `plan.checkpoint_every` epochs and at the end; its
+        values are logged with those of the epoch's last step.
       steps_per_call: default: 1 on CPU, else `plan.log_every`.
       rows: streams images that do not fit on the devices. `rows(step)` is a context manager of an
         iterator over this process's part of the batches of `step`, `step + 1`, ...: dicts {"index":
@@ -213,10 +213,11 @@ def fit(
             metrics.check()
             if not distributed.is_finite(state):
                 raise failed(f"the state is not finite after step {call.step}")
-            metrics.write(evaluate(state) if evaluate and call.ends_epoch else {})
-            stopping = stop()
             at_epoch = call.ends_epoch and (call.epoch + 1) % plan.checkpoint_every == 0
-            if checkpoints and (at_epoch or stopping or call.step == plan.steps):
+            at_epoch |= call.step == plan.steps
+            metrics.write(evaluate(state) if evaluate and at_epoch else {})
+            stopping = stop()
+            if checkpoints and (at_epoch or stopping):
                 if log:
                     log.sync()
                 checkpoints.save(state)
