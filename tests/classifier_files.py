@@ -1,5 +1,7 @@
 """Weight files of classifiers for the tests, and their networks in NumPy, written without ours."""
 
+import re
+
 import jax
 import numpy as np
 import safetensors.numpy
@@ -117,6 +119,59 @@ def google_tensors(tensors, heads, root=""):
     return {f"{root}{name}": value for name, value in renamed.items()}
 
 
+def hugging_face_vit(tensors, model="vit"):
+    """timm's tensors by the names of Hugging Face's `...ForImageClassification`."""
+    dinov2 = model.startswith("dinov2")
+    renames = [
+        (r"^cls_token", "embeddings.cls_token"),
+        (r"^dist_token", "embeddings.distillation_token"),
+        (r"^reg_token", "embeddings.register_tokens"),
+        (r"^pos_embed", "embeddings.position_embeddings"),
+        (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
+        (r"^blocks", "encoder.layer"),
+        (r"attn\.proj", "attention.output.dense"),
+        *(() if dinov2 else [(r"mlp\.fc1", "intermediate.dense"), (r"mlp\.fc2", "output.dense")]),
+        *(() if dinov2 else [(r"norm1", "layernorm_before"), (r"norm2", "layernorm_after")]),
+        (r"ls(\d)\.gamma", r"layer_scale\1.lambda1"),
+        (r"^norm", "layernorm"),
+    ]
+    renamed = {}
+    for name, value in tensors.items():
+        if name.startswith("head"):
+            head = "distillation" if "dist" in name else "cls" if "dist_token" in tensors else ""
+            renamed[f"{head}_classifier.{name.split('.')[1]}".lstrip("_")] = value
+            continue
+        for old, new in renames:
+            name = re.sub(old, new, name)
+        if "attn.qkv" in name:
+            for part, array in zip(("query", "key", "value"), np.split(value, 3), strict=True):
+                of = name.replace("attn.qkv", f"attention.attention.{part}")
+                renamed[f"{model}.{of}"] = array
+        else:
+            renamed[f"{model}.{name}"] = value
+    return renamed
+
+
+def hugging_face_resnet(tensors):
+    """torchvision's tensors by the names of Hugging Face's `ResNetForImageClassification`."""
+    kinds = {"conv": "convolution", "bn": "normalization"}
+    renamed = {}
+    for name, value in tensors.items():
+        name = re.sub(r"^(conv|bn)1\.", lambda m: f"embedder.embedder.{kinds[m[1]]}.", name)
+        name = re.sub(
+            r"^layer(\d)\.(\d+)\.",
+            lambda m: f"encoder.stages.{int(m[1]) - 1}.layers.{m[2]}.",
+            name,
+        )
+        name = re.sub(
+            r"\.(conv|bn)(\d)\.", lambda m: f".layer.{int(m[2]) - 1}.{kinds[m[1]]}.", name
+        )
+        name = name.replace("downsample.0", "shortcut.convolution")
+        name = name.replace("downsample.1", "shortcut.normalization")
+        renamed["classifier.1" + name[2:] if name.startswith("fc.") else f"resnet.{name}"] = value
+    return renamed
+
+
 def numpy_vit(t, images, heads, mean, std):
     """(logits, features) in float64, from the tensors of a file."""
     t = {name: value.astype(np.float64) for name, value in t.items()}
@@ -136,10 +191,14 @@ def numpy_vit(t, images, heads, mean, std):
         for j in range(0, x.shape[2], patch)
     ]
     tokens = np.stack(tokens, 1) + t["patch_embed.proj.bias"]
-    first = int("cls_token" in t)
-    if first:
-        tokens = np.concatenate([np.repeat(t["cls_token"], count, 0), tokens], 1)
-    x = tokens + t["pos_embed"]
+    names = [name for name in ("cls_token", "dist_token", "reg_token") if name in t]
+    before = np.concatenate([np.zeros((1, 0, tokens.shape[-1])), *(t[name] for name in names)], 1)
+    first = before.shape[1]
+    # The last positions are those of the patches; those before, if any, of the first tokens.
+    with_position = t["pos_embed"].shape[1] - tokens.shape[1]
+    before[:, :with_position] += t["pos_embed"][:, :with_position]
+    x = tokens + t["pos_embed"][:, with_position:]
+    x = np.concatenate([np.repeat(before, count, 0), x], 1)
     width, depth = x.shape[-1], len({n.split(".")[1] for n in t if n.startswith("blocks.")})
     size = width // heads
     for i in range(depth):
@@ -158,8 +217,13 @@ def numpy_vit(t, images, heads, mean, std):
     if "fc_norm.weight" in t:
         features = norm(x[:, first:].mean(1), "fc_norm")
     else:
-        features = norm(x, "norm")
-        features = features[:, 0] if first else features.mean(1)
+        x = norm(x, "norm")
+        features = x[:, 0] if first else x.mean(1)
+    if "head_dist.weight" in t:
+        features = np.concatenate([x[:, 0], x[:, 1]], 1)
+        return (layer(x[:, 0], "head") + layer(x[:, 1], "head_dist")) / 2, features
+    if t["head.weight"].shape[1] == 2 * width:
+        features = np.concatenate([x[:, 0], x[:, first:].mean(1)], 1)
     return layer(features, "head"), features
 
 

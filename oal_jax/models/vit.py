@@ -10,9 +10,10 @@ from jaxtyping import Array, Float
 from oal_jax.models.conv import sow_map
 from oal_jax.models.normalise import normalise
 
-# Input of the head: the class token after the last norm, the mean of the other tokens after it, or
-# the norm of their mean (timm's `fc_norm`).
-POOLS = ("token", "norm_mean", "mean_norm")
+# Input of the head: the class token after the last norm, the mean of the patches after it, the norm
+# of their mean (timm's `fc_norm`), the class token and the first register (DeiT's distillation
+# token), or the class token and the mean of the patches (DINOv2).
+POOLS = ("token", "norm_mean", "mean_norm", "token_pair", "token_mean")
 
 
 @jax.custom_vjp
@@ -113,10 +114,12 @@ class VisionTransformer(nn.Module):
     """Images in [0, 1] to (logits, features); features are the CLS token after the last norm.
 
     `mean` and `std` (one value per channel) normalise the input. `pool`, one of `POOLS`, gives
-    other features; only "token" needs a `class_token`. Maps are sown as `maps`: stage0 is the grid
-    of embedded patches, then one per block, all without the class token. `dtype`: see
-    `models.conv`; logits and features are float32. With `remat` the backward pass recomputes the
-    activations of each block. `head` is the name of the last layer's parameters.
+    other features; "norm_mean" and "mean_norm" need no `class_token`. `registers` are tokens
+    between it and the patches; with them, position embeddings are those of the patches alone. Maps
+    are sown as `maps`: stage0 is the grid of embedded patches, then one per block, all without the
+    other tokens. `dtype`: see `models.conv`; logits and features are float32. With `remat` the
+    backward pass recomputes the activations of each block. `head` is the name of the last layer's
+    parameters.
     """
 
     num_classes: int
@@ -134,11 +137,12 @@ class VisionTransformer(nn.Module):
     dtype: Any = jnp.float32
     remat: bool = False
     head: str = "head"
+    registers: int = 0
 
     @property
     def feature_width(self) -> int:
         """Number of features per image."""
-        return self.width
+        return self.width * (2 if self.pool in ("token_pair", "token_mean") else 1)
 
     @nn.compact
     def __call__(
@@ -147,18 +151,18 @@ class VisionTransformer(nn.Module):
         """`train` and `statistics` have no effect: no dropout, no batch statistics."""
         del train, statistics
         b, h, w, c = images.shape
-        p, first = self.patch, int(self.class_token)
+        p, first = self.patch, self.class_token + self.registers
         x = normalise(images, self.mean, self.std)
         # A convolution with stride = kernel is a matrix product of flattened patches. The product
         # is several times faster in XLA's CPU backend, its gradients above all.
         x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
         x = _dense(self.width, self.dtype, "patch_embed")(x.reshape(b, -1, p * p * c))
-        if self.class_token:
-            cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-            cls = jnp.broadcast_to(cls.astype(x.dtype), (b, 1, self.width))
-            x = jnp.concatenate([cls, x], axis=1)
+        if self.class_token and not self.registers:
+            x = self._with_tokens(x, cls_token=1)
         places = (1, x.shape[1], self.width)
         x = x + self.param("pos_embed", nn.initializers.normal(0.02), places).astype(x.dtype)
+        if self.registers:
+            x = self._with_tokens(x, cls_token=int(self.class_token), reg_token=self.registers)
         grid = (b, h // p, w // p, self.width)
         sow_map(self, 0, x[:, first:].reshape(grid))
         block = nn.remat(Block) if self.remat else Block
@@ -169,8 +173,24 @@ class VisionTransformer(nn.Module):
         norm = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name="norm")
         if self.pool == "token":
             features = norm(x[:, 0])  # the other tokens are not read
-        elif self.pool == "norm_mean":
-            features = jnp.mean(norm(x)[:, first:], axis=1)
-        else:
+        elif self.pool == "token_pair":
+            features = norm(x[:, :2]).reshape(b, -1)
+        elif self.pool == "mean_norm":
             features = norm(jnp.mean(x[:, first:].astype(jnp.float32), axis=1))
+        else:
+            x = norm(x)
+            features = jnp.mean(x[:, first:], axis=1)
+            if self.pool == "token_mean":
+                features = jnp.concatenate([x[:, 0], features], axis=1)
         return nn.Dense(self.num_classes, name=self.head)(features), features
+
+    def _with_tokens(self, x: Float[Array, "b n d"], **counts: int) -> Float[Array, "b m d"]:
+        """`x` after learned tokens, by name and number."""
+        tokens = [
+            self.param(name, nn.initializers.normal(0.02), (1, count, self.width))
+            for name, count in counts.items()
+            if count
+        ]
+        shape = (x.shape[0], sum(counts.values()), self.width)
+        tokens = jnp.concatenate(tokens, axis=1).astype(x.dtype)
+        return jnp.concatenate([jnp.broadcast_to(tokens, shape), x], axis=1)

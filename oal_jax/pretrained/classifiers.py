@@ -1,12 +1,14 @@
 """Classifiers from weight files of other libraries, and files that timm and torchvision load.
 
-Supported are Vision Transformers (timm's and torchvision's names in safetensors; Google's npz) and
-ResNet-18/34/50 for 224 px and for 32 px (torchvision's, timm's and OpenOOD's names in safetensors).
+Supported are Vision Transformers (timm's, torchvision's and Hugging Face's names in safetensors;
+Google's npz), DeiT's distillation token and DINOv2's registers among them, and ResNet-18/34/50 for
+224 px and for 32 px (torchvision's, timm's, Hugging Face's and OpenOOD's names in safetensors).
 The architecture follows from names and shapes. Nothing is unpickled and torch isn't needed:
 `python -m oal_jax.pretrained.convert` turns a `.ckpt` or `.pth` file into safetensors.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -22,21 +24,14 @@ from jax.tree_util import Partial
 
 from oal_jax.errors import UserError
 from oal_jax.models.conv import with_maps
-from oal_jax.models.normalise import Moments, moments
+from oal_jax.models.normalise import Moments
 from oal_jax.models.resnet import ResNet
 from oal_jax.models.vit import VisionTransformer
 from oal_jax.pretrained import resnet, vit
+from oal_jax.pretrained.layouts import network
+from oal_jax.pretrained.normalisation import METADATA, UNIT, choose, stated
 from oal_jax.pretrained.tensor_files import TensorFile, fit, read
 from oal_jax.runtime import artifacts
-
-_METADATA = "oal_jax"  # key of our own entry in a file's metadata
-# OpenOOD's constants for CIFAR-10 and CIFAR-100, by the number of classes.
-_CIFAR: dict[int, Moments] = {
-    10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    100: ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-}
-_HALF: Moments = ((0.5,) * 3, (0.5,) * 3)
-_UNIT: Moments = ((0.0,) * 3, (1.0,) * 3)
 
 
 class Config(NamedTuple):
@@ -73,17 +68,23 @@ def load_classifier(
 ) -> Classifier:
     """A classifier from a `.safetensors` file or from one of Google's `.npz` files.
 
-    Without `mean` and `std`, the normalisation is that of the file's metadata (see `save_timm`) or
-    of a `config.json` beside a `model.safetensors` (timm's repositories). Else it follows from the
-    architecture: 0.5 for ViTs of timm and Google (0 and 1 for those without a bias in `qkv`, timm's
-    "miil"); ImageNet's for ViTs with layer scale (DINOv2), torchvision's ViTs and ResNets for 224
-    px; OpenOOD's CIFAR constants for ResNets for 32 px of 10 or 100 classes. Any other file needs
-    `mean` and `std`.
+    Prefixes of wrappers are removed (`module.`, `_orig_mod.`, `model.`, `ema.`, ...), and tensors
+    outside of the network left out, which a line on stderr says.
+
+    Without `mean` and `std`, the normalisation is that of the file's metadata (see `save_timm`), or
+    of timm's `config.json` or Hugging Face's `preprocessor_config.json` beside it. Else it follows
+    from the architecture: ImageNet's where `architecture` is a DeiT ("deit_...") or has timm's tag
+    ".mae" or ".dino"; 0.5 for ViTs of timm, Google and Hugging Face (0 and 1 for those without a
+    bias in `qkv`, timm's "miil"); ImageNet's for ViTs with layer scale (DINOv2) or distillation
+    token, torchvision's ViTs, Hugging Face's DeiTs and ResNets for 224 px; OpenOOD's CIFAR
+    constants for ResNets for 32 px of 10 or 100 classes. Any other file needs `mean` and `std`. A
+    DeiT by timm's names looks like any ViT; for such files a line says what is assumed.
 
     Args:
       path: the file.
       architecture: required architecture: "resnet18", "resnet18_32x32", "vit_base_patch16_224".
-        timm's tags (".augreg_in21k") are ignored. None allows any.
+        A "deit" is a ViT here, and timm's tags (".augreg_in21k") are ignored, but for the
+        normalisation. None allows any.
       num_classes: required number of classes, or that of a new head.
       mean, std: of pixels in [0, 1], one value per channel, or one for all.
       image_size: height and width of the images. A ViT's position embeddings are resized to it.
@@ -95,15 +96,15 @@ def load_classifier(
         are missing, left over or of the wrong shape, all listed.
     """
     for argument, value in (("num_classes", num_classes), ("image_size", image_size)):
-        if value is not None and value < 1:
-            raise UserError(f"{argument} must be 1 or more, got {value}")
-    file = vit.without_root(read(path))
-    metadata = _metadata(file)
+        if value is not None and (not isinstance(value, int | np.integer) or value < 1):
+            raise UserError(f"{argument} must be a whole number, 1 or more, got {value!r}")
+    file = network(vit.without_root(read(path)))
+    metadata = stated(file)
     family, inferred = _infer(file, heads or metadata.get("heads"))
     name = family.architecture(inferred)
     _check_architecture(file, architecture, name)
     classes, drop = _classes(file, inferred["num_classes"], num_classes, new_head)
-    normalisation = _moments(file, family, inferred, metadata, mean, std)
+    normalisation = choose(file, family, inferred, metadata, architecture, mean, std)
     net = _net(family, inferred | {"num_classes": classes}, normalisation)
     size = image_size or metadata.get("image_size") or _file_size(family, inferred)
     flat = _variables(file, family, inferred, net, drop, name)
@@ -133,10 +134,9 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
       UserError: as `load_classifier`, if the architecture is unknown.
     """
-    file = vit.without_root(read(path))
-    family, sizes = _infer(file, _metadata(file).get("heads"))
-    if family is resnet:
-        sizes |= {"width": _net(family, sizes, _UNIT).feature_width}
+    file = network(vit.without_root(read(path)))
+    family, sizes = _infer(file, stated(file).get("heads"))
+    sizes |= {"width": _net(family, sizes, UNIT).feature_width}
     names = ("width", "depth", "num_classes", "channels", "patch", "heads", "mlp_ratio")
     return {name: sizes[name] for name in names if name in sizes}
 
@@ -155,6 +155,8 @@ def _infer(file: TensorFile, heads: int | None) -> tuple[Any, dict[str, Any]]:
 
 def _check_architecture(file: TensorFile, required: str | None, actual: str) -> None:
     name = (required or actual).partition(".")[0]
+    if actual.startswith("vit_") and re.match("^deit3?(_|$)", name):
+        name = re.sub("^deit3?", "vit", name).replace("_distilled", "")
     if actual != name and not actual.startswith(f"{name}_"):
         raise UserError(f"{file.path} holds {actual}, not {required}")
 
@@ -175,63 +177,6 @@ def _classes(file, actual: int, required: int | None, new_head) -> tuple[int, bo
             " random one"
         )
     return actual, False
-
-
-def _metadata(file: TensorFile) -> dict[str, Any]:
-    """mean, std, heads and image_size from the file's metadata or timm's `config.json`."""
-    try:
-        if _METADATA in file.metadata:
-            return _typed(json.loads(file.metadata[_METADATA]))
-        card = file.path.with_name("config.json")
-        if file.path.name == "model.safetensors" and card.is_file():
-            content = json.loads(card.read_text("utf-8-sig")).get("pretrained_cfg", {})
-            return _typed({name: content[name] for name in ("mean", "std") if name in content})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file.path}: its metadata, or config.json beside it, can't be read ({error})"
-        ) from None
-    return {}
-
-
-def _typed(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    types = {"mean": _floats, "std": _floats, "heads": int, "image_size": int}
-    return {name: types[name](metadata[name]) for name in types if metadata.get(name) is not None}
-
-
-def _floats(values) -> tuple[float, ...]:
-    return tuple(map(float, values))
-
-
-def _moments(file, family, inferred, metadata, mean, std) -> Moments:
-    if (mean is None) != (std is None):
-        raise UserError("give both of mean and std, or neither")
-    if mean is not None:
-        result = _floats(mean), _floats(std)
-    elif "mean" in metadata and "std" in metadata:
-        result = metadata["mean"], metadata["std"]
-    else:
-        result = _default_moments(file, family, inferred)
-    channels = inferred["channels"]
-    if result is None or any(len(values) not in (1, channels) for values in result):
-        raise UserError(
-            f"{file.path}: the normalisation of its {channels}-channel images is not known; give"
-            " mean and std"
-        )
-    if not np.isfinite(result).all() or min(result[1]) <= 0:
-        raise UserError(f"{file.path}: mean {result[0]} and std {result[1]} are no normalisation")
-    return result
-
-
-def _default_moments(file: TensorFile, family, inferred: Mapping[str, Any]) -> Moments | None:
-    if family is resnet:
-        cifar = inferred["stem"] == "cifar"
-        return _CIFAR.get(inferred["num_classes"]) if cifar else moments("imagenet")
-    if vit.kind(file.tensors) == "torchvision" or inferred["layer_scale"]:
-        return moments("imagenet")
-    if not inferred["qkv_bias"]:
-        return _UNIT
-    # timm's backbones without a head have several normalisations.
-    return _HALF if inferred["num_classes"] else None
 
 
 def fields(net: nn.Module) -> dict[str, Any]:
@@ -258,6 +203,7 @@ _FILE_FIELDS = {
         "layer_scale",
         "class_token",
         "pool",
+        "registers",
     ),
 }
 
@@ -283,7 +229,7 @@ def _variables(file, family, inferred, net, drop_head, name) -> dict[tuple, np.n
 
 
 def _new_head(key, head: str, net, classes: int) -> dict[tuple, np.ndarray]:
-    width = net.feature_width if isinstance(net, ResNet) else net.width
+    width = net.feature_width
     kernel = nn.initializers.lecun_normal()(key, (width, classes))
     bias = np.zeros(classes, np.float32)
     return {("params", head, "kernel"): kernel, ("params", head, "bias"): bias}
@@ -295,7 +241,9 @@ def _resized(file, flat, inferred, size: int) -> dict[tuple, np.ndarray]:
         raise UserError(f"{file.path}: image_size {size} is not a multiple of its {patch} px patch")
     if size == inferred["image_size"]:
         return flat
-    resized = vit.resize_positions(flat[path], inferred["class_token"], size // patch)
+    resized = vit.resize_positions(
+        flat[path], inferred["class_token"] and not inferred["registers"], size // patch
+    )
     return flat | {path: resized}
 
 
@@ -362,6 +310,6 @@ def save_timm(
     tensors = export_timm(params, batch_stats, net)
     entry = {"mean": net.mean, "std": net.std, "image_size": image_size}
     entry |= {"heads": net.heads} if isinstance(net, VisionTransformer) else {}
-    metadata = {"format": "pt", _METADATA: json.dumps(entry)}
+    metadata = {"format": "pt", METADATA: json.dumps(entry)}
     artifacts.write_output(path, safetensors.numpy.save(tensors, metadata))
     return path

@@ -14,10 +14,9 @@ import numpy as np
 import safetensors.numpy
 
 from oal_jax.errors import UserError
+from oal_jax.pretrained.layouts import unwrapped
+from oal_jax.pretrained.tensor_files import refuse_pointer, refuse_types
 from oal_jax.runtime.command import BareParser, guard
-
-# Modules that wrap the network: their name is a prefix of every tensor's.
-_WRAPPERS = ("module", "_orig_mod", "model", "net")
 
 
 def run(argv: Sequence[str]) -> None:
@@ -35,7 +34,8 @@ def run(argv: Sequence[str]) -> None:
 def convert(source: Path, target: Path, key: str | None = None) -> dict[str, np.ndarray]:
     """Writes the tensors of `source` to `target`, atomically; returns them.
 
-    A wrapper's prefix that all names share ("module.", of `DataParallel`) is removed.
+    The prefix of what wraps a ViT or ResNet ("module.", of `DataParallel`) is removed, and tensors
+    outside of it left out, which a line on stderr says.
 
     Args:
       source: a file of `torch.save`.
@@ -44,19 +44,26 @@ def convert(source: Path, target: Path, key: str | None = None) -> dict[str, np.
 
     Raises:
       UserError: torch is missing, no such file, a file that can't be read with
-        `weights_only=True`, none or several entries that hold tensors.
+        `weights_only=True`, none or several entries that hold tensors, several networks, quantised,
+        8-bit or sparse tensors.
     """
     from oal_jax.runtime import artifacts
 
     if target.suffix != ".safetensors":
         raise UserError(f"--output {target} must end in .safetensors")
-    state = _state_dict(source, _load(source), key)
-    tensors = {name: _array(tensor) for name, tensor in _unwrapped(state).items()}
+    state = unwrapped(_state_dict(source, _load(source), key), f"--input {source}")
+    refuse_types(source, {name: kind for name, x in state.items() if (kind := _unusual(x))})
+    tensors = {name: _array(tensor) for name, tensor in state.items()}
     artifacts.write_output(target, safetensors.numpy.save(tensors))
     return tensors
 
 
 def _load(source: Path) -> Any:
+    try:
+        with source.open("rb") as file:
+            refuse_pointer(source, file.read(64))
+    except OSError:
+        pass  # said below, in torch's words
     try:
         import torch
     except ImportError:
@@ -104,11 +111,14 @@ def _is_state(value: Any) -> bool:
     )
 
 
-def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    for wrapper in _WRAPPERS:
-        if all(name.startswith(f"{wrapper}.") for name in state):
-            return _unwrapped({n.removeprefix(f"{wrapper}."): v for n, v in state.items()})
-    return state
+def _unusual(tensor: Any) -> str:
+    """What keeps a tensor from being a NumPy array, or ""."""
+    import torch
+
+    if tensor.is_quantized or tensor.layout != torch.strided:
+        return "quantised" if tensor.is_quantized else "sparse"
+    name = str(tensor.dtype).removeprefix("torch.")
+    return name if name.startswith("float8") or name.startswith("float4") else ""
 
 
 def _array(tensor: Any) -> np.ndarray:

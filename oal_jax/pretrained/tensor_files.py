@@ -20,6 +20,7 @@ from oal_jax.errors import UserError
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 # The first bytes of a file of `torch.save`: a zip archive, or a bare pickle.
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
+_POINTER = b"version https://git-lfs"
 _SHOWN = 5  # names in a message
 
 
@@ -62,7 +63,10 @@ def read(path: str | Path) -> TensorFile:
     if path.suffix == ".npz":
         return _read_npz(path)
     with open_safetensors(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = list(file.keys())
+        types = {name: file.get_slice(name).get_dtype() for name in names}
+        refuse_types(path, {n: t for n, t in types.items() if t.startswith("F8") or t == "F4"})
+        tensors = {name: file.get_tensor(name) for name in names}
         return TensorFile(path, tensors, dict(file.metadata() or {}))
 
 
@@ -75,17 +79,34 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     """
     try:
         with path.open("rb") as file:
-            start = file.read(8)
+            start = file.read(len(_POINTER))
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror})") from None
+    refuse_pointer(path, start)
     # A safetensors file starts with the length of its header, in 8 bytes of which 4 are always 0.
-    if start.startswith(_PICKLE_STARTS) and any(start[4:]):
+    if start.startswith(_PICKLE_STARTS) and any(start[4:8]):
         raise UserError(_refusal(path))
     try:
         with safe_open(path, framework="numpy") as handle:
             yield handle
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged, cut short or not safetensors ({error})") from None
+
+
+def refuse_pointer(path: Path, start: bytes) -> None:
+    """Raise a UserError where a file starts as those do that git-lfs has not fetched."""
+    if start.startswith(_POINTER):
+        raise UserError(f"{path} is a git-lfs pointer and not the weights; run git lfs pull there")
+
+
+def refuse_types(path: Path, types: Mapping[str, str]) -> None:
+    """Raise a UserError that names tensors whose numbers are no plain floats or integers."""
+    if types:
+        shown = listed([f"{name} ({kind})" for name, kind in types.items()])
+        raise UserError(
+            f"{path} has quantised, 8-bit or sparse tensors: {shown}; save the weights as float32,"
+            " float16 or bfloat16, with the program that wrote them"
+        )
 
 
 def _refusal(path: Path) -> str:
@@ -104,6 +125,8 @@ _NPZ_FAULTS = (
 
 def _read_npz(path: Path) -> TensorFile:
     try:
+        with path.open("rb") as stream:
+            refuse_pointer(path, stream.read(len(_POINTER)))
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             tensors = {name: _typed(archive[name]) for name in archive.files}
     except FileNotFoundError as error:

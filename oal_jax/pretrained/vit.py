@@ -15,6 +15,7 @@ import numpy as np
 
 from oal_jax.errors import UserError
 from oal_jax.pretrained import torch_layout
+from oal_jax.pretrained.layouts import POOL
 from oal_jax.pretrained.tensor_files import Place, TensorFile
 
 HEAD = "head"
@@ -138,8 +139,10 @@ def infer(file: TensorFile, heads: int | None) -> dict[str, Any]:
         hidden = file.shape(hidden, 2)[0]
     depth = len({match[1] for match in map(_BLOCK.match, file.tensors) if match})
     class_token = any(name in file.tensors for name in ("cls_token", "class_token", "cls"))
-    side = math.isqrt(positions[1] - class_token)
-    if side * side != positions[1] - class_token:
+    registers = file.tensors["reg_token"].shape[1] if "reg_token" in file.tensors else 0
+    patch_count = positions[1] - (class_token and not registers)
+    side = math.isqrt(patch_count)
+    if side * side != patch_count:
         raise UserError(
             f"{file.path}: {names[1]} {positions} is no square grid with"
             f" {'a' if class_token else 'no'} class token"
@@ -148,7 +151,9 @@ def infer(file: TensorFile, heads: int | None) -> dict[str, Any]:
     if width % heads:
         raise UserError(f"{file.path}: {heads} heads do not share a width of {width} evenly")
     head = file.tensors.get(names[3])
-    pool = "mean_norm" if "fc_norm.weight" in file.tensors else "norm_mean"
+    pool = "mean_norm" if "fc_norm.weight" in file.tensors else file.metadata.get(POOL, "token")
+    if not class_token and pool == "token":
+        pool = "norm_mean"
     return {
         "patch": patch,
         "width": width,
@@ -158,7 +163,8 @@ def infer(file: TensorFile, heads: int | None) -> dict[str, Any]:
         "qkv_bias": whose != "timm" or "blocks.0.attn.qkv.bias" in file.tensors,
         "layer_scale": "blocks.0.ls1.gamma" in file.tensors,
         "class_token": class_token,
-        "pool": pool if pool == "mean_norm" or not class_token else "token",
+        "pool": pool,
+        "registers": registers,
         "channels": channels,
         "image_size": side * patch,
         "num_classes": 0 if head is None else head.shape[-1 if whose == "google" else 0],
@@ -269,7 +275,9 @@ def resize_positions(embedding: np.ndarray, class_token: bool, side: int) -> np.
 
 
 def export(variables: Mapping[tuple, np.ndarray], patch: int, pool: str) -> dict[str, np.ndarray]:
-    """timm's tensors of a trained network's parameters."""
+    """timm's tensors of a trained network's parameters; `UserError` where timm has no such head."""
+    if pool in ("token_pair", "token_mean"):
+        raise UserError(f"timm's VisionTransformer has no head on the pool {pool}")
     tensors = {}
     for path, array in variables.items():
         if path[1:] == ("patch_embed", "kernel"):
