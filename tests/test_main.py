@@ -149,6 +149,13 @@ def test_the_command_imports_little_before_its_flags_are_known():
     assert child.stdout.strip() == "[]"
 
 
+def test_loading_a_detector_imports_what_it_needs():
+    heavy = ("orbax", "scipy", "matplotlib", "tensorflow_datasets", "tensorboardX", "grain")
+    code = f"import oal_jax.detection.load, sys; print([m for m in {heavy} if m in sys.modules])"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout.strip() == "[]"
+
+
 def test_skipping_everything_imports_no_model_library():
     heavy = ("diffusers", "transformers", "tensorflow", "torch", "matplotlib", "flax", "orbax")
     code = "import oal_jax.stages.run, oal_jax.evaluation.tables, oal_jax.main, sys;"

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import scipy.ndimage
 from jaxtyping import UInt8
 from PIL import Image
 
@@ -36,6 +35,8 @@ def motion_blur(rng: np.random.Generator, image: _Image) -> _Image:
         i, j = int(y), int(x)
         kernel[i : i + 2, j : j + 2] += np.outer((i + 1 - y, y - i), (j + 1 - x, x - j))
     kernel = kernel[..., None] / kernel.sum()
+    import scipy.ndimage
+
     return _to_bytes(scipy.ndimage.convolve(image.astype(np.float64), kernel, mode="nearest"))
 
 

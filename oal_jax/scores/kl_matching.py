@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from scipy import special
 
 from oal_jax.scores.base import Score
 from oal_jax.scores.logits import log_probabilities
@@ -21,6 +20,8 @@ def kl_matching() -> Score:
     """
 
     def fit(outputs, labels, head, mesh):
+        from scipy import special
+
         logits = np.asarray(outputs.logits, np.float64)
         log_p = special.log_softmax(logits, axis=1)
         predicted = logits.argmax(axis=1)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
-from scipy.special import logsumexp
 
 from oal_jax.errors import UserError
 from oal_jax.runtime.ops import unit
@@ -96,6 +95,8 @@ def nnguide(k: Count = 10, bank_chunk: Count = 4096) -> Score:
     def fit(outputs, labels, head, mesh):
         _check_enough("nnguide", k, outputs.features)
         state = _bank(outputs.features)
+        from scipy.special import logsumexp
+
         neg_energy = logsumexp(np.asarray(outputs.logits), axis=1)
         return state | {"scale": np.float32(state["scale"] * neg_energy)}
 

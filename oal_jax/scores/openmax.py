@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
-from scipy import optimize, special
 
 from oal_jax.errors import UserError
 from oal_jax.scores.base import Score, State
@@ -138,6 +137,8 @@ def fit_weibull(distances: np.ndarray, shift: float) -> tuple[float, float]:
     Returns:
       The shape k, and the offset `k log(shift / l) = -log mean exp(k u)`.
     """
+    from scipy import optimize, special
+
     u = np.log1p((distances - distances.min()) / shift)
 
     def excess(log_k):

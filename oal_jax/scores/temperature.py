@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy import optimize, special
 
 from oal_jax.errors import UserError
 from oal_jax.scores.base import Score
@@ -49,6 +48,8 @@ def fit_temperature(logits, labels) -> float:
     Raises:
       UserError: a label is not the index of a logit.
     """
+    from scipy import optimize, special
+
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     count, classes = logits.shape
     wrong = (labels < 0) | (labels >= classes)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from oal_jax.errors import UserError
 from oal_jax.runtime import artifacts, distributed, preemption, processes
@@ -33,6 +32,8 @@ class Checkpoints:
 
         The newest `keep` checkpoints stay; 0 for all.
         """
+        import orbax.checkpoint as ocp  # slow to import, and loading a detector needs none
+
         self.directory = directory.absolute()
         _silence_cut_off_threads()
         options = ocp.CheckpointManagerOptions(
@@ -45,6 +46,8 @@ class Checkpoints:
 
     def save(self, state: Any) -> None:
         """Start to write the state under its step."""
+        import orbax.checkpoint as ocp
+
         # Orbax may swallow an interruption, and the training would go on.
         with preemption.interrupt_after():
             self._manager.save(int(state.step), args=ocp.args.StandardSave(state))
@@ -85,6 +88,8 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, like: Any) -> Any:
+        import orbax.checkpoint as ocp
+
         target, reason = jax.tree.map(ocp.utils.to_shape_dtype_struct, like), ""
         try:
             _check_digests(self.directory / str(step))
