@@ -260,7 +260,9 @@ def context_of(tmp_path, **changes):
 @pytest.mark.parametrize("official_code", [False, True])
 def test_the_stage_samples_each_class_by_its_own_key(tmp_path, monkeypatch, official_code):
     monkeypatch.setattr(generator, "token_norms", lambda context: np.float32([1, 2, 4]))
-    context, features, labels = context_of(tmp_path, official_code=official_code)
+    context, features, labels = context_of(
+        tmp_path, official_code=official_code, source="diffusion"
+    )
     (path,) = outliers.run(context)
     written = artifacts.read_tensors(path)
     np.testing.assert_array_equal(written["labels"], [0, 1, 2])

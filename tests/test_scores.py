@@ -162,7 +162,7 @@ def test_make_is_cached_so_that_jit_is_too():
         ("knn", {"k": "7"}, "k must be a whole number, 1 or more, got '7'"),
         ("knn", {"k": 5.5}, "whole number"),
         ("knn", {"k": True}, "whole number"),
-        ("knn", {"k": None}, "whole number"),
+        ("knn", {"bank_chunk": None}, "whole number"),
         ("energy", {"temperature": np.nan}, "a number"),
         ("neco", {"max_logit": 1}, "True or False"),
         ("mahalanobis_ensemble", {"weights": 1.0}, "list of numbers"),
@@ -254,7 +254,21 @@ def test_knn_survives_zero_features_and_asks_for_enough():
     state = scores.fit(score, outputs, labels, _head())
     assert np.isfinite(scores.apply(score, state, outputs)).all()
     with pytest.raises(UserError, match="k=50 needs at least 50 training features, got 20"):
-        scores.fit(scores.make("knn"), outputs, labels, _head())
+        scores.fit(scores.make("knn", k=50), outputs, labels, _head())
+
+
+def test_neighbours_are_at_most_a_tenth_of_the_training_images_by_default():
+    for name, usual in (("knn", 50), ("nnguide", 10), ("mode", 10)):
+        for images in (5, 40, 600):
+            outputs, labels = _id(images, seed=0)
+            bank = images * (6 if name == "mode" else 1)
+            k = max(1, min(usual, bank // 10))
+            by_default, by_hand = (scores.make(name, **p) for p in ({}, {"k": k}))
+            expected, actual = (
+                scores.apply(s, scores.fit(s, outputs, labels, _head()), outputs)
+                for s in (by_hand, by_default)
+            )
+            np.testing.assert_array_equal(actual, expected)
 
 
 def test_mahalanobis_is_the_formula():

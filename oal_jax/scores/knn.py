@@ -12,14 +12,14 @@ from oal_jax.scores.base import Score, State
 from oal_jax.scores.parameters import Count
 
 
-def knn(k: Count = 50, bank_chunk: Count = 4096) -> Score:
+def knn(k: Count | None = None, bank_chunk: Count = 4096) -> Score:
     """Euclidean distance to the k-th nearest ID training feature, all features of length 1.
 
     Exact. The (queries, bank) matrix is never held as a whole: see `top_similarities`. Distances
     come from inner products, `d^2 = 2 - 2 q.b`, so below about 3e-4 they are float32 noise.
 
     Args:
-      k: which neighbour, at least 1.
+      k: which neighbour; None: the 50th, or a tenth of the training images where these are few.
       bank_chunk: training features of one block of the bank.
 
     Raises:
@@ -35,19 +35,20 @@ def knn(k: Count = 50, bank_chunk: Count = 4096) -> Score:
         return _bank(outputs.features)
 
     def score(state, outputs):
-        return jnp.sqrt(_squared(unit(outputs.features), state, k, bank_chunk))
+        count = _count(k, 50, state["bank"])
+        return jnp.sqrt(_squared(unit(outputs.features), state, count, bank_chunk))
 
     return Score(fit, score, needs=("features",))
 
 
-def mode(k: Count = 10, bank_chunk: Count = 4096) -> Score:
+def mode(k: Count | None = None, bank_chunk: Count = 4096) -> Score:
     """Smallest squared distance of an input's six regions to their k-th nearest training region.
 
     Regions are vectors of length 1. The bank holds all six regions of every training input. One
     region that looks like the training set makes an input ID.
 
     Args:
-      k: which neighbour, at least 1.
+      k: which neighbour; None: the 10th, or a tenth of the training regions where these are few.
       bank_chunk: training regions of one block of the bank.
 
     Raises:
@@ -67,13 +68,14 @@ def mode(k: Count = 10, bank_chunk: Count = 4096) -> Score:
     def score(state, outputs):
         regions = jnp.moveaxis(unit(outputs.regions), 1, 0)
         # One region at a time holds a sixth of the similarities.
-        each = lax.map(lambda q: _squared(q, state, k, bank_chunk), regions)
+        count = _count(k, 10, state["bank"])
+        each = lax.map(lambda q: _squared(q, state, count, bank_chunk), regions)
         return jnp.min(each, axis=0)
 
     return Score(fit, score, needs=("regions",))
 
 
-def nnguide(k: Count = 10, bank_chunk: Count = 4096) -> Score:
+def nnguide(k: Count | None = None, bank_chunk: Count = 4096) -> Score:
     """Energy times the similarity to the training features, weighted by their negative energies.
 
     `E(x) G(x)`, where E is -logsumexp of the logits and G the mean of the k largest inner products
@@ -81,7 +83,7 @@ def nnguide(k: Count = 10, bank_chunk: Count = 4096) -> Score:
     is the whole training set; the publication takes a random share of a large one.
 
     Args:
-      k: number of neighbours, at least 1.
+      k: number of neighbours; None: 10, or a tenth of the training images where these are few.
       bank_chunk: training features of one block of the bank.
 
     Raises:
@@ -101,7 +103,8 @@ def nnguide(k: Count = 10, bank_chunk: Count = 4096) -> Score:
         return state | {"scale": np.float32(state["scale"] * neg_energy)}
 
     def score(state, outputs):
-        top = top_similarities(unit(outputs.features), *_of(state), k, bank_chunk)
+        count = _count(k, 10, state["bank"])
+        top = top_similarities(unit(outputs.features), *_of(state), count, bank_chunk)
         neg_energy = jax.nn.logsumexp(outputs.logits, axis=1)
         return -jnp.mean(top, axis=1) * neg_energy
 
@@ -180,8 +183,16 @@ def _of(state: State) -> tuple[Array, Array]:
     return state["bank"], state["scale"]
 
 
-def _check_enough(name: str, k: int, bank, what: str = "features") -> None:
-    if len(bank) < k:
+def _count(k: int | None, usual: int, bank) -> int:
+    """`k`, or by default the usual number of neighbours, at most a tenth of the bank.
+
+    With more, the neighbours of an input of a small class are those of other classes.
+    """
+    return max(1, min(usual, len(bank) // 10)) if k is None else k
+
+
+def _check_enough(name: str, k: int | None, bank, what: str = "features") -> None:
+    if k is not None and len(bank) < k:
         raise UserError(f"{name}: k={k} needs at least {k} training {what}, got {len(bank)}")
 
 
