@@ -43,6 +43,10 @@ def _run_stages(values: flags.FlagValues) -> None:
     from oal_jax.stages import run as pipeline
 
     flax_models.leave_torch_out()
+    if values.check:
+        from oal_jax.stages import check_report
+
+        return check_report.run(values.config, [Path(values.reuse)] if values.reuse else [])
     config_file = config_flags.get_config_filename(values["config"])
     workdir = Path(values.workdir or Path("runs") / Path(config_file).stem)
     reuse = Path(values.reuse) if values.reuse else None

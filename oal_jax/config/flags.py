@@ -57,6 +57,12 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         flag_values=values,
     )
     flags.DEFINE_bool(
+        "check",
+        False,
+        "list everything that is wrong with the config, its data and its files; trains nothing",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
         "profile",
         False,
         "write a profiler trace of a window of each stage that runs to WORKDIR/profile/STAGE",
@@ -112,7 +118,8 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
             f" returned a {type(values.config).__name__}"
         )
     values.config.evaluation = expand(values.config).evaluation
-    validate(values.config)
+    if not values.check:
+        validate(values.config)
     return values
 
 

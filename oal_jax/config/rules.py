@@ -53,6 +53,30 @@ def _field_problems(node: Any, default: Any, prefix: str, may_be_open: bool) -> 
             yield problem
 
 
+def repaired(config: Config) -> Config:
+    """The config with the default in place of every value that its field can't have.
+
+    So the rest of it can still be checked.
+    """
+    may_be_open = getattr(getattr(config, "data", None), "source", "") == "own"
+    return _repaired(config, Config(), may_be_open)
+
+
+def _repaired(node: Any, default: Any, may_be_open: bool) -> Any:
+    if type(node) is not type(default):
+        return default
+    values = {}
+    for f in dataclasses.fields(default):
+        value, usual = getattr(node, f.name), getattr(default, f.name)
+        if dataclasses.is_dataclass(usual):
+            values[f.name] = _repaired(value, usual, may_be_open)
+        elif may_be_open and is_open(f, value):
+            values[f.name] = value
+        else:
+            values[f.name] = usual if value_problem(f, f.name, value, usual) else value
+    return type(default)(**values)
+
+
 def _rule_problems(config: Config) -> Iterator[str]:
     sections = (_data, _student, _teacher, _outliers, _method, _accumulated, _evaluation)
     for rules in sections:

@@ -1,6 +1,6 @@
 """What can be known before work starts: the config's files and images, against each other.
 
-`require` is the cheap part, which every run passes. `report` is `--check`: it also decodes images.
+Every run passes `require`, which decodes no image; `oal_jax.stages.check_report` adds more.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,6 @@ from oal_jax.stages import generator, teacher, train
 from oal_jax.stages.context import Context
 from oal_jax.stages.plan import plan
 
-DECODED_AT_MOST = 5000  # images of a set that `--check` decodes
 FEW_STEPS = 100
 _SPLITS = ("train", "validation", "test")
 
@@ -36,11 +35,13 @@ def require(context: Context, reuse: Sequence[Path] = ()) -> None:
 def problems(context: Context, reuse: Sequence[Path] = ()) -> list[str]:
     """A line for each thing that stands in the way of a run. Decodes no image."""
     checks = (_sets, _sizes, _outliers, _start, _teacher, _generator)
-    found = [line for check in checks for line in _collected(partial(check, context))]
-    for directory in reuse:
-        if not directory.is_dir():
-            found.append(f"--reuse {directory}: there is no such directory")
-    return list(dict.fromkeys(found))
+    lines = [line for check in checks for line in _collected(partial(check, context))]
+    return list(dict.fromkeys([*lines, *missing_directories(reuse)]))
+
+
+def missing_directories(reuse: Sequence[Path]) -> list[str]:
+    """A line for each directory of `--reuse` that does not exist."""
+    return [f"--reuse {path}: there is no such directory" for path in reuse if not path.is_dir()]
 
 
 def _collected(check: Callable[[], Iterator[str]]) -> list[str]:
@@ -53,8 +54,10 @@ def _collected(check: Callable[[], Iterator[str]]) -> list[str]:
     return lines
 
 
-def _on_disk(context: Context) -> list[tuple[str, str]]:
+def on_disk(context: Context) -> list[tuple[str, str]]:
     """(split, set) of all image sets of the run that are files; "" is the ID set."""
+    if context.config.data.source == GENERATED:
+        return []
     benchmark = context.benchmark
     sets = [(split, "") for split in _SPLITS]
     sets += [("test", name) for name in (*benchmark.near, *benchmark.far, *benchmark.csid)]
@@ -64,9 +67,7 @@ def _on_disk(context: Context) -> list[tuple[str, str]]:
 
 
 def _sets(context: Context) -> Iterator[str]:
-    if context.config.data.source == GENERATED:
-        return
-    for split, name in _on_disk(context):
+    for split, name in on_disk(context):
         try:
             source = context.source(split, name)
         except UserError as error:

@@ -29,9 +29,19 @@ def ready(config: Config) -> tuple[Config, list[str]]:
     config = sized(expand(config))
     validate(config)
     config, lines = chosen(config)
-    if config.smoke:
-        config = shrink(config)
+    config = shrunk(config)
     validate(config)
+    check_method(config)
+    return config, lines
+
+
+def shrunk(config: Config) -> Config:
+    """The config of a smoke run, if it is one."""
+    return shrink(config) if config.smoke else config
+
+
+def check_method(config: Config) -> None:
+    """Raise `UserError` where the method can't be trained as the config says."""
     from oal_jax.methods import registry
 
     registry.check(config)
@@ -39,7 +49,6 @@ def ready(config: Config) -> tuple[Config, list[str]]:
         from oal_jax.stages.batches import check_streamed
 
         check_streamed(config)
-    return config, lines
 
 
 def chosen(config: Config) -> tuple[Config, list[str]]:
