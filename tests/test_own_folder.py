@@ -72,11 +72,11 @@ def test_every_split_has_every_class_of_three(tmp_path, count, capsys):
         assert "no image of 12 classes (class 0, class 1, class 10, ...)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("validation", ["validation", "val", "valid"])
+@pytest.mark.parametrize("validation", ["validation", "val", "Valid"])
 def test_given_splits_are_used_and_the_rest_is_cut(tmp_path, validation):
     save(tmp_path, [f"train/{c}/{i}.png" for c in "ab" for i in range(30)])
     save(tmp_path, [f"{validation}/{c}/x/{i}.png" for c in "ab" for i in range(5)])
-    save(tmp_path, ["ood/0.png", "extra/1.png", "train/loose.png"])
+    save(tmp_path, ["OOD/0.png", "extra/1.png", "train/loose.png"])
     summary = own.summarise(tmp_path)
     assert summary.cut == ("test",) and summary.ood == {"ood": 1}
     assert summary.counts["validation"].tolist() == [5, 5]
@@ -85,6 +85,11 @@ def test_given_splits_are_used_and_the_rest_is_cut(tmp_path, validation):
     save(tmp_path, [f"test/{c}/{i}.png" for c in "ab" for i in range(4)])
     assert own.summarise(tmp_path).cut == ()
     assert files(tmp_path) == {f"train/{c}/{i}.png" for c in "ab" for i in range(30)}
+
+
+def test_two_spellings_of_an_accent_are_one_class(tmp_path):
+    save(tmp_path, ["train/caf\u00e9/0.png", "train/tea/0.png", "test/cafe\u0301/0.png"])
+    assert load(tmp_path, "test").labels.tolist() == [0]
 
 
 def test_train_can_be_a_class(tmp_path):
@@ -138,6 +143,8 @@ def test_faults_are_named(tmp_path):
     refused("has 0 folders with images: make one for each", tmp_path)
     save(tmp_path, ["cat/0.png", "ood/rocks/0.png"])
     refused("has 1 folders with images", tmp_path)
+    save(tmp_path / "zip", [f"inside/{c}/0.png" for c in "ab"])
+    refused("two classes or more, or set data.root=.*zip/inside", tmp_path / "zip")
     save(tmp_path, ["dog/0.png"])
     refused("no OOD set 'stones' in .*ood, only rocks", tmp_path, name="stones")
     refused("no covariate-shifted sets", tmp_path, name="rocks", labelled=True)

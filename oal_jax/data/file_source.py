@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -118,6 +119,8 @@ def by_class(names: Iterable[str], prefix: str = "") -> tuple[dict[str, list[str
     for name in names:
         if name.startswith(prefix):
             folder, slash, _ = name.removeprefix(prefix).partition("/")
+            # Systems spell an accent as one character or as two.
+            folder = unicodedata.normalize("NFC", folder)
             classes.setdefault(folder, []).append(name) if slash else stray.append(name)
     return dict(sorted(classes.items())), stray
 

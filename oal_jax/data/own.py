@@ -146,7 +146,8 @@ def open_own(spec: SetSpec) -> Source:
 def _layout(root: Path, names: Sequence[str]) -> _Layout:
     """The classes of every split."""
     top, stray = by_class(names)
-    top.pop(_OOD, None)
+    for name in [name for name in top if name.lower() == _OOD]:
+        del top[name]
     places = _split_folders(top)
     if places:
         others = [name for name in top if name not in places.values()]
@@ -159,9 +160,11 @@ def _layout(root: Path, names: Sequence[str]) -> _Layout:
     prefixes = {split: name + "/" for split, name in places.items()} or {"train": ""}
     train = given["train"]
     if len(train) < 2:
+        inside = [name for name in train if len(by_class(train[name], name + "/")[0]) > 1]
+        hint = f", or set data.root={root / inside[0]}" if inside else ""
         raise UserError(
             f"{root / prefixes['train']} has {len(train)} folders with images: make one for each"
-            " of two classes or more"
+            f" of two classes or more{hint}"
         )
     for split, classes in given.items():
         folders.check_known(root / prefixes[split], classes, tuple(train))
@@ -178,9 +181,9 @@ def _split_folders(top: Mapping[str, list[str]]) -> dict[str, str]:
     "train" is a class unless "validation" or "test" are there too.
     """
     places = {}
-    for split, names in _FOLDERS.items():
-        for name in names:
-            classes, stray = by_class(top.get(name, ()), name + "/")
+    for split, spellings in _FOLDERS.items():
+        for name in (name for name in top if name.lower() in spellings):
+            classes, stray = by_class(top[name], name + "/")
             if sum(map(len, classes.values())) > len(stray):
                 places.setdefault(split, name)
     others = set(top) - set(places.values())
@@ -217,7 +220,8 @@ def _at(place: float, cut: tuple[str, ...]) -> str:
 
 def _ood_sets(names: Sequence[str]) -> dict[str, list[str]]:
     """Images of every OOD set, by a name that configs can list."""
-    images, stray = by_class(names, _OOD + "/")
+    folder = next((n for n in by_class(names)[0] if n.lower() == _OOD), _OOD)
+    images, stray = by_class(names, folder + "/")
     sets = {_OOD: stray} if stray else {}
     for name, files in images.items():
         spelled = name.replace(",", "_").strip()
