@@ -40,7 +40,9 @@ def run(argv: Sequence[str]) -> None:
         # This imports JAX, so only after the arguments are checked.
         from oal_jax.detection import load, score_folder
 
-        detector = load.load(args.workdir, args.score, args.keep_id, args.batch_size)
+        detector = load.load(
+            args.workdir or args.detector, args.score, args.keep_id, args.batch_size
+        )
         start = time.monotonic()
         count, ood = score_folder.write(file, detector, args.images, files.names)
         seconds = time.monotonic() - start

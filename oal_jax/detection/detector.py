@@ -3,12 +3,16 @@
 `detection.load` makes one of a finished run, `detection.calibrate` of any classifier.
 """
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int32
 
+from oal_jax.detection import exported, saved
 from oal_jax.detection.images import check_images, to_array
 from oal_jax.detection.parts import Parts, run_detector
 from oal_jax.errors import UserError
@@ -28,6 +32,34 @@ class Result(NamedTuple):
 
 class Detector(Parts):
     """A callable: images to a `Result`. Make one with `load` or `calibrate`."""
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write a directory that `oal_jax.load` reads, without the code of the model.
+
+        The directory appears whole or not at all. It may replace a saved detector, nothing else.
+
+        Raises:
+          UserError: it can't be written, or JAX can't write the model as a program.
+        """
+        saved.write(Path(directory).expanduser(), self)
+
+    def export(
+        self,
+        directory: str | os.PathLike,
+        platforms: Sequence[str] = exported.PLATFORMS,
+        onnx: bool = False,
+    ) -> None:
+        """Write a folder with a program that runs without oal_jax, and how to feed it image files.
+
+        Args:
+          directory: may replace an exported detector, nothing else.
+          platforms: out of "cpu", "cuda", "tpu" and "rocm".
+          onnx: also write `detector.onnx`; needs the extra `onnx`.
+
+        Raises:
+          UserError: it can't be written, or the model can't be written as a program.
+        """
+        exported.write(Path(directory).expanduser(), self, platforms, onnx)
 
     def __reduce__(self):
         raise UserError(

@@ -1,35 +1,31 @@
 """A detector as files that run without oal_jax: program, weights, description, model card."""
 
+import dataclasses
 import datetime
 import importlib.metadata
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export
 from jax.export import Exported
 
-from oal_jax.detection.detector import Detector
-from oal_jax.detection.parts import predict
-from oal_jax.evaluation.tables import is_mean, read_csv
+from oal_jax.data import decoding as decoding_file
+from oal_jax.data.decoding import Decoding
+from oal_jax.detection import onnx_file, program
+from oal_jax.detection.folder import EXPORTED, MODEL, check_replaceable
+from oal_jax.detection.parts import Parts, decide
+from oal_jax.detection.saved import weight_names
+from oal_jax.evaluation.tables import Row, is_mean
 from oal_jax.report.html import markdown
 from oal_jax.runtime import artifacts, writing
-from oal_jax.stages import train
-from oal_jax.stages.context import Context
 
-FORMAT = "oal_jax detector"
-
-
-PROGRAM, WEIGHTS, MODEL, CARD = (
-    "detector.jax_export",
-    "weights.safetensors",
-    "model.json",
-    "README.md",
-)
-
+PROGRAM, ONNX, PREPROCESS = "detector.jax_export", "detector.onnx", "preprocess.py"
+WEIGHTS, CARD = "weights.safetensors", "README.md"
+PLATFORMS = program.PLATFORMS
 
 # What JAX promises of its exported programs.
 COMPATIBILITY = (
@@ -38,18 +34,40 @@ COMPATIBILITY = (
 )
 
 
-def write(output: Path, detector: Detector, context: Context, platforms: Sequence[str]) -> int:
+def write(
+    output: Path, parts: Parts, platforms: Sequence[str] = PLATFORMS, onnx: bool = False
+) -> int:
     """Write the folder, whole or not at all; returns its size in bytes.
 
     Raises:
-      UserError: `output` can't be written.
+      UserError: `output` can't be written or holds other files, or the model can't be written as a
+        program, or not as one of ONNX.
     """
+    check_replaceable(output, MODEL, EXPORTED)
+    contents: dict[str, bytes] = {PROGRAM: bytes(exported(parts, platforms).serialize())}
+    if onnx:
+        contents[ONNX] = onnx_file.convert(parts, description(parts))
+    recipe = decoding_of(parts)
+    if recipe is not None:
+        contents[PREPROCESS] = preprocess(recipe).encode()
+    described = description(parts) | {"platforms": list(platforms)}
+    contents[CARD] = card(parts, described, list(contents)).encode()
     with writing.whole_folder(output) as folder:
-        _write(folder, detector, context, tuple(platforms))
+        for name, data in contents.items():
+            artifacts.write_bytes(folder / name, data)
+        artifacts.write_tensors(folder / WEIGHTS, _tensors(parts))
+        described["files"] = {
+            name: {
+                "sha256": artifacts.sha256(folder / name),
+                "bytes": (folder / name).stat().st_size,
+            }
+            for name in (*contents, WEIGHTS)
+        }
+        artifacts.write_json(folder / MODEL, described)
     return sum(path.stat().st_size for path in output.iterdir())
 
 
-def exported(detector: Detector, platforms: Sequence[str] = ("cpu", "cuda", "tpu")) -> Exported:
+def exported(parts: Parts, platforms: Sequence[str] = PLATFORMS) -> Exported:
     """The detector as one program with its weights inside, for batches of any size.
 
     Returns:
@@ -57,135 +75,145 @@ def exported(detector: Detector, platforms: Sequence[str] = ("cpu", "cuda", "tpu
       bool, each (b,). For one device; `.serialize()` makes bytes of it.
     """
     # On the host, so that the program is for one device wherever the arrays lie now.
-    arrays = jax.tree.map(np.asarray, (detector.forward, dict(detector.state)))
-    score, threshold = _row_by_row(detector.score), np.float32(detector.threshold)
+    arrays = jax.tree.map(np.asarray, (parts.forward, dict(parts.state)))
+    score, threshold = program.row_by_row(parts.score), np.float32(parts.threshold)
 
     def call(images):
         forward, state = jax.tree.map(jnp.asarray, arrays)
-        label, confidence, ood_score = predict(score, forward, state, images)
-        return label, confidence, ood_score, ~(ood_score <= threshold)
+        return decide(score, forward, state, threshold, images)
 
-    (batch,) = export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((batch, *detector.image_shape), jnp.uint8)
-    return export.export(jax.jit(call), platforms=list(platforms))(images)
+    return program.by_rows(call, (), parts.image_shape, jnp.uint8, platforms)
 
 
-def _row_by_row(score):
-    """The score of single rows, mapped over a batch of unknown size.
+def decoding_of(parts: Parts) -> Decoding | None:
+    """How files become images of the detector; None for numbers of channels that no file has."""
+    if parts.decoding is not None or parts.image_shape[2] not in (1, 3, 4):
+        return parts.decoding
+    return Decoding.to_shape(parts.image_shape)
 
-    Scores that work in blocks compare the batch's size with a block's, which a symbolic size does
-    not allow.
+
+def preprocess(decoding: Decoding) -> str:
+    """The text of a Python file that reads images as this package does.
+
+    It needs Pillow and NumPy alone; its function `read` gives the pixels of one file.
     """
+    source = inspect.getsource(decoding_file)
+    source = source.replace("from oal_jax.errors import UserError\n", "UserError = ValueError\n")
+    return f'''{source}
 
-    def one(function):
-        def of_row(state, *rest):
-            *others, row = rest
-            alone = jax.tree.map(lambda x: x[None], row)
-            return jax.tree.map(lambda x: x[0], function(state, *others, alone))
-
-        return lambda state, *rest: jax.vmap(lambda row: of_row(state, *rest[:-1], row))(rest[-1])
-
-    return score._replace(score=one(score.score), perturb=score.perturb and one(score.perturb))
+RECIPE = {decoding!r}
 
 
-def _write(folder: Path, detector: Detector, context: Context, platforms: tuple[str, ...]) -> None:
-    artifacts.write_bytes(folder / PROGRAM, bytes(exported(detector, platforms).serialize()))
-    student = artifacts.read_tensors(context.directory("train") / train.STUDENT)
-    of_student = ("params.student.", "state.student.")
-    tensors = {f"student.{k}": v for k, v in student.items() if k.startswith(of_student)}
-    tensors |= {f"score.{k}": np.asarray(v) for k, v in detector.state.items()}
-    artifacts.write_tensors(folder / WEIGHTS, tensors | {"id_val_scores": detector.id_val_scores})
-    described = _describe(detector, context, platforms)
-    artifacts.write_bytes(folder / CARD, _card(detector, described, context).encode())
-    described["files"] = {
-        name: {"sha256": artifacts.sha256(folder / name), "bytes": (folder / name).stat().st_size}
-        for name in (PROGRAM, WEIGHTS, CARD)
-    }
-    artifacts.write_json(folder / MODEL, described)
+def read(file: str | os.PathLike | bytes | BinaryIO) -> np.ndarray:
+    """The image that the detector takes: uint8 (height, width, channels)."""
+    return decode(file, RECIPE)
+'''
 
 
-def _describe(detector: Detector, context: Context, platforms: tuple[str, ...]) -> dict[str, Any]:
-    card = artifacts.read_json(context.directory("train") / train.CLASSIFIER)
-    config = context.config
+def _tensors(parts: Parts) -> dict[str, np.ndarray]:
+    leaves = map(np.asarray, jax.tree.leaves(parts.forward))
+    tensors = {f"model.{k}": v for k, v in zip(weight_names(parts.forward), leaves, strict=True)}
+    tensors |= {f"score.{k}": np.asarray(v) for k, v in parts.state.items()}
+    return tensors | {"id_val_scores": parts.id_val_scores}
+
+
+def description(parts: Parts) -> dict[str, Any]:
+    """What `model.json` and the metadata of ONNX say of a detector."""
+    recipe = decoding_of(parts)
     return {
-        "format": FORMAT,
+        "format": EXPORTED,
         "version": importlib.metadata.version("oal-jax"),
-        "class_names": list(detector.class_names),
-        "image_shape": list(detector.image_shape),
+        "class_names": parts.class_names and list(parts.class_names),
+        "image_shape": list(parts.image_shape),
         "image_type": "uint8",
+        "decoding": recipe and dataclasses.asdict(recipe),
         "outputs": ["label", "confidence", "ood_score", "is_ood"],
-        "score": detector.score.name,
-        "parameters": dict(detector.params),
-        "threshold": detector.threshold,
-        "keep_id": detector.keep_id,
-        "id_validation_images": len(detector.id_val_scores),
-        "architecture": card["architecture"],
-        "trained_on": {
-            "id_set": config.data.id_set,
-            "source": config.data.source,
-            "method": config.method.name,
-            "epochs": config.train.epochs,
-            "seed": config.seed,
-        },
-        "platforms": list(platforms),
+        "score": parts.score.name,
+        "parameters": dict(parts.params),
+        "threshold": parts.threshold,
+        "keep_id": parts.keep_id,
+        "id_validation_images": len(parts.id_val_scores),
+        **{k: v for k, v in parts.about.items() if k != "measured"},
         "versions": artifacts.versions(),
         "exported": datetime.date.today().isoformat(),
         "compatibility": COMPATIBILITY,
     }
 
 
-def _card(detector: Detector, described: dict[str, Any], context: Context) -> str:
-    h, w, c = detector.image_shape
-    trained = described["trained_on"]
-    written_by = described["versions"]["jax"]
-    params = ", ".join(f"{k}={v}" for k, v in described["parameters"].items()) or "its defaults"
-    return f"""# OOD detector: {markdown(trained["id_set"])}, {detector.score.name}
+def card(parts: Parts, described: Mapping[str, Any], files: Sequence[str]) -> str:
+    """The model card. Names that come from elsewhere are plain text in it."""
+    h, w, c = parts.image_shape
+    trained = described.get("trained_on")
+    name = markdown(parts.score.name)
+    title = f"{markdown(trained['id_set'])}, {name}" if trained else name
+    origin = "- The classifier is a model that this package did not train.\n"
+    if trained:
+        origin = (
+            f"- Trained on {markdown(trained['id_set'])} ({markdown(trained['source'])}) by method"
+            f" {markdown(trained['method'])}; epochs: {trained['epochs']}, seed:"
+            f" {trained['seed']}.\n"
+        )
+    params = ", ".join(f"{k}={v}" for k, v in parts.params.items()) or "its defaults"
+    classes = ", ".join(map(markdown, parts.class_names or ())) or "without names"
+    images, imports = f"np.zeros((3, {h}, {w}, {c}), np.uint8)", ""
+    if PREPROCESS in files:
+        images, imports = 'np.stack([preprocess.read("photo.jpg")])', "\nimport preprocess"
+    onnx = ""
+    if ONNX in files:
+        onnx = (
+            f"\n`{ONNX}` is the same detector for onnxruntime and others: input `images`, uint8;"
+            " threshold, class\nnames and decoding are in its metadata.\n"
+        )
+    return f"""# OOD detector: {title}
 
 A classifier that says which images are unlike its training data (out-of-distribution, OOD).
 
-- Trained on `{trained["id_set"]}` ({trained["source"]}) by method `{trained["method"]}`; epochs:
-  {trained["epochs"]}, seed: {trained["seed"]}.
-- Takes uint8 images of shape (n, {h}, {w}, {c}), for any n.
+{origin}- Takes uint8 images of shape (n, {h}, {w}, {c}), for any n.
 - Gives `label`, `confidence` (the largest softmax probability), `ood_score` (higher = more OOD) and
-  `is_ood` (ood_score above {detector.threshold:.6g}).
-- Score `{detector.score.name}` with {params}. The threshold keeps {detector.keep_id:.1%} of
-  {len(detector.id_val_scores)} ID validation images; measure what it keeps of yours.
-- Classes: {", ".join(map(markdown, detector.class_names))}.
+  `is_ood` (ood\\_score above {parts.threshold:.6g}).
+- Score {name} with {markdown(params)}. The threshold keeps {parts.keep_id:.1%} of
+  {len(parts.id_val_scores)} ID validation images; measure what it keeps of yours.
+- Classes: {classes}.
 
 ## Use it
 
-Needs `jax` (this was written by {written_by}) and `flatbuffers`, nothing else; runs on
-{", ".join(described["platforms"])}:
+The program needs `jax` (this was written by {described["versions"]["jax"]}) and `flatbuffers`, and
+runs on {", ".join(described["platforms"])}. {_preprocessing(PREPROCESS in files)}
 
 ```python
 import jax, numpy as np
-from jax import export
+from jax import export{imports}
 with open("{PROGRAM}", "rb") as file:
     detector = jax.jit(export.deserialize(bytearray(file.read())).call)
-images = np.zeros((3, {h}, {w}, {c}), np.uint8)
+images = {images}
 label, confidence, ood_score, is_ood = detector(images)
 ```
-
+{onnx}
 `{MODEL}` has the class names, the threshold, the sha256 of each file and the versions; `{WEIGHTS}`
-has the student (`student.*`) and what the score was fitted to (`score.*`).
+has the weights (`model.*`), what the score was fitted to (`score.*`), and the ID validation scores.
 
 {COMPATIBILITY}.
 
 ## Measured
 
-{_measured(detector, context)}
+{_measured(parts)}
 """
 
 
-def _measured(detector: Detector, context: Context) -> str:
-    """The score's rows of the report as a Markdown table, or that there are none."""
-    report = context.directory("report")
-    rows = []
-    if (report / artifacts.MANIFEST).exists():
-        rows = read_csv(artifacts.verified(report, "ood.csv"))
-        rows = [row for row in rows if row.score == detector.score.name]
+def _preprocessing(is_there: bool) -> str:
+    if not is_there:
+        return "Images come as arrays."
+    return (
+        f"`{PREPROCESS}` needs Pillow and NumPy;\nit turns, converts, resizes and crops an image"
+        " file as for the threshold."
+    )
+
+
+def _measured(parts: Parts) -> str:
+    """The score's rows of a run's report as a Markdown table, or that there are none."""
+    rows = [Row(*row) for row in parts.about.get("measured", ())]
     if not rows:
-        return f"The run did not measure `{detector.score.name}`."
+        return f"Nothing was measured with {markdown(parts.score.name)}."
     lines = [
         f"ID test accuracy {rows[0].id_accuracy:.2f} %. In percent; OOD is the positive class.",
         "",
@@ -193,7 +221,8 @@ def _measured(detector: Detector, context: Context) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        name = f"**mean, {row.group}**" if is_mean(row) else markdown(row.dataset)
+        name, group = markdown(row.dataset), markdown(row.group)
+        name = f"**mean, {group}**" if is_mean(row) else name
         rates = f"{row.fpr_at_95_ood_tpr:.2f} | {row.fpr_at_95_id_tpr:.2f}"
-        lines.append(f"| {name} | {row.group} | {row.auroc:.2f} | {rates} |")
+        lines.append(f"| {name} | {group} | {row.auroc:.2f} | {rates} |")
     return "\n".join(lines)

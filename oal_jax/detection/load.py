@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from jaxtyping import Float
 
 from oal_jax import scores as post_hoc
 from oal_jax.data.image_files import Decoding
+from oal_jax.detection import saved
 from oal_jax.detection.detector import Detector
 from oal_jax.detection.parts import check_share, run_detector, sorted_scores
 from oal_jax.errors import UserError
 from oal_jax.evaluation import headline
+from oal_jax.evaluation.tables import read_csv
 from oal_jax.runtime import artifacts, distributed
 from oal_jax.scores import Head, Outputs, Score, State
 from oal_jax.scores.forward import make_forward
@@ -27,27 +30,43 @@ def load(
     directory: str | os.PathLike,
     score: str | None = None,
     keep_id: float | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> Detector:
-    """The detector of a finished run. Verifies every file that it reads; needs no images.
+    """The detector of a finished run, or a saved one. Verifies every file that it reads.
 
     Args:
-      directory: the run's working directory.
+      directory: the run's working directory, or one that `detector.save` wrote.
       score: a key of `scores.SCORES`; None for the headline of the report, or, of older runs, the
         first of the config. A score that is not in the report is fitted now, on the run's saved
         outputs, or on its images where those do not suffice.
       keep_id: share of ID validation images that the threshold keeps; None for the config's.
-      batch_size: images of a call of the model.
+      batch_size: images of a call of the model; None: as saved, or 256 of a run.
 
     Raises:
       UserError: no run, not finished, damaged; an unknown score.
     """
-    context = pipeline.resolve(Path(directory).expanduser())
+    directory = Path(directory).expanduser()
+    if keep_id is not None:
+        check_share(keep_id)
+    if saved.is_saved(directory):
+        parts = saved.read(directory, keep_id, batch_size)
+        if score not in (None, parts.score.name):
+            post_hoc.make(score)
+            raise UserError(
+                f"{directory} is a saved detector by {parts.score.name}; {score} would have to be"
+                " fitted: load the run that it came from, or calibrate again"
+            )
+        return Detector(**vars(parts))
+    if not (directory / "config.json").exists():
+        raise UserError(
+            f"{directory} has neither the config.json of a run nor the detector.json of a saved"
+            " detector"
+        )
+    context = pipeline.resolve(directory)
     config = context.config.evaluation
     name = score or _headline(context)
     post_hoc.make(name)  # an unknown name fails before any file is read
     keep_id = config.keep_id if keep_id is None else keep_id
-    check_share(keep_id)
     _check_finished(context, "train")
     card, forward, head = _classifier(context, name)
     if _is_current(context, "report") and _fitted_file(name) in artifacts.output_hashes(
@@ -65,10 +84,11 @@ def load(
         image_shape=tuple(card["image_shape"]),
         keep_id=keep_id,
         class_names=tuple(card["class_names"]),
-        batch_size=batch_size,
+        batch_size=256 if batch_size is None else batch_size,
         params=params,
         mesh=context.mesh,
         decoding=Decoding.from_json(card["decoding"]) if "decoding" in card else None,
+        about=_about(context, card, name),
     )
 
 
@@ -78,6 +98,25 @@ def _headline(context: Context) -> str:
     if _is_current(context, "report"):
         chosen = headline.read(context.directory("report"))
     return chosen.score if chosen else context.config.evaluation.scores[0]
+
+
+def _about(context: Context, card: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Where the classifier comes from, and the rows of the run's report on this score."""
+    config, report = context.config, context.directory("report")
+    rows = []
+    if (report / artifacts.MANIFEST).exists():
+        rows = read_csv(artifacts.verified(report, "ood.csv"))
+    return {
+        "architecture": card["architecture"],
+        "trained_on": {
+            "id_set": config.data.id_set,
+            "source": config.data.source,
+            "method": config.method.name,
+            "epochs": config.train.epochs,
+            "seed": config.seed,
+        },
+        "measured": [list(row) for row in rows if row.score == name],
+    }
 
 
 def _check_finished(context: Context, stage: str) -> None:

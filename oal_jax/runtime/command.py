@@ -93,16 +93,18 @@ class BareParser(argparse.ArgumentParser):
 
 
 class Parser(BareParser):
-    """Arguments of the commands on a finished run. Their names take dashes or underscores."""
+    """Arguments of the commands on a detector. Their names take dashes or underscores."""
 
     def __init__(self, prog: str, doc: str):
         super().__init__(prog, doc)
-        self.add_argument("--workdir", type=Path, required=True, help="directory of a finished run")
-        self.add_argument("--score", help="default: the headline of the run's report")
+        source = self.add_mutually_exclusive_group(required=True)
+        source.add_argument("--workdir", type=Path, help="directory of a finished run")
+        source.add_argument("--detector", type=Path, help="directory that detector.save wrote")
+        self.add_argument("--score", help="default: the headline score of the run")
         self.add_argument(
             "--keep-id",
             type=float,
-            help="fraction of ID validation images below the threshold; default: the config's",
+            help="fraction of ID validation images below the threshold; default: the detector's",
         )
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]

@@ -46,7 +46,7 @@ def mahalanobis(floor: Share = 1e-6, noise: AtLeast0 = 0.0) -> Score:
 
     def perturb(state, forward, images):
         distance = lambda x: jnp.sum(score(state, forward(x)))
-        return forward(images - noise * jnp.sign(jax.grad(distance)(images)))
+        return forward(images - noise * jnp.sign(jax.grad(distance)(lax.stop_gradient(images))))
 
     return Score(fit, score, needs=("features",), perturb=perturb if noise else None)
 
@@ -129,7 +129,7 @@ def mahalanobis_ensemble(
 
         def layer_at_step(i):
             distance = lambda x: jnp.sum(_nearest(state, forward(x).layers[i], f"layer{i}_"))
-            step = noise * jnp.sign(jax.grad(distance)(images))
+            step = noise * jnp.sign(jax.grad(distance)(lax.stop_gradient(images)))
             return forward(images - step).layers[i]
 
         return plain._replace(layers=tuple(layer_at_step(i) for i in range(len(plain.layers))))

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from oal_jax.scores.base import Score
 from oal_jax.scores.logits import is_top
@@ -43,7 +44,7 @@ def odin(temperature: Positive = 1000.0, epsilon: AtLeast0 = 0.0014) -> Score:
             log_p = t * jax.nn.log_softmax(logits / t, axis=-1)
             return jnp.sum(jnp.where(is_top(logits), log_p, 0.0))
 
-        step = state["epsilon"] * jnp.sign(jax.grad(confidence)(images))
+        step = state["epsilon"] * jnp.sign(jax.grad(confidence)(lax.stop_gradient(images)))
         return forward(images + step)
 
     return Score(fit, score, perturb=perturb)

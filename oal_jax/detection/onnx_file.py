@@ -1,0 +1,54 @@
+"""A detector as a program of ONNX, which runs without JAX; needs the extra `onnx`."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from oal_jax.detection.parts import Parts, decide
+from oal_jax.detection.program import row_by_row
+from oal_jax.errors import UserError
+
+_OUTPUTS = ("label", "confidence", "ood_score", "is_ood")
+
+
+def convert(parts: Parts, described: Mapping[str, Any]) -> bytes:
+    """The detector as bytes of an ONNX file, its weights inside, for batches of any size.
+
+    Input `images`, uint8 (n, h, w, c); outputs `label`, `confidence`, `ood_score`, `is_ood`.
+
+    Args:
+      parts: of the detector.
+      described: its values become metadata, those that are no text as JSON.
+
+    Raises:
+      UserError: the extra is not installed, or the model has an operation without a counterpart.
+    """
+    try:
+        from jax2onnx import to_onnx
+    except ImportError:
+        raise UserError("ONNX needs more packages: pip install 'oal-jax[onnx]'") from None
+    arrays = jax.tree.map(np.asarray, (parts.forward, dict(parts.state)))
+    score, threshold = row_by_row(parts.score), np.float32(parts.threshold)
+
+    def call(images):
+        return decide(score, *arrays, threshold, images)
+
+    images = jax.ShapeDtypeStruct(("b", *parts.image_shape), jnp.uint8)
+    try:
+        model = to_onnx(
+            call, [images], "oal_jax_detector", input_names=["images"], output_names=_OUTPUTS
+        )
+    except Exception as error:  # each converter of a primitive raises its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(
+            f"score {parts.score.name} of this model has no form in ONNX ({reason[:200]}); a"
+            " detector loaded from a saved one has none, and other scores may have one"
+        ) from None
+    for name, value in described.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        model.metadata_props.add(key=name, value=text)
+    return model.SerializeToString()
