@@ -1,7 +1,9 @@
 """`python -m oal_jax.score --workdir DIR --images FOLDER --output scores.csv`: score image files.
 
 Columns: path (below FOLDER), prediction (name of the class), confidence (largest softmax
-probability), ood_score (higher = more OOD), threshold, is_ood (ood_score above the threshold).
+probability), ood_score (higher = more OOD), threshold, is_ood (ood_score above the threshold),
+percentile (percent of ID validation images with a lower ood_score). `--detector DIR` takes a saved
+detector in place of a run.
 
 Images in FOLDER and below are turned upright by their EXIF tag, resized on the shorter side,
 cropped in the centre and converted to the model's channels. Files that can't be read are listed on
@@ -23,9 +25,9 @@ def run(argv: Sequence[str]) -> None:
     parser = Parser("oal_jax.score", __doc__)
     parser.add_argument("--images", type=Path, required=True, help="folder with image files")
     parser.add_argument("--output", type=Path, required=True, help="CSV file to write")
-    parser.add_argument("--batch-size", type=int, default=256, help="images a call of the model")
+    parser.add_argument("--batch-size", type=int, help="images a call of the model")
     args = parser.parse_args(argv[1:])
-    if args.batch_size < 1:
+    if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size} must be 1 or more")
     startup.use_compilation_cache()
     from oal_jax.data import image_files
@@ -40,9 +42,8 @@ def run(argv: Sequence[str]) -> None:
         # This imports JAX, so only after the arguments are checked.
         from oal_jax.detection import load, score_folder
 
-        detector = load.load(
-            args.workdir or args.detector, args.score, args.keep_id, args.batch_size
-        )
+        source = args.workdir or args.detector
+        detector = load.load(source, args.score, args.keep_id, args.batch_size)
         start = time.monotonic()
         count, ood = score_folder.write(file, detector, args.images, files.names)
         seconds = time.monotonic() - start

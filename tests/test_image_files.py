@@ -160,7 +160,7 @@ def test_files_that_can_not_be_used(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="2 channels: image files have 1, 3 or 4"):
         list(stream(["bomb.png"], Decoding(2), tmp_path))
     (chunk,) = stream(["bomb.png"], GRAY_SQUARE, tmp_path)
-    assert chunk.unreadable == [("bomb.png", "more than 783 pixels")]
+    assert (chunk.files, chunk.reasons) == (["bomb.png"], ["more than 783 pixels"])
     assert chunk.images.shape == (0, 28, 28, 1)
 
 
@@ -174,9 +174,9 @@ def test_random_damage_never_ends_the_stream(tmp_path):
         names.append(f"{i:02d}.{ending}")
         (tmp_path / names[-1]).write_bytes(data)
     chunks = list(stream(names, SQUARE, tmp_path))
-    reported = [name for chunk in chunks for name in chunk.names]
-    reported += [name for chunk in chunks for name, reason in chunk.unreadable if reason]
-    assert sorted(reported) == names
+    assert [name for chunk in chunks for name in chunk.files] == names
+    read = sum(reason is None for chunk in chunks for reason in chunk.reasons)
+    assert 0 < read == sum(len(chunk.images) for chunk in chunks) < len(names)
 
 
 def test_which_files_are_images(tmp_path):
@@ -211,9 +211,9 @@ def test_the_order_is_kept_and_decoding_stays_a_little_ahead(tmp_path, monkeypat
     monkeypatch.setattr(image_files, "decode_with_notes", stand_in)
     seen, ahead = [], 0
     for chunk in stream(names, Decoding(1, 2, (2, 2)), tmp_path, workers=3):
-        seen += chunk.names
+        seen += chunk.files
         np.testing.assert_array_equal(
-            chunk.images[:, 0, 0, 0], [int(n[:4]) % 256 for n in chunk.names]
+            chunk.images[:, 0, 0, 0], [int(n[:4]) % 256 for n in chunk.files]
         )
         with lock:
             ahead = max(ahead, len(started) - len(seen))

@@ -9,12 +9,11 @@ import itertools
 import os
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -39,6 +38,7 @@ __all__ = [
     "SEVERAL",
     "Decoding",
     "FileBatch",
+    "ImageFile",
     "Listing",
     "Unreadable",
     "counted",
@@ -58,6 +58,7 @@ __all__ = [
     "upright_shape",
 ]
 
+ImageFile = str | os.PathLike | bytes | BinaryIO
 _TASK = 32  # images a task of a thread
 # Threads that decode small files hinder each other: the interpreter's lock changes hands several
 # times a file. Two threads were half as fast as one, four a third. So these take turns.
@@ -92,16 +93,16 @@ class FileBatch(NamedTuple):
     """Images of some files.
 
     Attributes:
-      names: files that could be read, in order.
-      images: theirs.
-      notes: number of images that each of `CONVERTED` and `SEVERAL` holds for.
-      unreadable: names of the other files, and reasons.
+      files: as they were given.
+      reasons: why a file can't be read; None for each that was.
+      notes: of each file, which of `CONVERTED` and `SEVERAL` hold for it.
+      images: of the files that were read, in order.
     """
 
-    names: list[str]
+    files: list[ImageFile]
+    reasons: list[str | None]
+    notes: list[list[str]]
     images: UInt8[np.ndarray, "n h w c"]
-    notes: Counter[str]
-    unreadable: list[tuple[str, str]]
 
 
 @contextlib.contextmanager
@@ -172,7 +173,7 @@ def counted(names: Sequence[str], one: str, many: str) -> str:
 
 
 def stream(
-    names: Iterable[str | Path],
+    files: Iterable[ImageFile],
     decoding: Decoding,
     folder: Path = Path(),
     workers: int | None = None,
@@ -182,15 +183,15 @@ def stream(
     Memory does not grow with the number of images.
 
     Args:
-      names: files, relative to `folder`; read as they are needed.
+      files: paths, relative to `folder`, bytes of files, or open files; read as they are needed.
       decoding: has a crop, so that all images have one shape.
-      folder: where relative names start.
+      folder: where relative paths start.
       workers: threads; None: one a core, at least 2 and at most 8.
     """
     formats()  # loads PIL's plugins before there are threads
     workers = workers or min(max(os.cpu_count() or 2, 2), 8)
-    names, waiting = iter(names), collections.deque[Future]()
-    tasks = iter(lambda: list(itertools.islice(names, _TASK)), [])
+    files, waiting = iter(files), collections.deque[Future]()
+    tasks = iter(lambda: list(itertools.islice(files, _TASK)), [])
     with quiet(), ThreadPoolExecutor(workers, "decode") as pool:
         try:
             for task in tasks:
@@ -218,24 +219,30 @@ def silence() -> None:
     warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
-def _read(folder: Path, decoding: Decoding, names: Sequence[str | Path]) -> FileBatch:
-    empty = np.zeros((0, *decoding.crop, decoding.channels), np.uint8)
-    batch, images = FileBatch([], empty, Counter(), []), []
-    with in_turn_if_small([_size(folder / name) for name in names]):
-        for name in names:
+def _read(folder: Path, decoding: Decoding, files: Sequence[ImageFile]) -> FileBatch:
+    images = []
+    batch = FileBatch(
+        list(files), [], [], np.zeros((0, *decoding.crop, decoding.channels), np.uint8)
+    )
+    placed = [folder / file if isinstance(file, str | os.PathLike) else file for file in files]
+    with in_turn_if_small([_size(file) for file in placed]):
+        for file in placed:
             try:
-                pixels, notes = decode_with_notes(folder / name, decoding)
+                pixels, notes = decode_with_notes(file, decoding)
             except Unreadable as error:
-                batch.unreadable.append((str(name), str(error)))
-                continue
-            batch.names.append(str(name))
-            batch.notes.update(notes)
-            images.append(pixels)
+                reason, notes = str(error), []
+            else:
+                images.append(pixels)
+                reason = None
+            batch.reasons.append(reason)
+            batch.notes.append(notes)
     return batch._replace(images=np.stack(images)) if images else batch
 
 
-def _size(path: Path) -> int:
+def _size(file: ImageFile) -> int:
+    if isinstance(file, bytes):
+        return len(file)
     try:
-        return path.stat().st_size
-    except OSError:
+        return os.stat(file if isinstance(file, Path) else file.fileno()).st_size
+    except (OSError, AttributeError):  # no file on disk
         return 0

@@ -4,30 +4,18 @@
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int32
 
+from oal_jax.data.image_files import ImageFile
 from oal_jax.detection import exported, saved
+from oal_jax.detection.files import FileResult, of_folder, score
 from oal_jax.detection.images import check_images, to_array
-from oal_jax.detection.parts import Parts, run_detector
+from oal_jax.detection.parts import Parts, Result, run_detector
 from oal_jax.errors import UserError
-
-
-class Result(NamedTuple):
-    """Verdicts on n images. Scalars for a single image."""
-
-    label: Int32[np.ndarray, " n"]
-    confidence: Float[np.ndarray, " n"]  # the largest softmax probability
-    ood_score: Float[np.ndarray, " n"]  # higher = more OOD
-    is_ood: Bool[np.ndarray, " n"]  # ood_score above the threshold
-    class_names: np.ndarray | None  # (n,) the names of the labels, where they are known
-    # Percent of ID validation images with a lower ood_score; the same scale for every score.
-    percentile: Float[np.ndarray, " n"]
 
 
 class Detector(Parts):
@@ -60,6 +48,27 @@ class Detector(Parts):
           UserError: it can't be written, or the model can't be written as a program.
         """
         exported.write(Path(directory).expanduser(), self, platforms, onnx)
+
+    def score_files(self, files: str | os.PathLike | Iterable[ImageFile]) -> list[FileResult]:
+        """A row for each file, in order: the verdict, or why it can't be read.
+
+        Args:
+          files: a folder, or paths, bytes of encoded images, and open files.
+
+        Raises:
+          UserError: no such folder, or a detector whose channels no image file has.
+        """
+        return list(self.iter_files(files))
+
+    def iter_files(self, files: str | os.PathLike | Iterable[ImageFile]) -> Iterator[FileResult]:
+        """`score_files` as an iterator, whose memory does not grow with the number of files."""
+        decoding = exported.decoding_of(self)
+        if decoding is None:
+            channels = self.image_shape[2]
+            raise UserError(f"the model takes {channels} channels; image files have 1, 3 or 4")
+        if isinstance(files, str | os.PathLike):
+            return of_folder(self, decoding, Path(files).expanduser(), self.batch_size)
+        return score(self, decoding, files, self.batch_size)
 
     def __reduce__(self):
         raise UserError(

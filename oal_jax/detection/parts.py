@@ -4,14 +4,14 @@ import dataclasses
 import numbers
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.tree_util import Partial
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int32
 
 from oal_jax.data.image_files import Decoding
 from oal_jax.errors import UserError
@@ -19,6 +19,18 @@ from oal_jax.evaluation.protocol import threshold
 from oal_jax.runtime import batched, distributed
 from oal_jax.runtime.ops import to_unit
 from oal_jax.scores import Score, State
+
+
+class Result(NamedTuple):
+    """Verdicts on n images. Scalars for a single image."""
+
+    label: Int32[np.ndarray, " n"]
+    confidence: Float[np.ndarray, " n"]  # the largest softmax probability
+    ood_score: Float[np.ndarray, " n"]  # higher = more OOD
+    is_ood: Bool[np.ndarray, " n"]  # ood_score above the threshold
+    class_names: np.ndarray | None  # (n,) the names of the labels, where they are known
+    # Percent of ID validation images with a lower ood_score; the same scale for every score.
+    percentile: Float[np.ndarray, " n"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
