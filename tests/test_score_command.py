@@ -15,7 +15,7 @@ from oal_jax import main, score
 from oal_jax.data import image_files, sources
 from oal_jax.data.decoding import Decoding
 
-HEADER = "path,prediction,confidence,ood_score,threshold,is_ood"
+HEADER = "path,prediction,confidence,ood_score,threshold,is_ood,percentile"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,11 @@ def run(capsys, *arguments):
     """(exit code, lines on stdout, lines on stderr without the progress bar)."""
     code = main.guard(score.run, ["score", *map(str, arguments)])
     out, err = capsys.readouterr()
-    lines = [line for line in re.split(r"[\r\n]+", err) if line.strip() and "image/s" not in line]
+    lines = [
+        line
+        for line in re.split(r"[\r\n]+", err)
+        if line.strip() and not line.startswith("score: ")
+    ]
     return code, out.splitlines(), lines
 
 
@@ -189,7 +193,7 @@ import numpy as np
 def stand_in(self, images):
     n = len(images)
     zeros = np.zeros(n, np.float32)
-    return Result(np.zeros(n, np.int32), zeros, zeros, zeros > 0, np.full(n, "x"))
+    return Result(np.zeros(n, np.int32), zeros, zeros, zeros > 0, np.full(n, "x"), zeros)
 
 detector.Detector.__call__ = stand_in  # the decoding is what could grow
 for images in sys.argv[2:]:

@@ -132,7 +132,7 @@ def decode_with_notes(
         pixels = _convert(_eight_bits(image, key), mode, key)
         turn = _turn(image)
         pixels = pixels if turn is None else pixels.transpose(turn)
-        pixels = np.asarray(_resize_and_crop(pixels, decoding))
+        pixels = np.asarray(resize_and_crop(pixels, decoding))
         notes = [CONVERTED] if image.mode != mode else []
         if _has_several_frames(image):
             notes.append(SEVERAL)
@@ -221,7 +221,12 @@ def _convert(image: Image.Image, mode: str, key) -> Image.Image:
     return Image.alpha_composite(black, image).convert(mode)
 
 
-def _resize_and_crop(image: Image.Image, decoding: Decoding) -> Image.Image:
+def resize_and_crop(image: Image.Image, decoding: Decoding) -> Image.Image:
+    """The central part of an image, after the resize.
+
+    Raises:
+      Unreadable: the resized image is too large to be safe.
+    """
     size = _resized(*image.size, decoding.resize, decoding.crop)
     limit = Image.MAX_IMAGE_PIXELS
     if limit and size[0] * size[1] > limit:

@@ -13,7 +13,7 @@ import numpy as np
 from oal_jax.data.image_files import ImageFile
 from oal_jax.detection import exported, saved
 from oal_jax.detection.files import FileResult, of_folder, score
-from oal_jax.detection.images import check_images, to_array
+from oal_jax.detection.images import to_shape
 from oal_jax.detection.parts import Parts, Result, run_detector
 from oal_jax.errors import UserError
 
@@ -81,19 +81,18 @@ class Detector(Parts):
 
         Args:
           images: (n, h, w, c), or one image (h, w, c): uint8, or floats in [0, 1]. Grey images may
-            lack the last axis. Lists of arrays or of Pillow images will do.
+            lack the last axis. Lists of arrays or of Pillow images will do. Images of another size
+            than `image_shape` are resized and cropped as files are.
 
         Raises:
-          UserError: another shape or type, or floats out of range.
+          UserError: another number of channels or type, or floats out of range.
         """
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(images)):
             raise UserError(
                 "a detector is called with arrays, and here it is inside of jit, vmap or grad; call"
                 " detector.function(images) there"
             )
-        images, shape = to_array(images), self.image_shape
-        single = images.shape in (shape, shape[:2]) and (images.ndim == 3 or shape[2] == 1)
-        images = check_images(images[None] if single else images, shape)
+        images, single = to_shape(images, self.image_shape, exported.decoding_of(self))
         label, confidence, ood_score = run_detector(
             self.score, self.forward, self.state, images, self.batch_size, self.mesh
         )

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
+from oal_jax.data.decoding import Decoding, Unreadable, resize_and_crop
 from oal_jax.errors import UserError
 
 # A resize may overshoot. Half a grey level away from [0, 1] is still the same of 256 levels.
@@ -46,6 +48,63 @@ def to_array(images: Any) -> np.ndarray:
             " arrays; score_files takes the names of files"
         )
     return array
+
+
+def to_shape(
+    images: Any, image_shape: Sequence[int], decoding: Decoding | None
+) -> tuple[np.ndarray, bool]:
+    """Images of any size as `check_images` gives them, and whether it is a single one.
+
+    An image of another size is resized and cropped as one of a file is; an image of `image_shape`
+    stays as it is.
+
+    Args:
+      images: what `to_array` takes; in a list, sizes may differ.
+      image_shape: (height, width, channels).
+      decoding: None: other sizes are refused.
+
+    Raises:
+      UserError: another number of channels or type, NaN pixels, or floats out of range.
+    """
+    channels, several = image_shape[2], isinstance(images, list | tuple)
+    if several and not all(isinstance(x, Number) for x in images):
+        arrays = [_fit(to_array(image), image_shape, decoding) for image in images]
+        return check_images(arrays, image_shape), False
+    array = to_array(images)
+    single = (array.ndim == 3 and array.shape[2] == channels) or (array.ndim == 2 and channels == 1)
+    if single:
+        return check_images(_fit(array, image_shape, decoding)[None], image_shape), True
+    with_axis = array[..., None] if array.ndim == 3 and channels == 1 else array
+    resizable = with_axis.ndim == 4 and with_axis.shape[3] == channels and with_axis.size
+    if resizable and with_axis.shape[1:3] != tuple(image_shape[:2]):
+        array = np.stack([_fit(image, image_shape, decoding) for image in with_axis])
+    return check_images(array, image_shape), False
+
+
+def _fit(image: np.ndarray, image_shape: Sequence[int], decoding: Decoding | None) -> np.ndarray:
+    """One image, resized and cropped unless it has the shape; what can't be is left as it is."""
+    channels = image_shape[2]
+    image = image[..., None] if image.ndim == 2 and channels == 1 else image
+    right = image.ndim == 3 and image.shape[2] == channels and image.size
+    if channels == 4 and image.dtype != np.uint8:  # opacity weighs the colours of a resize
+        return image
+    if decoding is None or not right or image.shape == tuple(image_shape):
+        return image
+    if image.dtype == np.uint8:
+        planes = image[..., 0] if channels == 1 else image
+        pixels = _resized(planes, decoding)
+        return pixels[..., None] if channels == 1 else pixels
+    if not jnp.issubdtype(image.dtype, jnp.floating):
+        return image
+    planes = np.moveaxis(np.float32(image), 2, 0)
+    return np.stack([_resized(plane, decoding) for plane in planes], axis=-1)
+
+
+def _resized(pixels: np.ndarray, decoding: Decoding) -> np.ndarray:
+    try:
+        return np.asarray(resize_and_crop(Image.fromarray(pixels), decoding))
+    except Unreadable as error:
+        raise UserError(f"an image is {error}") from None
 
 
 def check_images(images: Any, image_shape: Sequence[int] | None = None) -> np.ndarray:

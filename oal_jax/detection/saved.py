@@ -7,6 +7,7 @@ Nothing is pickled, and no file is trusted.
 
 import dataclasses
 import datetime
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def _describe(parts: Parts, names: list[str]) -> dict[str, Any]:
 def weight_names(forward: Partial) -> list[str]:
     """A name for every weight, in the order of the leaves: its way through the pytree."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(forward)]
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
+    long = [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
+    names = [re.sub(r"^([0-9]+\.)+", "", name) for name in long]  # positions of arguments
     unique = len(set(names)) == len(names)
     return names if unique else [f"{i}.{name}" for i, name in enumerate(names)]
 
@@ -163,6 +165,9 @@ def _checked(values: Any, path: Path) -> dict[str, Any]:
         if not rule(values[name]):
             shown = repr(values[name])[:80]
             raise UserError(f"{path}: {name} is {shown}, which detector.save never writes")
+    shape, decoding = values["image_shape"], values["decoding"]
+    if decoding and [*decoding["crop"], decoding["channels"]] != shape:
+        raise UserError(f"{path}: decoding does not give images of image_shape {shape}")
     return values
 
 
