@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> None:
     # These import JAX, so only after the arguments are checked.
     from oal_jax.detection import exported, load
 
-    detector = load.load(args.workdir or args.detector, args.score, args.keep_id)
+    detector = load.load(args.directory, args.score, args.keep_id)
     size = exported.write(args.output, detector, platforms, args.onnx)
     print(f"detector by {detector.score.name}, {size / 1e6:.1f} MB: {args.output}")
 

@@ -1,9 +1,8 @@
 """`python -m oal_jax.score --workdir DIR --images FOLDER --output scores.csv`: score image files.
 
-Columns: path (below FOLDER), prediction (name of the class), confidence (largest softmax
-probability), ood_score (higher = more OOD), threshold, is_ood (ood_score above the threshold),
-percentile (percent of ID validation images with a lower ood_score). `--detector DIR` takes a saved
-detector in place of a run.
+`--detector DIR` takes a saved detector in place of a run. Columns: path (below FOLDER), prediction
+(name of the class), confidence (largest softmax probability), ood_score (higher = more OOD),
+threshold, is_ood (ood_score above it), percentile (of ID validation images with a lower ood_score).
 
 Images in FOLDER and below are turned upright by their EXIF tag, resized on the shorter side,
 cropped in the centre and converted to the model's channels. Files that can't be read are listed on
@@ -42,13 +41,11 @@ def run(argv: Sequence[str]) -> None:
         # This imports JAX, so only after the arguments are checked.
         from oal_jax.detection import load, score_folder
 
-        source = args.workdir or args.detector
-        detector = load.load(source, args.score, args.keep_id, args.batch_size)
+        detector = load.load(args.directory, args.score, args.keep_id, args.batch_size)
         start = time.monotonic()
         count, ood = score_folder.write(file, detector, args.images, files.names)
         seconds = time.monotonic() - start
-    # A table on stdout gets no other lines.
-    stream = sys.stderr if writing.is_stdout(args.output) else sys.stdout
+    stream = sys.stderr if writing.is_stdout(args.output) else sys.stdout  # nothing in the table
     print(
         f"{count} images, {ood} of them OOD ({ood / count:.1%}) by {detector.score.name} above"
         f" {detector.threshold:.6g}; {seconds:.1f} s, {count / seconds:.0f} images/s:"

@@ -41,7 +41,7 @@ def run(capsys, *arguments):
     lines = [
         line
         for line in re.split(r"[\r\n]+", err)
-        if line.strip() and not line.startswith("score: ")
+        if line.strip() and not re.match("(compiling )?score: ", line)
     ]
     return code, out.splitlines(), lines
 

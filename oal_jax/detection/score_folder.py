@@ -26,14 +26,15 @@ def write(file: TextIO, detector: Detector, folder: Path, names: Sequence[str]) 
     rows = detector.iter_files(folder / name for name in names)
     with Bar(len(names), "score", "image") as bar:
         for name, row in zip(names, rows, strict=True):
-            bar.update(1)
             result = row.result
             if result is None:
+                bar.total -= 1
                 tally[_UNREADABLE] += 1
                 if tally[_UNREADABLE] <= _NAMED:
                     bar.clear()
                     _warn(f"{image_files.some([name])} is left out: {row.reason}")
                 continue
+            bar.update(1)
             tally.update(row.notes)
             label = result.label if result.class_names is None else result.class_names
             values = (name, label, f"{result.confidence:.6f}", repr(result.ood_score.item()))

@@ -113,4 +113,5 @@ class Parser(BareParser):
         values = super().parse_args(spelled, namespace)
         if values.keep_id is not None and not 0 < values.keep_id < 1:
             raise UserError(f"--keep-id {values.keep_id} must lie between 0 and 1")
+        values.directory = values.workdir or values.detector
         return values
