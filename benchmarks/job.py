@@ -197,13 +197,11 @@ def main(argv: Sequence[str]) -> None:
         jax.config.update("jax_platforms", "cpu")
     from benchmarks.compilation import CompilationTime
     from oal_jax.evaluation import protocol
-    from oal_jax.generator import flax_models
     from oal_jax.runtime import artifacts, startup
     from oal_jax.stages import evaluate
     from oal_jax.stages import run as pipeline
 
     startup.keep_freed_memory()  # as the command does
-    flax_models.leave_torch_out()
     compilation = CompilationTime()
     config = unflatten(request["config"])
     with tempfile.TemporaryDirectory() as name:

@@ -140,16 +140,17 @@ def _jitted_step(apply_unet: Callable, params: Any, inputs: Any) -> Callable[[],
 def _our_large_step(args: argparse.Namespace) -> Callable[[], Any]:
     import jax
 
-    from oal_jax.generator import flax_models, stable_diffusion_v1
+    from oal_jax.generator import stable_diffusion, stable_diffusion_v1
 
-    unet = stable_diffusion_v1.build().unet
-    shapes = jax.eval_shape(partial(flax_models.init_unet, unet), jax.random.key(0))
+    sd = stable_diffusion_v1.build()
+    shapes = jax.eval_shape(partial(stable_diffusion.init, sd, "unet"), jax.random.key(0))
     rng = np.random.default_rng(0)  # compiling the network's own initialisation takes minutes
     params = jax.tree.map(
         lambda s: jax.device_put(0.02 * rng.standard_normal(s.shape, np.float32)), shapes
     )
-    inputs = jax.device_put(_inputs(args.batch, (64, 64, 4), _TOKENS, unet.cross_attention_dim))
-    return _jitted_step(partial(flax_models.apply_unet, unet), params, inputs)
+    inputs = jax.device_put(_inputs(args.batch, (64, 64, 4), _TOKENS, sd.text_width))
+    apply = partial(stable_diffusion.apply_unet, sd)
+    return _jitted_step(apply, {"unet": params}, inputs)
 
 
 def _their_jobs(args: argparse.Namespace) -> list[Job]:

@@ -37,12 +37,10 @@ def _run_stages(values: flags.FlagValues) -> None:
 
     names = "coordinator num_processes process_id distributed join_timeout heartbeat_timeout"
     distributed.initialize(*(values[name].value for name in names.split()))
-    from oal_jax.generator import flax_models
     from oal_jax.report import summary
     from oal_jax.runtime import profile
     from oal_jax.stages import run as pipeline
 
-    flax_models.leave_torch_out()
     if values.check:
         from oal_jax.stages import check_report
 

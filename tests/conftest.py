@@ -15,7 +15,6 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "1"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-os.environ["USE_TORCH"] = "AUTO"  # commands run within tests would leave it out for the others
 if "OAL_JAX_TEST_PROGRAMS" not in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
     directory = tempfile.mkdtemp(prefix="oal_jax_tests_")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 import oal_jax.pretrained
 from oal_jax.generator import create
 from oal_jax.generator import stable_diffusion as stable
-from oal_jax.pretrained import torch_layout
+from oal_jax.pretrained import diffusers_directory, torch_layout
 
 SHIPPED = Path(oal_jax.pretrained.__file__).parent / "weights" / "fashion_sd"
 WORDS = ("cat", "aquarium_fish", "pickup_truck")
@@ -40,6 +40,13 @@ SMALL = {
         "up_block_types": ["UpDecoderBlock2D"] * 2,
         "scaling_factor": 0.18215,
     },
+}
+
+# What v2 changes: linear projections, heads per level, velocities, the exact GELU, "!" as padding.
+SMALL_V2 = {
+    "text_encoder": {"intermediate_size": 64, "hidden_act": "gelu"},
+    "unet": SMALL["unet"] | {"attention_head_dim": [2, 4], "use_linear_projection": True},
+    "vae": SMALL["vae"],
 }
 
 
@@ -89,4 +96,14 @@ def shipped():
 def write_small(directory: Path, words: Sequence[str] = WORDS) -> Path:
     """The directory of a `SMALL` model: tokenizer with these words, configs, weights."""
     create.create(directory, words, width=32, overrides=SMALL)
+    return write_weights(directory)
+
+
+def write_small_v2(directory: Path, words: Sequence[str] = WORDS) -> Path:
+    """The directory of a `SMALL_V2` model."""
+    create.create(directory, words, width=32, overrides=SMALL_V2)
+    schedule = create.SCHEDULER | {"prediction_type": "v_prediction"}
+    diffusers_directory.write_json(directory / "scheduler" / "scheduler_config.json", schedule)
+    marks = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "!"}
+    diffusers_directory.write_json(directory / "tokenizer" / "special_tokens_map.json", marks)
     return write_weights(directory)

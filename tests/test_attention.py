@@ -1,13 +1,12 @@
 """Attention over large maps: the same numbers in less memory."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oal_jax.generator import attention, create, flax_models
+from oal_jax.generator import attention, create
+from oal_jax.generator import unet as networks
 
 # The shipped UNet, narrow, with attention in its largest maps.
 TINY = {"block_out_channels": [32, 32], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
@@ -61,22 +60,23 @@ def test_memory_does_not_grow_with_the_scores():
 
 def test_the_unet_predicts_the_same(monkeypatch):
     """Maps of 32 x 32 attend to themselves block by block, and to the prompt as a whole."""
-    unet = flax_models.make_unet(create.configs(vocabulary=9, width=32)["unet"] | TINY)
-    shapes = jax.eval_shape(functools.partial(flax_models.init_unet, unet), jax.random.key(0))
+    unet = networks.make(create.configs(vocabulary=9, width=32)["unet"] | TINY)
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda s: rng.normal(0, 0.2, s.shape).astype(np.float32), shapes)
     latents = rng.normal(size=(2, 32, 32, 4)).astype(np.float32)
     states = rng.normal(size=(2, 9, 32)).astype(np.float32)
-    keys = []
+    times = np.array([500, 3])
+    shapes = jax.eval_shape(unet.init, jax.random.key(0), latents, times, states)
+    params = jax.tree.map(lambda s: rng.normal(0, 0.2, s.shape).astype(np.float32), shapes)
+    keys, blockwise = [], attention.blockwise
 
     def attend(query, key, value):
         keys.append(key.shape[1])
-        return attention.blockwise(query, key, value)
+        return blockwise(query, key, value)
 
     def predict(states):
-        return flax_models.apply_unet(unet, params, latents, np.array([500, 3]), states)
+        return unet.apply(params, latents, times, states)
 
-    monkeypatch.setattr(attention, "attend", attend)
+    monkeypatch.setattr(attention, "blockwise", attend)
     prediction = jax.jit(lambda states: predict(states))(states)
     assert set(keys) == {1024}
     monkeypatch.setattr(attention, "is_large", lambda queries, keys: False)

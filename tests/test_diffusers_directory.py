@@ -194,6 +194,32 @@ def test_the_half_precision_variant_is_read_as_float32(tiny, shapes, copied):
     assert_equal(params, rounded)
 
 
+@pytest.mark.parametrize("variants", [("bf16",), ("non_ema",), ("ema", "non_ema")])
+def test_other_variants(tiny, shapes, copied, variants):
+    file = copied / UNET
+    for name in variants:
+        shutil.copy(file, file.with_suffix(f".{name}.safetensors"))
+    file.unlink()
+    if variants == ("bf16",):
+        assert_equal(read(copied, shapes, "unet")["unet"], tiny["unet"])
+    else:
+        fails(copied, shapes, "unet", f"unet: only the variants {', '.join(variants)} are there")
+
+
+@pytest.mark.parametrize(
+    ("folder", "model"), [("transformer", "Diffusion 3"), ("text_encoder_2", "Diffusion XL")]
+)
+def test_a_directory_of_another_model(copied, folder, model):
+    """SD3 has no UNet; SDXL has one and a second text encoder."""
+    (copied / "unet").rename(copied / folder) if folder == "transformer" else None
+    (copied / folder).mkdir(exist_ok=True)
+    (copied / folder / "config.json").write_text("{}")
+    for function in (stable.check, stable.load):
+        with pytest.raises(UserError, match=model) as raised:
+            function(copied)
+        assert "\n" not in str(raised.value)
+
+
 def test_one_component_alone(tiny, copied):
     (copied / UNET).write_bytes(b"never opened")
     _, params = stable.load(copied, components=("vae",))
@@ -228,10 +254,18 @@ def test_config_faults(copied):
         ("unet/config", {"in_channels": 9}, "inpainting"),
         ("unet/config", {"addition_embed_type": "text_time"}, "addition_embed_type"),
         ("unet/config", {"block_out_channels": [32, 40]}, "describe no network"),
-        ("unet/config", {"block_out_channels": "wide"}, "describe no network"),
+        ("unet/config", {"block_out_channels": "wide"}, "block_out_channels='wide'"),
+        ("unet/config", {"block_out_channels": [32]}, "differ in length"),
+        ("unet/config", {"attention_head_dim": [4]}, "attention_head_dim"),
+        ("unet/config", {"attention_head_dim": None}, "attention_head_dim"),
+        ("unet/config", {"attention_head_dim": 3}, "describe no network"),
         ("vae/config", {"up_block_types": ["AttnUpDecoderBlock2D"] * 3}, "AttnUpDecoderBlock2D"),
         ("vae/config", {"use_quant_conv": False}, "use_quant_conv"),
+        ("vae/config", {"scaling_factor": None}, "scaling_factor .*None"),
+        ("vae/config", {"scaling_factor": "0.18"}, "scaling_factor .*'0.18'"),
         ("text_encoder/config", {"model_type": "t5"}, "'t5'"),
+        ("text_encoder/config", {"hidden_act": "relu"}, "'relu'"),
+        ("text_encoder/config", {"num_hidden_layers": "two"}, "num_hidden_layers"),
         ("scheduler/scheduler_config", {"beta_schedule": "squaredcos_cap_v2"}, "squaredcos"),
         ("scheduler/scheduler_config", {"rescale_betas_zero_snr": True}, "rescale_betas"),
         ("scheduler/scheduler_config", {"beta_start": "low"}, "low"),

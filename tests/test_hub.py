@@ -211,3 +211,8 @@ def test_needed_files():
         needed([*without, f"{unet}.bin"], "here")
     with pytest.raises(UserError, match=r"no tokenizer/vocab\.json"):
         needed([name for name in READ if "vocab" not in name], "here")
+    other = [name for name in READ if "vocab" not in name and "merges" not in name]
+    assert "tokenizer/tokenizer.json" in needed([*other, "tokenizer/tokenizer.json"], "here")
+    for folder, model in {"transformer": "Diffusion 3", "text_encoder_2": "XL"}.items():
+        with pytest.raises(UserError, match=model):
+            needed([*READ, f"{folder}/config.json"], "here")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from oal_jax.errors import UserError
-from oal_jax.generator import create, flax_models, samplers
+from oal_jax.generator import create, diffusers_modules, samplers
 from oal_jax.generator.schedule import NoiseSchedule
 
 
@@ -31,9 +31,10 @@ def problem():
     [(name, "epsilon") for name in samplers.SAMPLERS]
     + [("ddim", "v_prediction"), ("dpm_solver_pp_2m", "v_prediction")],
 )
-@pytest.mark.parametrize("steps", [8, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.diffusers
+@pytest.mark.parametrize("steps", [8, 20])
 def test_samplers_agree_with_diffusers(problem, name, steps, prediction):
-    flax_models.libraries()
+    diffusers_modules.libraries()
     import diffusers
 
     params, noise, cond, uncond = problem

@@ -1,7 +1,6 @@
 """The modules of a Stable Diffusion: precision, image sizes, imports; and the shipped model."""
 
 import functools
-import os
 import subprocess
 import sys
 
@@ -27,48 +26,15 @@ def garments():
 
 # --- imports --------------------------------------------------------------------------------------
 
-_LAZY = """
+
+def test_no_other_framework_is_imported():
+    code = """
 import sys
-from oal_jax.generator import conditioning, create, flax_models, samplers, training
+from oal_jax.generator import conditioning, create, samplers, stable_diffusion_v1, training
+stable_diffusion_v1.build()
 assert not {"diffusers", "transformers", "torch"} & set(sys.modules)
 """
-
-
-@pytest.mark.parametrize(
-    ("call", "use_torch", "lines"),
-    [
-        ("flax_models.leave_torch_out()", None, ["ready", "torch"]),
-        pytest.param("", None, ["torch"], marks=pytest.mark.slow),
-        pytest.param("flax_models.leave_torch_out()", "1", ["torch"], marks=pytest.mark.slow),
-        pytest.param(
-            "import torch; flax_models.leave_torch_out()",
-            None,
-            ["torch", "ready"],
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_libraries_are_imported_late_and_by_commands_without_torch(
-    tmp_path, call, use_torch, lines
-):
-    (tmp_path / "torch.py").write_text("print('torch', flush=True)")
-    code = [_LAZY, call, "flax_models.libraries()", "print('ready', flush=True)", "import torch"]
-    environment = {name: value for name, value in os.environ.items() if name != "USE_TORCH"}
-    environment |= {"USE_TORCH": use_torch} if use_torch else {}
-    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
-    run = subprocess.run(
-        [sys.executable, "-c", "\n".join(code)], env=environment, capture_output=True, text=True
-    )
-    # This torch is empty, so the libraries may fail if they import it.
-    assert run.stdout.split()[: len(lines)] == lines, run.stderr
-    assert lines[0] != "ready" or run.returncode == 0, run.stderr
-
-
-def test_no_deprecation_notices(caplog):
-    sd, _ = tiny()
-    key = jax.random.key(0, impl="unsafe_rbg")
-    jax.eval_shape(functools.partial(stable.init_params, sd), key)
-    assert "deprecated" not in caplog.text
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # --- precision and sizes --------------------------------------------------------------------------

@@ -65,16 +65,17 @@ def generator_of(config: Config) -> StableDiffusion:
 
     One from the hub, or of a directory that is absent, has the sizes of Stable Diffusion v1.
     """
-    directory, dtype = config.generator.directory, jnp.dtype(config.generator.dtype)
+    directory = config.generator.directory
+    form = jnp.dtype(config.generator.dtype), config.generator.backend
     if directory == GENERATED or (config.generator.train and not directory):
         with TemporaryDirectory() as folder:
             words = class_names.words(known_info(config.data).class_names)
             create.create(Path(folder), words, width=config.teacher.width)
-            return stable_diffusion.build(Path(folder), dtype)
+            return stable_diffusion.build(Path(folder), *form)
     path = Path(directory).expanduser() if directory else Path(str(generator.SHIPPED))
     if path.exists():
-        return stable_diffusion.build(path, dtype)
-    return stable_diffusion_v1.build(dtype)
+        return stable_diffusion.build(path, *form)
+    return stable_diffusion_v1.build(*form)
 
 
 def _train(context: Context) -> Program:

@@ -136,6 +136,12 @@ class Generator:
         "words for the classes in the prompts, in the order of the labels; empty: the data set's"
         ' names; brackets mark what an outlier replaces: "[kite] bird"',
     )
+    backend: str = option(
+        "native",
+        "modules: native, or diffusers, which are FlaxUNet2DConditionModel, FlaxAutoencoderKL and"
+        " FlaxCLIPTextModel (extra diffusers)",
+        choices=("native", "diffusers"),
+    )
     dtype: str = option(
         "float32",
         "precision of the UNet and the text encoder; the autoencoder is always float32",

@@ -1,4 +1,4 @@
-"""Attention over many tokens in bounded memory, for the large maps of the UNet."""
+"""Attention in bounded memory, for the large maps of the UNet and the autoencoder."""
 
 import functools
 
@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 _ROWS = 64  # queries at once; with 4,096 keys their scores are 1 MiB an example, which stays cached
-# Scores per head and example from which `attend` is used: self-attention of 32 x 32 latents.
+# Scores per head and example from which blocks are used: self-attention of 32 x 32 latents.
 _LARGE = 2**20
 
 
 def is_large(queries: int, keys: int) -> bool:
-    """Whether there are enough scores for the loop of `attend` to be worth its cost."""
+    """Whether there are enough scores for the loop of `blockwise` to be worth its cost."""
     return queries * keys >= _LARGE
 
 
@@ -21,14 +21,16 @@ def attend(
 ) -> Float[Array, "b n h d"]:
     """softmax(query key^T / sqrt(d)) value, per head.
 
-    On CPU the (b, h, n, m) scores are computed in blocks. That halves the time, and saves 2 GiB for
-    two guided latents of 64 x 64. On accelerators XLA chooses the fusion.
+    On CPU the (b, h, n, m) scores of large maps are computed in blocks. That halves the time, and
+    saves 2 GiB for two guided latents of 64 x 64. On accelerators XLA chooses the fusion.
     """
+    if not is_large(query.shape[1], key.shape[1]):
+        return whole(query, key, value)
     return jax.lax.platform_dependent(query, key, value, cpu=blockwise, default=whole)
 
 
 def whole(query: Array, key: Array, value: Array) -> Array:
-    """`attend` with all scores at once, in the type of the query, as diffusers computes it."""
+    """`attend` with all scores at once, in the type of the query."""
     scores = jnp.einsum("bnhd,bmhd->bhnm", query, key)
     weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1)
     return jnp.einsum("bhnm,bmhd->bnhd", weights, value)

@@ -8,15 +8,13 @@ a mask is True. So every row of a batch has its own vector, and the function jit
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from oal_jax.errors import UserError
-from oal_jax.generator import flax_models
 from oal_jax.generator import stable_diffusion as stable
 from oal_jax.generator.stable_diffusion import Params, StableDiffusion
 
@@ -51,10 +49,10 @@ def prompt_word(name: str) -> tuple[str, str]:
 
 def _piece_ids(sd: StableDiffusion, word: str) -> list[int]:
     """Token ids of a word, without the begin and end marks."""
-    ids = sd.tokenizer(word, add_special_tokens=False)["input_ids"]
+    ids = sd.tokenizer.pieces(word)
     if not ids:
         raise UserError(f"class name {word!r} has no tokens")
-    return list(ids)
+    return ids
 
 
 def injection_mask(
@@ -122,14 +120,8 @@ def encode_with_injection(
             f" the generator's token embeddings {sd.text_width}"
         )
 
-    def replace(next_fun: Callable, args: tuple, kwargs: dict, context):
-        embeddings = next_fun(*args, **kwargs)
-        if context.module.name != "token_embedding" or context.method_name != "__call__":
-            return embeddings
-        return jnp.where(mask[:, :, None], vectors[:, None, :].astype(embeddings.dtype), embeddings)
-
-    with nn.intercept_methods(replace):
-        return flax_models.apply_text_encoder(sd.text_encoder, params["text_encoder"], ids)
+    variables = {"params": params["text_encoder"]}
+    return sd.text_encoder.apply(variables, ids, mask, vectors)
 
 
 def token_embeddings(

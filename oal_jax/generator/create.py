@@ -5,7 +5,7 @@ KL autoencoder) at a size that a CPU trains in minutes. Three sizes are unusual:
 
 - `layers_per_block = 0` in the UNet leaves one residual block per level on the way up and none on
   the way down. That halves the cost of sampling, which dominates a run on CPU.
-- Width 64 is the smallest that works: the Flax UNet normalises in 32 groups, and with one channel
+- Width 64 is the smallest that works: the UNet normalises in 32 groups, and with one channel
   per group the norm would cancel the time embedding.
 - The text width is the teacher's feature width, so that an outlier of the teacher's features can
   replace a token embedding.
@@ -20,11 +20,9 @@ from typing import Any
 
 from oal_jax.config.class_names import FASHION as FASHION_CLASSES
 from oal_jax.generator.conditioning import PROMPT
+from oal_jax.generator.tokenizer import BEGIN, END, WORD_END
 from oal_jax.pretrained import diffusers_directory
 from oal_jax.runtime import writing
-
-_BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
-_WORD_END = "</w>"
 
 
 def _byte_alphabet() -> list[str]:
@@ -43,7 +41,7 @@ def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
       Pairs in the order of their application: the most frequent first, ties alphabetically.
     """
     counts = collections.Counter(words)
-    pieces = {word: (*word[:-1], word[-1] + _WORD_END) for word in counts}
+    pieces = {word: (*word[:-1], word[-1] + WORD_END) for word in counts}
     merges = []
     while True:
         pairs = collections.Counter()
@@ -78,8 +76,8 @@ def write_tokenizer(folder: Path, class_names: Sequence[str], length: int) -> in
     letters = "".join(c if c.isalnum() else " " for c in " ".join(texts).lower())
     merges = learn_merges(letters.split())
     alphabet = _byte_alphabet()
-    tokens = [*alphabet, *(c + _WORD_END for c in alphabet), *("".join(pair) for pair in merges)]
-    tokens = list(dict.fromkeys([*tokens, _BEGIN, _END]))
+    tokens = [*alphabet, *(c + WORD_END for c in alphabet), *("".join(pair) for pair in merges)]
+    tokens = list(dict.fromkeys([*tokens, BEGIN, END]))
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +89,7 @@ def write_tokenizer(folder: Path, class_names: Sequence[str], length: int) -> in
     }.items():
         with writing.whole_file(folder / name, "w", encoding="utf-8") as file:
             file.write(text)
-    special = {"bos_token": _BEGIN, "eos_token": _END, "unk_token": _END, "pad_token": _END}
+    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
     diffusers_directory.write_json(folder / "special_tokens_map.json", special)
     diffusers_directory.write_json(
         folder / "tokenizer_config.json",

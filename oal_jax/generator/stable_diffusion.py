@@ -4,35 +4,36 @@ Images are (B, H, W, channels) float32 in [0, 1]. Latents are (B, h, w, C) float
 unit variance.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from oal_jax.errors import UserError
-from oal_jax.generator import flax_models
+from oal_jax.generator import autoencoder, clip_text, diffusers_modules, tokenizer, unet
 from oal_jax.generator.schedule import NoiseSchedule
+from oal_jax.generator.tokenizer import Tokenizer
 from oal_jax.pretrained import diffusers_directory
 
 Params = dict[str, Any]
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _PIPELINE = "StableDiffusion"  # prefix of its pipelines' names in model_index.json
+_SCALING_FACTOR = 0.18215  # of v1 and v2, whose older configs have no entry
 _OTHER_PIPELINES = ("StableDiffusionXL", "StableDiffusion3")
 
 
 class StableDiffusion(NamedTuple):
     """The parts of a Stable Diffusion that training does not change."""
 
-    tokenizer: Any
-    text_encoder: nn.Module
-    unet: nn.Module
-    vae: nn.Module
+    tokenizer: Tokenizer | None
+    text_encoder: clip_text.TextEncoder
+    unet: unet.UNet
+    vae: autoencoder.Autoencoder
     schedule: NoiseSchedule
     scaling_factor: float
 
@@ -52,48 +53,69 @@ class StableDiffusion(NamedTuple):
         return self.unet.sample_size * 2 ** (len(self.vae.block_out_channels) - 1)
 
 
-def build(directory: Path, dtype: Any = jnp.float32) -> StableDiffusion:
-    """Modules and constants of a directory, without its weights.
+def modules(
+    configs: Mapping[str, Mapping[str, Any]], dtype: Any = jnp.float32, backend: str = "native"
+) -> tuple[clip_text.TextEncoder, unet.UNet, autoencoder.Autoencoder]:
+    """Text encoder, UNet and autoencoder of the components' configs.
+
+    Args:
+      configs: content of each component's `config.json`.
+      dtype: of the UNet and the text encoder. The autoencoder is always float32: it is small, and
+        its means are training targets.
+      backend: "native", or "diffusers" for the Flax modules of the extra `diffusers`.
 
     Raises:
-      UserError: a config is missing or damaged, or the Flax classes cannot express it.
+      UserError: a config is of another architecture, or the extra is missing.
+    """
+    if backend == "diffusers":
+        diffusers_modules.check()
+        classes = diffusers_modules
+        kinds = classes.TextEncoder, classes.UNet, classes.Autoencoder
+    else:
+        kinds = clip_text.TextEncoder, unet.UNet, autoencoder.Autoencoder
+    return (
+        clip_text.make(configs["text_encoder"], dtype, kinds[0]),
+        unet.make(configs["unet"], dtype, kinds[1]),
+        autoencoder.make(configs["vae"], jnp.float32, kinds[2]),
+    )
+
+
+def build(directory: Path, dtype: Any = jnp.float32, backend: str = "native") -> StableDiffusion:
+    """Modules and constants of a directory, without its weights; arguments as of `modules`.
+
+    Raises:
+      UserError: a config or the tokenizer is missing or damaged, or of another architecture.
     """
     directory = Path(directory)
     read = diffusers_directory.read_json
-    _check_pipeline(directory)
-    unet = flax_models.make_unet(read(directory / "unet" / "config.json"), dtype)
-    vae_config = read(directory / "vae" / "config.json")
-    # The autoencoder is always float32: it is small, and its means are training targets.
-    vae = flax_models.make_vae(vae_config)
-    text_encoder = flax_models.make_text_encoder(
-        read(directory / "text_encoder" / "config.json"), dtype
-    )
+    check_pipeline(directory)
+    configs = {c: read(directory / c / "config.json") for c in diffusers_directory.COMPONENTS}
+    text_encoder, network, vae = modules(configs, dtype, backend)
     schedule = NoiseSchedule.from_config(read(directory / "scheduler" / "scheduler_config.json"))
     width = text_encoder.config.hidden_size
-    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+    if not network.in_channels == network.out_channels == vae.latent_channels:
         raise UserError(
-            f"{directory}: the UNet takes {unet.in_channels} channels and gives"
-            f" {unet.out_channels}, the autoencoder's latents have {vae.latent_channels}; is this a"
-            " model for inpainting or depth?"
+            f"{directory}: the UNet takes {network.in_channels} channels and gives"
+            f" {network.out_channels}, the autoencoder's latents have {vae.latent_channels}; is"
+            " this a model for inpainting or depth?"
         )
-    if unet.cross_attention_dim != width:
+    if network.cross_attention_dim != width:
         raise UserError(
-            f"{directory}: the UNet expects text states of width {unet.cross_attention_dim},"
+            f"{directory}: the UNet expects text states of width {network.cross_attention_dim},"
             f" the text encoder gives {width}"
         )
-    try:
-        tokenizer = flax_models.libraries().CLIPTokenizer.from_pretrained(
-            str(directory / "tokenizer"), local_files_only=True
+    factor = configs["vae"].get("scaling_factor", _SCALING_FACTOR)
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or not factor > 0:
+        raise UserError(
+            f"{directory / 'vae' / 'config.json'}: scaling_factor must be a number above 0, not"
+            f" {factor!r}"
         )
-    except (OSError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{directory / 'tokenizer'}: not a CLIP tokenizer ({reason})") from None
-    return StableDiffusion(
-        tokenizer, text_encoder, unet, vae, schedule, vae_config.get("scaling_factor", 0.18215)
-    )
+    words = tokenizer.read(directory / "tokenizer")
+    return StableDiffusion(words, text_encoder, network, vae, schedule, factor)
 
 
-def _check_pipeline(directory: Path) -> None:
+def check_pipeline(directory: Path) -> None:
+    """Raises a `UserError` where `model_index.json` names another pipeline, such as SDXL's."""
     index = directory / "model_index.json"
     name = str(diffusers_directory.read_json(index).get("_class_name")) if index.exists() else ""
     plain = name.removeprefix("Flax")
@@ -104,12 +126,28 @@ def _check_pipeline(directory: Path) -> None:
         )
 
 
+def init(sd: StableDiffusion, component: str, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters of "text_encoder", "unet" or "vae"; under `jax.eval_shape` their shapes."""
+    side, channels = sd.latent_shape[0], sd.latent_shape[2]
+    module = getattr(sd, component)
+    ids = jnp.zeros((1, sd.text_encoder.config.max_position_embeddings), jnp.int32)
+    inputs = {
+        "text_encoder": (ids,),
+        "unet": (
+            jnp.zeros((1, side, side, channels)),
+            jnp.zeros((1,), jnp.int32),
+            jnp.zeros((1, 1, sd.unet.cross_attention_dim)),
+        ),
+        "vae": (jnp.zeros((1, sd.image_size, sd.image_size, sd.vae.in_channels)),),
+    }
+    return module.init(key, *inputs[component])["params"]
+
+
 def init_params(sd: StableDiffusion, key: jax.Array) -> Params:
     """Fresh parameters {"text_encoder", "unet", "vae"}; under `jax.eval_shape` their shapes."""
     return {
-        "text_encoder": flax_models.init_text_encoder(sd.text_encoder, jax.random.fold_in(key, 0)),
-        "unet": flax_models.init_unet(sd.unet, jax.random.fold_in(key, 1)),
-        "vae": flax_models.init_vae(sd.vae, jax.random.fold_in(key, 2)),
+        name: init(sd, name, jax.random.fold_in(key, i))
+        for i, name in enumerate(diffusers_directory.COMPONENTS)
     }
 
 
@@ -126,6 +164,7 @@ def load(
     directory: Path,
     dtype: Any = jnp.float32,
     components: Sequence[str] = diffusers_directory.COMPONENTS,
+    backend: str = "native",
 ) -> tuple[StableDiffusion, Params]:
     """Modules and parameters of a diffusers directory.
 
@@ -135,6 +174,7 @@ def load(
       directory: a Stable Diffusion v1 or v2 in diffusers' layout, or the directory of `create`.
       dtype: of the UNet and the text encoder, float32 or bfloat16; the autoencoder is float32.
       components: parts whose parameters are read.
+      backend: see `modules`.
 
     Returns:
       The static part and {"text_encoder", "unet", "vae"} parameter trees.
@@ -144,7 +184,7 @@ def load(
     """
     directory = Path(directory)
     diffusers_directory.files(directory)  # raises for a missing file before anything is read
-    sd = build(directory, dtype)
+    sd = build(directory, dtype, backend)
     shapes = param_shapes(sd, directory)
     params = {
         name: diffusers_directory.read_params(
@@ -155,48 +195,48 @@ def load(
     return sd, params
 
 
-def check(directory: Path) -> StableDiffusion:
+def check(directory: Path, backend: str = "native") -> StableDiffusion:
     """`build`, with all checks of `load`, but reads only the headers of the weights."""
     directory = Path(directory)
     diffusers_directory.files(directory)
-    sd = build(directory)
+    sd = build(directory, backend=backend)
     for name, tree in param_shapes(sd, directory).items():
         diffusers_directory.check_params(directory / name, tree)
     return sd
 
 
 def tokenize(sd: StableDiffusion, texts: Sequence[str]) -> Int[np.ndarray, "B L"]:
-    """Token ids, padded to the tokenizer's length.
+    """Token ids, padded to the text encoder's length.
 
     Raises:
       UserError: a text is longer. Cutting a prompt would remove its class word, which is last.
     """
-    length = sd.text_encoder.config.max_position_embeddings
-    # Not verbose: a text that is too long is an error here, no warning.
-    lengths = [len(ids) for ids in sd.tokenizer(list(texts), verbose=False)["input_ids"]]
-    for text, n in zip(texts, lengths, strict=True):
-        if n > length:
-            raise UserError(f"prompt {text!r} has {n} tokens, the text encoder takes {length}")
-    ids = sd.tokenizer(list(texts), padding="max_length", max_length=length)["input_ids"]
-    return np.asarray(ids, np.int32)
+    return sd.tokenizer.encode(texts, sd.text_encoder.config.max_position_embeddings)
 
 
 def encode_prompts(
     sd: StableDiffusion, params: Params, ids: Int[Array, "B L"]
 ) -> Float[Array, "B L D"]:
     """Text states (last hidden state after the final layer norm) of token ids from `tokenize`."""
-    return flax_models.apply_text_encoder(sd.text_encoder, params["text_encoder"], ids)
+    return sd.text_encoder.apply({"params": params["text_encoder"]}, ids)
 
 
 def apply_unet(
     sd: StableDiffusion, params: Params, latents: Array, timesteps: Array, states: Array
 ) -> Float[Array, "B h w C"]:
-    """The UNet's prediction in float32; see `flax_models.apply_unet`."""
-    dtype = sd.unet.dtype
-    out = flax_models.apply_unet(
-        sd.unet, params["unet"], latents.astype(dtype), timesteps, states.astype(dtype)
-    )
+    """The UNet's prediction in float32; see `unet.UNet`."""
+    out = sd.unet.apply({"params": params["unet"]}, latents, timesteps, states)
     return out.astype(jnp.float32)
+
+
+def encode_pixels(sd: StableDiffusion, params: Params, pixels: Array) -> tuple[Array, Array]:
+    """Mean and log variance of the unscaled latents of images in [-1, 1] at full size."""
+    return sd.vae.apply({"params": params["vae"]}, pixels, method="encode")
+
+
+def decode_pixels(sd: StableDiffusion, params: Params, latents: Array) -> Array:
+    """Images, about in [-1, 1], of unscaled latents."""
+    return sd.vae.apply({"params": params["vae"]}, latents, method="decode")
 
 
 def pad_images(sd: StableDiffusion, images: Float[Array, "B H W c"]) -> Float[Array, "B S S c"]:
@@ -250,8 +290,7 @@ def encode_images(
     sd: StableDiffusion, params: Params, images: Float[Array, "B H W c"]
 ) -> Float[Array, "B h w C"]:
     """Scaled means of the latents of images in [0, 1], which `fit_images` brings to size."""
-    pixels = jnp.moveaxis(fit_images(sd, images), -1, 1) * 2.0 - 1.0
-    mean, _ = flax_models.apply_vae_encoder(sd.vae, params["vae"], pixels)
+    mean, _ = encode_pixels(sd, params, fit_images(sd, images) * 2.0 - 1.0)
     return mean * sd.scaling_factor
 
 
@@ -270,8 +309,8 @@ def decode_latents(
       size: (height, width) of the images, obtained by the inverse of `fit_images`; None: the
         autoencoder's size.
     """
-    pixels = flax_models.apply_vae_decoder(sd.vae, params["vae"], latents / sd.scaling_factor)
-    images = jnp.clip(jnp.moveaxis(pixels, 1, -1) * 0.5 + 0.5, 0.0, 1.0)
+    pixels = decode_pixels(sd, params, latents / sd.scaling_factor)
+    images = jnp.clip(pixels * 0.5 + 0.5, 0.0, 1.0)
     if size is not None and _is_padded(sd, size):
         top, left = (images.shape[1] - size[0]) // 2, (images.shape[2] - size[1]) // 2
         images = images[:, top : top + size[0], left : left + size[1]]

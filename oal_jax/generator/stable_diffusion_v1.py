@@ -8,9 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from oal_jax.generator import flax_models
 from oal_jax.generator.schedule import NoiseSchedule
-from oal_jax.generator.stable_diffusion import StableDiffusion
+from oal_jax.generator.stable_diffusion import StableDiffusion, modules
 
 _TEXT_ENCODER = {
     "vocab_size": 49408,
@@ -54,13 +53,8 @@ _VAE = {
 _SCALING_FACTOR = 0.18215
 
 
-def build(dtype: Any = jnp.float32) -> StableDiffusion:
+def build(dtype: Any = jnp.float32, backend: str = "native") -> StableDiffusion:
     """The modules; UNet and text encoder compute in `dtype`. `tokenizer` is None."""
-    return StableDiffusion(
-        tokenizer=None,
-        text_encoder=flax_models.make_text_encoder(_TEXT_ENCODER, dtype),
-        unet=flax_models.make_unet(UNET, dtype),
-        vae=flax_models.make_vae(_VAE),
-        schedule=NoiseSchedule(),
-        scaling_factor=_SCALING_FACTOR,
-    )
+    configs = {"text_encoder": _TEXT_ENCODER, "unet": UNET, "vae": _VAE}
+    parts = modules(configs, dtype, backend)
+    return StableDiffusion(None, *parts, NoiseSchedule(), _SCALING_FACTOR)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from oal_jax.generator import flax_models
 from oal_jax.generator import stable_diffusion as stable
 from oal_jax.generator.stable_diffusion import StableDiffusion
 from oal_jax.runtime.keys import at_step
@@ -81,18 +80,18 @@ def make_vae_trainer(
     optimizer = _optimizer(learning_rate, warmup, steps, weight_decay)
 
     def init(key: jax.Array) -> GeneratorState:
-        params = {"vae": flax_models.init_vae(sd.vae, key)}
+        params = {"vae": stable.init(sd, "vae", key)}
         return GeneratorState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     def loss_fn(params: Any, key: jax.Array, images: Float[Array, "B H W c"]):
         flip_key, noise_key = jax.random.split(key)
         flipped = jax.random.bernoulli(flip_key, shape=(images.shape[0], 1, 1, 1))
         images = jnp.where(flipped, jnp.flip(images, 2), images)
-        pixels = jnp.moveaxis(stable.pad_images(sd, images), -1, 1) * 2.0 - 1.0
-        mean, log_variance = flax_models.apply_vae_encoder(sd.vae, params["vae"], pixels)
+        pixels = stable.pad_images(sd, images) * 2.0 - 1.0
+        mean, log_variance = stable.encode_pixels(sd, params, pixels)
         noise = jax.random.normal(noise_key, mean.shape)
         latents = mean + jnp.exp(0.5 * log_variance) * noise
-        decoded = flax_models.apply_vae_decoder(sd.vae, params["vae"], latents)
+        decoded = stable.decode_pixels(sd, params, latents)
         mse = jnp.mean((decoded - pixels) ** 2)
         kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance)
         loss = mse + kl_weight * kl
@@ -162,8 +161,8 @@ def make_diffusion_trainer(
     def init(key: jax.Array) -> GeneratorState:
         text_key, unet_key = jax.random.split(key)
         params = {
-            "text_encoder": flax_models.init_text_encoder(sd.text_encoder, text_key),
-            "unet": flax_models.init_unet(sd.unet, unet_key),
+            "text_encoder": stable.init(sd, "text_encoder", text_key),
+            "unet": stable.init(sd, "unet", unet_key),
         }
         # A copy: the step gets both trees donated, and a buffer cannot be donated twice.
         ema = jax.tree.map(jnp.copy, params)

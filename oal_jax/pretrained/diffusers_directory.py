@@ -6,7 +6,7 @@ A directory holds one folder a component (`unet/`, `vae/`, `text_encoder/`), eac
 for in this order:
 
 1. safetensors, one file or a sharded index, in PyTorch's names and layout;
-2. the same with the `.fp16` variant in the file name;
+2. the same with the `.fp16` or `.bf16` variant in the file name;
 3. Flax msgpack, in Flax's own names.
 
 Pickled weights (`.bin`, `.pt`, `.ckpt`) are refused. Every expected tensor must be there once, with
@@ -39,7 +39,10 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that older checkpoints carry beside the weights; they are constants of the code.
 _BUFFERS = ("position_ids",)
 _UNFIT = "weights do not fit the config"
-_CONFIGS = ("scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt")
+_VARIANTS = ("", ".fp16", ".bf16")
+_TOKENIZERS = (("tokenizer/vocab.json", "tokenizer/merges.txt"), ("tokenizer/tokenizer.json",))
+# Folders of other models.
+_OTHERS = {"transformer": "Stable Diffusion 3 or Flux", "text_encoder_2": "Stable Diffusion XL"}
 # The remaining small files of a tokenizer, and the name of the pipeline.
 _OPTIONAL = re.compile(r"model_index\.json|tokenizer/[^/]+\.json")
 
@@ -68,7 +71,15 @@ def needed(names: Iterable[str], where: str) -> list[str]:
       UserError: a config, the tokenizer or a component's weights are not among them.
     """
     names = set(names)
-    configs = [*_CONFIGS, *(f"{component}/config.json" for component in COMPONENTS)]
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    for folder, model in _OTHERS.items():
+        if folder in folders:
+            raise UserError(
+                f"{where} has {folder}/, as {model} has; give a Stable Diffusion v1 or v2"
+            )
+    configs = ["scheduler/scheduler_config.json"]
+    configs += (f"{component}/config.json" for component in COMPONENTS)
+    configs += next((files for files in _TOKENIZERS if names.issuperset(files)), _TOKENIZERS[0])
     absent = [name for name in configs if name not in names]
     if absent:
         raise UserError(f"{where}: no {listed(absent)}; is this a diffusers directory?")
@@ -96,14 +107,14 @@ def files(directory: Path) -> list[Path]:
 
 def _weights(names: set[str], where: str) -> list[str]:
     """The weight files among a component's files; the index of a sharded one comes first."""
-    for variant in ("", ".fp16"):
+    for variant in _VARIANTS:
         for stem in _STEMS:
             if f"{stem}{variant}.safetensors" in names:
                 return [f"{stem}{variant}.safetensors"]
             if (index := f"{stem}.safetensors.index{variant}.json") in names:
                 # The variant stands before or after the number of the shard.
                 shards = (n for n in names if re.fullmatch(rf"{stem}.*-of-.*\.safetensors", n))
-                return [index, *sorted(n for n in shards if (".fp16" in n) == bool(variant))]
+                return [index, *sorted(n for n in shards if _variant(n) == variant)]
     for name in _MSGPACK:
         if name in names:
             return [name]
@@ -115,7 +126,19 @@ def _weights(names: set[str], where: str) -> list[str]:
             " convert them first: python -m oal_jax.pretrained.convert --input"
             f" {where}/{pickles[0]} --output {where}/{target}.safetensors"
         )
+    others = sorted({_variant(name)[1:] for name in names if name.endswith(".safetensors")} - {""})
+    if others:
+        raise UserError(
+            f"{where}: only the variants {listed(others)} are there, of which none is read by"
+            " itself; rename the file of one, so that its name is without the variant"
+        )
     raise UserError(f"{where}: no weights (looked for safetensors and Flax msgpack)")
+
+
+def _variant(name: str) -> str:
+    """`.fp16` of `model.fp16.safetensors` or `model.fp16-00001-of-00002.safetensors`."""
+    plain = re.sub(r"-\d+-of-\d+", "", name).removesuffix(".safetensors")
+    return plain[plain.index(".") :] if "." in plain else ""
 
 
 def _weight_files(folder: Path) -> list[Path]:

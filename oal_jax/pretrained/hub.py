@@ -58,8 +58,8 @@ def fetch(model: HubModel) -> Path:
             f"{model}: {hub.constants.ENDPOINT} has no such repository or commit, or it is private"
             " and HF_TOKEN is not set"
         ) from None
-    except OSError as error:  # requests' errors are OSErrors too
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, _http_error()) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
             f"{model} is not in the cache {hub.constants.HF_HUB_CACHE}, and"
@@ -84,7 +84,17 @@ def _cached(model: HubModel) -> Path | None:
     return Path(path)
 
 
-def _reason(error: OSError) -> str:
+def _http_error() -> type[Exception]:
+    """The base of the errors of huggingface_hub's HTTP library, which changes with its version.
+
+    Since version 1, a failed connection is no `OSError` but another of these.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
+
+
+def _reason(error: Exception) -> str:
     """The HTTP status or the system's message inside an error that wraps others."""
     response = getattr(error, "response", None)
     if response is not None:

@@ -1,7 +1,7 @@
 """Names and array layouts of PyTorch checkpoints, derived from a Flax parameter tree.
 
-diffusers' and transformers' Flax classes have the module structure of their PyTorch ones, so the
-PyTorch name of every leaf follows from its path in the Flax tree. Three things differ:
+The modules of `oal_jax.generator` have the structure of diffusers' and transformers' PyTorch ones,
+so the PyTorch name of every leaf follows from its path in the Flax tree. Three things differ:
 
 - numbered submodules: `down_blocks_0` in Flax is `down_blocks.0` in PyTorch;
 - leaf names: `kernel`, `scale` and `embedding` are all `weight` in PyTorch;

@@ -48,7 +48,8 @@ def load(
     context: Context, dtype=jnp.float32, components: Sequence[str] = diffusers_directory.COMPONENTS
 ):
     """(static part, parameters) of the generator; see `stable_diffusion.load`."""
-    return stable_diffusion.load(directory(context), dtype, components)
+    backend = context.config.generator.backend
+    return stable_diffusion.load(directory(context), dtype, components, backend)
 
 
 def class_words(context: Context) -> tuple[str, ...]:
@@ -86,7 +87,7 @@ def run(context: Context) -> list[Path]:
     elif is_random:
         processes.on_main(lambda: _write_random(context))
     where = Path(processes.on_main(lambda: str(directory(context))))
-    sd = stable_diffusion.check(where)
+    sd = stable_diffusion.check(where, config.backend)
     conditioning.class_tokens(sd, class_words(context), "all_pieces")
     files = diffusers_directory.files(where)
     hashes = {str(p.relative_to(where)): artifacts.sha256(p) for p in files}
@@ -166,7 +167,7 @@ def _train(context: Context) -> None:
     target = stage / _TRAINED
     data = context.all_train_images()
     processes.on_main(lambda: _write_fresh(context, target))
-    sd = stable_diffusion.build(target)
+    sd = stable_diffusion.build(target, backend=config.backend)
     key = named(context.key, "generator")
 
     vae_plan = loop.Plan(len(data.images), config.vae_batch_size, config.vae_epochs, log_every=50)

@@ -73,7 +73,7 @@ def _teacher(config: Config) -> dict[str, Any]:
 
 def _generator(config: Config) -> dict[str, Any]:
     return {
-        "generator": _without(config.generator, "dtype"),
+        "generator": _without(config.generator, "dtype", "backend"),
         "teacher.width": config.teacher.width,
         **_id_images(config),
     }
@@ -107,6 +107,7 @@ def _latents(config: Config) -> dict[str, Any]:
     return {
         "latents": flatten(config.latents),
         "dtype": config.generator.dtype,
+        "backend": config.generator.backend,
         "official_code": config.outliers.official_code,
         "files": sorted(files(config)),
         **_id_images(config),
