@@ -133,7 +133,9 @@ def _of_layout(file: TensorFile, family: Any, inferred: Mapping[str, Any]) -> Mo
     origin = file.metadata.get(ORIGIN)
     if origin == "vit":
         return _HALF
-    if vit.kind(file.tensors) == "torchvision" or inferred["layer_scale"] or origin:
+    if inferred["layer_scale"] and inferred["class_token"]:  # DINOv2 and DeiT-3
+        return moments("imagenet")
+    if vit.kind(file.tensors) == "torchvision" or origin:
         return moments("imagenet")
     if inferred["pool"] == "token_pair":  # DeiT's distilled models alone have two heads
         return moments("imagenet")
