@@ -40,7 +40,11 @@ def convert(parts: Parts, described: Mapping[str, Any]) -> bytes:
     images = jax.ShapeDtypeStruct(("b", *parts.image_shape), jnp.uint8)
     try:
         model = to_onnx(
-            call, [images], "oal_jax_detector", input_names=["images"], output_names=_OUTPUTS
+            call,
+            [images],
+            model_name="oal_jax_detector",
+            input_names=["images"],
+            output_names=_OUTPUTS,
         )
     except Exception as error:  # each converter of a primitive raises its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
