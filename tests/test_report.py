@@ -231,7 +231,7 @@ def test_sections_without_data_are_left_out(inputs, ood):
     _parse(page)
     expected = {
         ("bag",): ["results", "score-distributions", "thresholds", "configuration"],
-        ("noise",): ["thresholds", "validation-sets", "configuration"],
+        ("noise",): ["validation-sets", "score-distributions", "thresholds", "configuration"],
         (): ["thresholds", "configuration"],
     }
     assert re.findall(r"<section id=([\w-]+)>", page) == expected[ood]
@@ -272,6 +272,8 @@ def test_large_inputs_stay_small(inputs):
 
 def test_strips_are_the_pixels():
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
+    opaque = np.concatenate([images, np.full((3, 4, 5, 1), 9, np.uint8)], axis=-1)
+    assert figures.strip(opaque) == figures.strip(images)
     for channels in (3, 1):
         decoded = _decode(figures.strip(images[..., :channels]))
         row = np.concatenate(list(images[..., :channels]), axis=1)

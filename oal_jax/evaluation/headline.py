@@ -42,6 +42,8 @@ class Headline(NamedTuple):
         reason = f"mean AUROC {self.validation_auroc:.2f} on the validation OOD sets"
         if self.runner_up is None:
             return f"{reason}; no other score was computed"
+        if not self.margin:
+            return f"{reason}, as {self.runner_up}, which comes after it in evaluation.scores"
         return f"{reason}, {self.margin:.2f} above {self.runner_up}"
 
 

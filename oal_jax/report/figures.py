@@ -263,7 +263,7 @@ def strip(images: UInt8[np.ndarray, "k h w c"], size: int = 48) -> str:
     """One row of images as a PNG data URI, each reduced to at most `size` pixels a side.
 
     Args:
-      images: uint8, with 1 channel (grey) or 3 (RGB).
+      images: uint8, with 1 channel (grey), 3 (RGB) or 4 (opacity is left out).
       size: larger images are averaged down by whole factors.
 
     Raises:
@@ -272,8 +272,10 @@ def strip(images: UInt8[np.ndarray, "k h w c"], size: int = 48) -> str:
     from PIL import Image
 
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise ValueError(f"images must be uint8 (k, h, w, 1 or 3): {images.dtype} {images.shape}")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
+        form = f"{images.dtype} {images.shape}"
+        raise ValueError(f"images must be uint8 (k, h, w, 1, 3 or 4): {form}")
+    images = images[..., :3]
     k, h, w, c = images.shape
     factor = -(-max(h, w) // size)
     h, w = h // factor * factor, w // factor * factor
@@ -318,10 +320,11 @@ def _legend(axes, loc: str = "best") -> None:
 def _legend_below(figure, axes) -> None:
     handles = axes.get_legend_handles_labels()
     if handles[0]:
+        longest = max(map(len, handles[1]))
         figure.legend(
             *handles,
             loc="outside lower center",
-            ncols=3,
+            ncols=max(1, min(3, 60 // (longest + 4))),  # about 60 letters fit into a line
             frameon=False,
             fontsize=8,
             labelcolor=INK,

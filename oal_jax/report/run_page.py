@@ -159,13 +159,13 @@ def _overview(means: Sequence[Row], intervals: Sequence[Interval]) -> list[str]:
 
 
 def _distributions(inputs: ReportInputs, scores: Sequence[str]) -> list[str]:
-    """A histogram and ROC curves per score."""
-    charts, result = [], inputs.evaluation
+    """A histogram and ROC curves per score, of `_shown_groups`."""
+    charts, result, shown = [], inputs.evaluation, _shown_groups(inputs)
     for score in scores:
         by_group: dict[str, dict[str, np.ndarray]] = {}
         for name, values in result.ood_scores[score].items():
-            by_group.setdefault(inputs.groups[name], {})[name] = values
-        by_group.pop("validation", None)
+            if inputs.groups[name] in shown:
+                by_group.setdefault(inputs.groups[name], {})[name] = values
         if by_group:
             pooled = {group: np.concatenate(list(x.values())) for group, x in by_group.items()}
             sets = {name: values for x in by_group.values() for name, values in x.items()}
@@ -173,6 +173,11 @@ def _distributions(inputs: ReportInputs, scores: Sequence[str]) -> list[str]:
             charts.append(figures.histograms(known, pooled, result.thresholds[score], score))
             charts.append(figures.roc(known, sets, score))
     return charts
+
+
+def _shown_groups(inputs: ReportInputs) -> set[str]:
+    """Groups of OOD sets in the pictures: near and far, or validation where there are no others."""
+    return {"near", "far"} & {inputs.groups[name] for name in inputs.ood} or {"validation"}
 
 
 def _extremes(inputs: ReportInputs, score: str) -> dict[str, list[tuple]]:
@@ -196,6 +201,7 @@ def _projection(inputs: ReportInputs) -> str:
     """The picture of the feature space; empty for a classifier without features."""
     if inputs.id_test.outputs.features is None:
         return ""
+    shown = _shown_groups(inputs)
     return figures.projection(
         inputs.id_test.outputs.features,
         inputs.id_test.labels,
@@ -203,7 +209,7 @@ def _projection(inputs: ReportInputs) -> str:
         {
             name: data.outputs.features
             for name, data in inputs.ood.items()
-            if inputs.groups[name] in ("near", "far") and data.outputs.features is not None
+            if inputs.groups[name] in shown and data.outputs.features is not None
         },
         inputs.outlier_features,
     )
