@@ -104,25 +104,26 @@ def test_sound_fits_have_no_warning():
 
 def test_a_score_that_can_not_be_fitted_is_left_out_aloud():
     ood = {"validation": data(40, 1.0, seed=3)}
-    few = data(30)
+    few, params = data(30), {"knn": {"k": 50}}
     with pytest.raises(UserError, match="knn: k=50"):
-        outcome(["knn", "energy"], few, ood)
-    result, groups = outcome(["knn", "energy"], few, ood, leave_out_refused=True)
+        outcome(["knn", "energy"], few, ood, params=params)
+    options = {"params": params, "leave_out_refused": True}
+    result, groups = outcome(["knn", "energy"], few, ood, **options)
     assert list(result.thresholds) == ["energy"] and "k=50" in result.refused["knn"]
     assert {row.score for row in result.validation_rows} == {"energy"}
     (warning,) = headline.fit_warnings(result, few)
     assert "knn is left out" in warning and "k=50" in warning
     assert headline.choose(headline.validation_aurocs(result, groups)).score == "energy"
     with pytest.raises(UserError, match="no score can be computed: knn: k=50"):
-        outcome(["knn"], few, ood, leave_out_refused=True)
+        outcome(["knn"], few, ood, **options)
 
 
 def test_knn_beyond_a_class():
     ood = {"validation": data(40, 1.0, seed=3)}
-    result, _ = outcome(["knn"], data(120), ood)
+    result, _ = outcome(["knn"], data(120), ood, params={"knn": {"k": 50}})
     (warning,) = headline.fit_warnings(result, data(120))
     assert "k=50 is more than the 40" in warning
-    result, _ = outcome(["knn"], data(120), ood, params={"knn": {"k": 5}})
+    result, _ = outcome(["knn"], data(120), ood)  # by default a tenth of the images
     assert headline.fit_warnings(result, data(120)) == []
 
 

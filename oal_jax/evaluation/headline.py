@@ -6,7 +6,6 @@ another score is named.
 """
 
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -162,9 +161,10 @@ def _is_constant(evaluation: "Evaluation", score: str) -> bool:
 
 
 def _neighbour(evaluation: "Evaluation") -> int:
-    from oal_jax.scores import SCORES  # imports JAX
+    from oal_jax.scores.knn import NEIGHBOUR, neighbours  # imports JAX
 
-    return evaluation.params["knn"].get("k", signature(SCORES["knn"]).parameters["k"].default)
+    bank = evaluation.states["knn"]["bank"]
+    return neighbours(evaluation.params["knn"].get("k"), NEIGHBOUR, bank)
 
 
 def _largest_class(id_train: "Inputs") -> int:

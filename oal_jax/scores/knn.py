@@ -11,6 +11,8 @@ from oal_jax.runtime.ops import unit
 from oal_jax.scores.base import Score, State
 from oal_jax.scores.parameters import Count
 
+NEIGHBOUR = 50  # of `knn`, by default
+
 
 def knn(k: Count | None = None, bank_chunk: Count = 4096) -> Score:
     """Euclidean distance to the k-th nearest ID training feature, all features of length 1.
@@ -35,7 +37,7 @@ def knn(k: Count | None = None, bank_chunk: Count = 4096) -> Score:
         return _bank(outputs.features)
 
     def score(state, outputs):
-        count = _count(k, 50, state["bank"])
+        count = neighbours(k, NEIGHBOUR, state["bank"])
         return jnp.sqrt(_squared(unit(outputs.features), state, count, bank_chunk))
 
     return Score(fit, score, needs=("features",))
@@ -68,7 +70,7 @@ def mode(k: Count | None = None, bank_chunk: Count = 4096) -> Score:
     def score(state, outputs):
         regions = jnp.moveaxis(unit(outputs.regions), 1, 0)
         # One region at a time holds a sixth of the similarities.
-        count = _count(k, 10, state["bank"])
+        count = neighbours(k, 10, state["bank"])
         each = lax.map(lambda q: _squared(q, state, count, bank_chunk), regions)
         return jnp.min(each, axis=0)
 
@@ -103,7 +105,7 @@ def nnguide(k: Count | None = None, bank_chunk: Count = 4096) -> Score:
         return state | {"scale": np.float32(state["scale"] * neg_energy)}
 
     def score(state, outputs):
-        count = _count(k, 10, state["bank"])
+        count = neighbours(k, 10, state["bank"])
         top = top_similarities(unit(outputs.features), *_of(state), count, bank_chunk)
         neg_energy = jax.nn.logsumexp(outputs.logits, axis=1)
         return -jnp.mean(top, axis=1) * neg_energy
@@ -183,7 +185,7 @@ def _of(state: State) -> tuple[Array, Array]:
     return state["bank"], state["scale"]
 
 
-def _count(k: int | None, usual: int, bank) -> int:
+def neighbours(k: int | None, usual: int, bank) -> int:
     """`k`, or by default the usual number of neighbours, at most a tenth of the bank.
 
     With more, the neighbours of an input of a small class are those of other classes.

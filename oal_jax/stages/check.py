@@ -126,7 +126,8 @@ def _outliers(context: Context) -> Iterator[str]:
     if data.source == GENERATED:
         return
     if "outliers" in stages:
-        smallest = int(np.bincount(context.source("train").labels()).min())
+        train_images = context.source("train", limit=data.train_images)
+        smallest = int(np.bincount(train_images.labels()).min())
         if smallest < knn.features_per_class:
             yield (
                 f"config outliers.knn.features_per_class={knn.features_per_class}: a class of"
@@ -134,7 +135,8 @@ def _outliers(context: Context) -> Iterator[str]:
             )
     name = config.method.name
     if name in ("vos", "npos"):
-        smallest = int(np.bincount(context.source("train").labels()).min())
+        train_images = context.source("train", limit=data.train_images)
+        smallest = int(np.bincount(train_images.labels()).min())
         size = getattr(config.method, name).queue_size
         steps = train.make_plan(config, _examples(context)).steps
         if size > smallest * max(1, config.train.epochs) or steps * config.train.batch_size < size:
