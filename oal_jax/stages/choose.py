@@ -103,7 +103,7 @@ def _side(examples: int, sizes: np.ndarray) -> int:
 
 
 def _stem(side: int, examples: int) -> str:
-    if side > 96:
+    if side >= 48:
         return "imagenet"
     return "cifar" if side <= 32 and examples >= 5_000 else "small"
 
