@@ -313,6 +313,8 @@ def test_wrong_arguments_are_told(own, changes, message):
 def test_a_pytree_carries_its_weights_as_arguments(own):
     held = jax.tree.leaves(oal_jax.as_forward(Weights(own.matrix, *own.head)))
     assert [leaf.shape for leaf in held] == [(784, WIDTH), (WIDTH, CLASSES), (CLASSES,)]
+    same = [oal_jax.as_forward(Weights(own.matrix, *own.head)) for _ in range(2)]
+    assert jax.tree.structure(same[0]) == jax.tree.structure(same[1])  # one program for both
     # A function among the leaves cannot be an argument, and stays part of the program.
     of_module = jax.tree.leaves(oal_jax.as_forward(Module(own.matrix, *own.head)))
     assert [leaf.shape for leaf in of_module] == [leaf.shape for leaf in held]

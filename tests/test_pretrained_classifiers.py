@@ -122,6 +122,10 @@ def test_forward_and_head_go_into_calibrate_as_they_are(tmp_path):
     expected, _ = numpy_vit(tensors, images / 255, 2, 0.5, 0.5)
     np.testing.assert_array_equal(result.label, expected.argmax(-1))
     assert np.isfinite(result.ood_score).all() and np.std(result.ood_score) > 0
+    for model in (loaded, str(save_timm(tmp_path / "named.safetensors", loaded.variables["params"],
+                                        None, loaded.net))):  # fmt: skip
+        same = oal_jax.calibrate(model, (images, labels), (images[::2], labels[::2]), "vim")
+        np.testing.assert_allclose(same.threshold, detector.threshold, rtol=1e-5)
 
 
 def test_sizes_without_loading(tmp_path):

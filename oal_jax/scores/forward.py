@@ -64,17 +64,10 @@ def as_forward(function: Callable, images: Any = None) -> Partial:
     if type(function) is partial:
         function = Partial(function.func, *function.args, **function.keywords)
     leaves, structure = jax.tree.flatten(function)
-    is_weight = [_is_weight(leaf) for leaf in leaves]
-    static = [None if weight else leaf for leaf, weight in zip(leaves, is_weight, strict=True)]
-
-    def call(weights, images):
-        arrays = iter(weights)
-        pairs = zip(static, is_weight, strict=True)
-        merged = [next(arrays) if weight else leaf for leaf, weight in pairs]
-        return _outputs_of(structure.unflatten(merged), images)
-
+    is_weight = tuple(_is_weight(leaf) for leaf in leaves)
     weights = [leaf for leaf, weight in zip(leaves, is_weight, strict=True) if weight]
-    forward = Partial(call, weights)
+    rest = [leaf for leaf, weight in zip(leaves, is_weight, strict=True) if not weight]
+    forward = Partial(_Model(structure, is_weight, rest), weights)
     if images is None:
         return forward
     images = np.asarray(to_unit(images[:2]))
@@ -88,6 +81,34 @@ def as_forward(function: Callable, images: Any = None) -> Partial:
         file=sys.stderr,
     )
     return on_host
+
+
+class _Model:
+    """A callable pytree without its arrays. Equal ones share the programs that jit compiled."""
+
+    def __init__(self, structure: Any, is_weight: tuple[bool, ...], rest: list[Any]):
+        self.key, self.rest = (structure, is_weight), rest
+
+    def __call__(self, weights: list[Array], images: Float[Array, "n h w c"]) -> Outputs:
+        structure, is_weight = self.key
+        arrays, rest = iter(weights), iter(self.rest)
+        leaves = [next(arrays if weight else rest) for weight in is_weight]
+        return _outputs_of(structure.unflatten(leaves), images)
+
+    def __eq__(self, other: Any) -> bool:
+        return (
+            isinstance(other, _Model)
+            and self.key == other.key
+            and all(_is_same(a, b) for a, b in zip(self.rest, other.rest, strict=True))
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.key[1])
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    plain = bool | int | float | str | bytes | None
+    return a is b or (type(a) is type(b) and isinstance(a, plain) and a == b)
 
 
 def _check_kind(function: Any) -> None:
