@@ -58,6 +58,12 @@ def test_mistakes_are_one_line(capsys, arguments, said):
     assert (code, out, len(err)) == (2, "", 1) and said in err[0]
 
 
+def test_a_reader_that_ends_early_is_one_line():
+    command = f"{sys.executable} -m oal_jax train --help | true; exit ${{PIPESTATUS[0]}}"
+    child = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert child.returncode == 1 and child.stderr.count("\n") == 1, child.stderr
+
+
 def test_it_runs_as_a_module(tmp_path):
     command = [sys.executable, "-m", "oal_jax", "train", "--config", "fashion", "--help", "seed"]
     child = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)

@@ -34,7 +34,6 @@ def write(file: TextIO, detector: Detector, folder: Path, names: Sequence[str]) 
                     bar.clear()
                     _warn(f"{image_files.some([name])} is left out: {row.reason}")
                 continue
-            bar.update(1)
             tally.update(row.notes)
             label = result.label if result.class_names is None else result.class_names
             values = (name, label, f"{result.confidence:.6f}", repr(result.ood_score.item()))
@@ -42,6 +41,9 @@ def write(file: TextIO, detector: Detector, folder: Path, names: Sequence[str]) 
             file.write(csv_line((*values, threshold, verdict, f"{result.percentile:.4g}")))
             count += 1
             ood += int(result.is_ood)
+            if count % detector.batch_size == 0:  # rows come by the batch
+                bar.update(detector.batch_size)
+        bar.update(count % detector.batch_size)
     if not count:
         raise UserError(f"none of the {len(names)} image files in {folder} can be read")
     if tally[_UNREADABLE]:

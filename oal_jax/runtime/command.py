@@ -24,6 +24,7 @@ def guard(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     startup.keep_freed_memory()
     try:
         command(argv)
+        sys.stdout.flush()
     except BaseException as error:
         outcome = _outcome(error)
         if processes.several():
@@ -51,6 +52,10 @@ def _outcome(error: BaseException) -> tuple[int, str] | None:
         return 143, f"{error}; start the same command again to go on"
     if isinstance(error, TrainingFailed):
         return 1, str(error)
+    if isinstance(error, BrokenPipeError):
+        # What is left in Python's buffer would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1, "the program that reads the output has ended"
     if isinstance(error, Exception) and _disk_is_full(error):
         return 2, "the disk is full, and the stage did not finish; make room and start again"
     return None
