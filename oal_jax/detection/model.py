@@ -47,6 +47,8 @@ def head_for(
 
 def mesh_for(forward: Partial, mesh: Mesh | None) -> Mesh:
     """The devices to use: a model on the host is called for one device, as it is one itself."""
+    if not isinstance(mesh, Mesh | None):
+        raise UserError(f"mesh must be a jax.sharding.Mesh or None, is a {type(mesh).__name__}")
     if is_on_host(forward):
         return distributed.make_mesh(devices=jax.local_devices()[:1])
     return mesh or distributed.make_mesh()
@@ -65,7 +67,7 @@ def as_params(params: Any, example: str) -> dict[str, Any]:
     """A dict of parameters; None is an empty one."""
     if params is None:
         return {}
-    if not isinstance(params, dict) and not hasattr(params, "items"):
+    if not hasattr(params, "items") or not all(isinstance(key, str) for key in params):
         raise UserError(f"params must be a dict such as {example}, got {params!r}")
     return dict(params)
 
@@ -95,7 +97,7 @@ def as_class_names(class_names: Any, count: int) -> tuple[str, ...] | None:
                 f" one name for each label from 0 to {count - 1}"
             )
         return tuple(str(names[str(label)]) for label in range(count))
-    if isinstance(class_names, str) or not hasattr(class_names, "__len__"):
+    if isinstance(class_names, str) or not hasattr(class_names, "__getitem__"):
         raise UserError(f"class_names must be a list of names, got {class_names!r}")
     if len(class_names) != count:
         raise UserError(f"{len(class_names)} class_names for a model of {count} logits")

@@ -85,11 +85,13 @@ class _Misfit(Exception):
 @functools.cache
 def _annotations(factory: Callable) -> dict[str, Any]:
     hints = typing.get_type_hints(factory, include_extras=True)
-    return {key: hints[key] for key in inspect.signature(factory).parameters}
+    return {key: hints.get(key, Any) for key in inspect.signature(factory).parameters}
 
 
 def _converted(value: Any, hint: Any) -> Any:
     """The value in the declared type."""
+    if hint is Any:  # a factory outside of the package, which checks its own arguments
+        return value
     kind, *none = _options(hint)
     if value is None and none:
         return None
