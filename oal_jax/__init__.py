@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from oal_jax.data.decoding import Decoding
     from oal_jax.detection.benchmark import Sets, benchmark, load_sets
     from oal_jax.detection.calibrate import calibrate
     from oal_jax.detection.detector import Detector, Result
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 # Imported on first use, so that `import oal_jax` does not start JAX. No module of the package has
 # one of these names: importing it would put the module in the name's place.
 _HOME = {
+    "Decoding": "data.decoding",
     "Detector": "detection.detector",
     "Result": "detection.detector",
     "Sets": "detection.benchmark",
@@ -28,6 +30,7 @@ _HOME = {
     "load_sets": "detection.benchmark",
 }
 __all__ = [
+    "Decoding",
     "Detector",
     "Result",
     "Sets",

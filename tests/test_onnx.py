@@ -7,7 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from small_detector import HEAD, IMAGES, LABELS, NAMES, blocks
+from jax.tree_util import Partial
+from small_detector import HEAD, IMAGES, LABELS, NAMES, blocks, with_kernel
 
 import oal_jax
 from oal_jax.data import sources
@@ -15,6 +16,7 @@ from oal_jax.detection import onnx_file
 from oal_jax.errors import UserError
 
 pytestmark = pytest.mark.onnx
+jax2onnx = pytest.importorskip("jax2onnx")
 
 # With NumPy and onnxruntime alone.
 _ALONE = """
@@ -76,9 +78,22 @@ def test_the_student_of_a_run(finished_run, tmp_path, score):
 
 def test_ones_own_model(tmp_path):
     pair = IMAGES, LABELS
-    detector = oal_jax.calibrate(blocks, pair, pair, "energy", head=HEAD, class_names=NAMES)
+    model = Partial(with_kernel, HEAD[0])
+    detector = oal_jax.calibrate(model, pair, pair, "energy", class_names=NAMES)
     metadata = assert_agrees(detector, IMAGES, tmp_path)
     assert json.loads(metadata["decoding"])["crop"] == [6, 6]
+
+
+def test_what_has_no_right_form_is_refused(monkeypatch):
+    pair = IMAGES, LABELS
+    with pytest.raises(UserError, match="energy .*ONNX"):  # it compares the batch's size
+        onnx_file.convert(oal_jax.calibrate(blocks, pair, pair, "energy"), {})
+    detector = oal_jax.calibrate(Partial(with_kernel, HEAD[0]), pair, pair, "energy")
+    convert = jax2onnx.to_onnx
+    wrong = lambda call, *args, **names: convert(lambda x: call(x // 2), *args, **names)
+    monkeypatch.setattr(jax2onnx, "to_onnx", wrong)
+    with pytest.raises(UserError, match="energy .*not agree"):
+        onnx_file.convert(detector, {})
 
 
 def test_a_saved_detector_is_refused_by_name(tmp_path):

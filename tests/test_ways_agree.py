@@ -64,8 +64,8 @@ def own_detector():
     images = np.stack([smooth(*SHAPE) for _ in range(90)])
     pair = images, np.arange(90) % CLASSES
     names = ("a|`b`", "<b>", "$c$")
-    detector = oal_jax.calibrate(forward, pair, pair, "knn", params={"k": 5}, class_names=names)
-    return dataclasses.replace(detector, decoding=Decoding(3, 16, SHAPE[:2]))
+    options = {"params": {"k": 5}, "class_names": names, "decoding": Decoding(3, 16, SHAPE[:2])}
+    return oal_jax.calibrate(forward, pair, pair, "knn", **options)
 
 
 @pytest.fixture(scope="module", params=["own", "run"])

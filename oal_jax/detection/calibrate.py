@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from oal_jax import scores as post_hoc
+from oal_jax.data.decoding import Decoding
 from oal_jax.detection.detector import Detector
 from oal_jax.detection.images import check_images
 from oal_jax.detection.model import (
@@ -40,6 +41,7 @@ def calibrate(
     class_names: Sequence[str] | Mapping[int, str] | None = None,
     batch_size: int = 256,
     mesh: Mesh | None = None,
+    decoding: Decoding | None = None,
 ) -> Detector:
     """Make a detector of any classifier: fit a score and set its threshold.
 
@@ -58,6 +60,8 @@ def calibrate(
       class_names: name of each label: a list, {label: name} or {name: label}.
       batch_size: images of a call of the model.
       mesh: the devices; None for all.
+      decoding: how files became such images, such as `Decoding(3, resize=256, crop=(224, 224))`;
+        None: by as little resizing as fills them.
 
     Raises:
       UserError: an unknown score, wrong images or labels, a missing output that the score needs, a
@@ -68,6 +72,8 @@ def calibrate(
     batch_size = as_count("batch_size", batch_size)
     check_share(keep_id)
     images, labels = check_labelled(train, "train")
+    if decoding and (*(decoding.crop or ()), decoding.channels) != images.shape[1:]:
+        raise UserError(f"{decoding} does not give images of shape {images.shape[1:]}")
     val_images, val_labels = check_labelled(validation, "validation", images.shape[1:])
     forward, head = open_model(model, head, images)
     check_gradients(scorer, forward)
@@ -90,6 +96,7 @@ def calibrate(
         batch_size=batch_size,
         params=checked(score, post_hoc.SCORES[score], params),
         mesh=mesh,
+        decoding=decoding,
     )
     *_, values = run_detector(scorer, forward, detector.state, val_images, batch_size, mesh)
     return dataclasses.replace(detector, id_val_scores=sorted_scores(values, score))

@@ -1,7 +1,7 @@
 """A detector as a program of ONNX, which runs without JAX; needs the extra `onnx`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ def convert(parts: Parts, described: Mapping[str, Any]) -> bytes:
       UserError: the extra is not installed, or the model has an operation without a counterpart.
     """
     try:
+        import onnxruntime
         from jax2onnx import to_onnx
     except ImportError:
         raise UserError("ONNX needs more packages: pip install 'oal-jax[onnx]'") from None
@@ -38,14 +39,9 @@ def convert(parts: Parts, described: Mapping[str, Any]) -> bytes:
         return decide(score, *arrays, threshold, images)
 
     images = jax.ShapeDtypeStruct(("b", *parts.image_shape), jnp.uint8)
+    names = {"input_names": ["images"], "output_names": _OUTPUTS}
     try:
-        model = to_onnx(
-            call,
-            [images],
-            model_name="oal_jax_detector",
-            input_names=["images"],
-            output_names=_OUTPUTS,
-        )
+        model = to_onnx(call, [images], model_name="oal_jax_detector", **names)
     except Exception as error:  # each converter of a primitive raises its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(
@@ -55,4 +51,27 @@ def convert(parts: Parts, described: Mapping[str, Any]) -> bytes:
     for name, value in described.items():
         text = value if isinstance(value, str) else json.dumps(value)
         model.metadata_props.add(key=name, value=text)
-    return model.SerializeToString()
+    program = model.SerializeToString()
+    quiet = onnxruntime.SessionOptions()
+    quiet.log_severity_level = 3  # it warns of every shape that jax2onnx notes in another order
+    _check(onnxruntime.InferenceSession(program, quiet), call, parts)
+    return program
+
+
+def _check(session: Any, call: Callable, parts: Parts) -> None:
+    """Raise `UserError` unless onnxruntime and JAX agree on random images, in two batch sizes."""
+    rng = np.random.default_rng(0)
+    unit = max(1.0, np.abs(parts.id_val_scores).max())
+    for count in (3, 2):
+        images = rng.integers(0, 256, (count, *parts.image_shape)).astype(np.uint8)
+        label, confidence, ood_score, _ = jax.jit(call)(images)
+        try:
+            results = session.run(list(_OUTPUTS), {"images": images})
+            np.testing.assert_array_equal(results[0], label)
+            np.testing.assert_allclose(results[1], confidence, atol=1e-4)
+            np.testing.assert_allclose(results[2], ood_score, rtol=1e-4, atol=1e-4 * unit)
+        except Exception:  # of any kind: a program that does not run, and one that is wrong
+            raise UserError(
+                f"the ONNX program of score {parts.score.name} and this model does not agree with"
+                " JAX, so it is not written; other scores may have a right one"
+            ) from None

@@ -57,13 +57,8 @@ def by_rows(
     (batch,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((batch, *image_shape), dtype)
 
-    def one(*arguments):
-        *others, image = arguments
-        return jax.tree.map(lambda x: x[0], call(*others, image[None]))
-
     error: Exception | None = None
-    axes = (*(None for _ in arguments), 0)
-    for function in (call, jax.vmap(one, in_axes=axes)):
+    for function in _forms(call, len(arguments)):
         try:
             return export.export(jax.jit(function), platforms=list(platforms))(*shapes, images)
         except UserError:
@@ -71,6 +66,16 @@ def by_rows(
         except Exception as failure:  # anything that a user's function or a lowering raises
             error = error or failure
     raise _no_program(error)
+
+
+def _forms(call: Callable, count: int) -> tuple[Callable, Callable]:
+    """`call(*arguments, images)` of `count` arguments; and the same, mapped over single images."""
+
+    def one(*arguments):
+        *others, image = arguments
+        return jax.tree.map(lambda x: x[0], call(*others, image[None]))
+
+    return call, jax.vmap(one, in_axes=(*(None for _ in range(count)), 0))
 
 
 def _with_gradient(program: Exported) -> bytes:
@@ -115,6 +120,8 @@ def read(data: bytes) -> Exported:
     try:
         program = export.deserialize(bytearray(data))
         text = program.mlir_module()
+        if program.has_vjp():
+            text += program.vjp().mlir_module()
     except Exception as error:  # the reader of the format raises almost anything
         raise ValueError(f"no program of this version of JAX ({type(error).__name__})") from None
     callback = _CALLBACK.search(text)
