@@ -133,6 +133,15 @@ def test_the_command_line(runs, tmp_path, capsys):
     assert ["B-A", "knn", "near-OOD AUROC", "9.0000", "1.4142", "2"] in lines
 
 
+def test_an_output_to_stdout_is_csv_alone(runs):
+    command = [sys.executable, "-m", "oal_jax", "train", "--compare", *map(str, runs)]
+    command += ["--output", "/dev/stdout"]
+    child = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = list(csv.reader(child.stdout.splitlines()))
+    assert lines[0][0] == "case" and {len(line) for line in lines} == {6}
+    assert "mean ± sample" in child.stderr
+
+
 def test_names_are_escaped_on_the_page(tmp_path):
     path = finished(tmp_path / "<b>&", 0, (80.0, 40.0))
     page = compare.format_page(compare.read([path]))

@@ -7,6 +7,7 @@ seed by seed, which cancels the effect of the seed on both.
 
 import itertools
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from oal_jax.errors import UserError
 from oal_jax.evaluation import headline, tables
 from oal_jax.evaluation.tables import OPENOOD, Row
 from oal_jax.report import html
-from oal_jax.runtime import artifacts
+from oal_jax.runtime import artifacts, writing
 from oal_jax.runtime.command import BareParser
 
 # OpenOOD's names of postprocessors, which are the stems of its files, where ours differ.
@@ -74,13 +75,16 @@ def run(arguments: Sequence[str]) -> None:
     values, rest = parser.parse_known_args(arguments)
     if rest:
         raise UserError(f"{rest[0]} does not go with --compare, which takes RUN ... and --output")
-    if values.output and values.output.suffix not in (".html", ".csv"):
-        raise UserError(f"--output {values.output} must end in .html or .csv")
+    output = values.output
+    # A device or a pipe without such a name gets CSV.
+    if output and output.suffix not in (".html", ".csv") and writing.is_replaced(output):
+        raise UserError(f"--output {output} must end in .html or .csv")
     cases = read(values.compare)
-    print(format_text(cases))
-    if values.output:
-        _write(values.output, cases)
-        print(f"comparison: {values.output}")
+    stream = sys.stderr if output and writing.is_stdout(output) else sys.stdout
+    print(format_text(cases), file=stream)
+    if output:
+        _write(output, cases)
+        print(f"comparison: {output}", file=stream)
 
 
 def read(paths: Sequence[Path]) -> list[Case]:
