@@ -71,7 +71,8 @@ def read_finished(workdir: Path) -> tuple[list[dict], list[dict]]:
         rows = list(csv.DictReader(file))
     assert {row["dataset"] for row in rows} >= {"sandal", "bag", "mnist", "nearood", "farood"}
     assert all(0 <= float(row["auroc"]) <= 100 for row in rows)
-    assert "http" not in (workdir / "report" / "index.html").read_text()
+    page = (workdir / "report" / "index.html").read_text()
+    assert "http" not in page and "SMOKE" in page
     logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(v) for row in logged for k, v in row.items() if k != "stage")
     return rows, logged
