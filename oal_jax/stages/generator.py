@@ -15,7 +15,7 @@ from oal_jax.data import class_names
 from oal_jax.data.sources import ImageSet
 from oal_jax.data.stream import Streamed
 from oal_jax.errors import UserError
-from oal_jax.generator import conditioning, create, stable_diffusion
+from oal_jax.generator import conditioning, create, diffusers_modules, stable_diffusion
 from oal_jax.generator.training import latent_scale, make_diffusion_trainer, make_vae_trainer
 from oal_jax.pretrained import diffusers_directory, hub
 from oal_jax.runtime import artifacts, batched, distributed, processes
@@ -106,12 +106,14 @@ def check(context: Context) -> None:
     A model of the hub is not fetched for it.
     """
     config, info = context.config.generator, context.info
+    if config.backend == "diffusers":
+        diffusers_modules.check()
     words = class_words(context)
     trained = config.train and not config.directory
     if trained or config.directory == GENERATED or hub_names.parse(config.directory):
         return
     where = directory(context)
-    sd = stable_diffusion.check(where)
+    sd = stable_diffusion.check(where, config.backend)
     conditioning.class_tokens(sd, words, "all_pieces")
     channels, own = sd.vae.in_channels, info.image_shape[-1]
     if own not in (1, channels):
