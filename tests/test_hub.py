@@ -66,6 +66,9 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         if repository in REFUSED:
             status, code = REFUSED[repository]
             headers = {"X-Error-Code": code} if code else {}
+        elif "/tree/" in path:  # versions 2 of huggingface_hub list files by it
+            files = [{"type": "file", "path": n, "size": 1, "oid": n} for n in (*READ, *IGNORED)]
+            body = json.dumps(files).encode()
         elif path.startswith("/api/models/"):
             files = [{"rfilename": name} for name in (*READ, *IGNORED)]
             answer = {"id": repository, "sha": COMMIT, "siblings": files}

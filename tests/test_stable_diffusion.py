@@ -1,6 +1,7 @@
 """The modules of a Stable Diffusion: precision, image sizes, imports; and the shipped model."""
 
 import functools
+import importlib.metadata
 import subprocess
 import sys
 
@@ -35,6 +36,26 @@ stable_diffusion_v1.build()
 assert not {"diffusers", "transformers", "torch"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("versions", "words"),
+    [
+        ({}, "diffusers is not installed"),
+        ({"diffusers": "0.42.1", "transformers": "4.57.6"}, r"diffusers 0\.42\.1 has no Flax"),
+        ({"diffusers": "0.39.0", "transformers": "5.0.0rc1"}, r"transformers 5\.0\.0rc1 has no"),
+    ],
+)
+def test_a_missing_extra_is_one_line(monkeypatch, versions, words):
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(UserError, match=rf"{words}.*pip install 'oal-jax\[diffusers\]'") as raised:
+        stable.build(SHIPPED, backend="diffusers")
+    assert "\n" not in str(raised.value)
 
 
 # --- precision and sizes --------------------------------------------------------------------------
