@@ -71,12 +71,15 @@ def test_a_folder_becomes_a_detector(folder, tmp_path, capsys):
 
 
 def small_file(kind, path):
+    stated = json.dumps({"heads": 2, "mean": [0.5] * 3, "std": [0.25] * 3})
     if kind == "vit":
-        return write(path, vit_tensors(patch=8, grid=3, classes=5))
-    return write(path, resnet_tensors(classes=5))
+        return write(path, vit_tensors(patch=8, grid=3, classes=5), oal_jax=stated)
+    return write(path, resnet_tensors(classes=5), oal_jax=stated)
 
 
-@pytest.mark.parametrize(("kind", "tune"), [("vit", "head"), ("resnet", "all")])
+@pytest.mark.parametrize(
+    ("kind", "tune"), [("vit", "head"), pytest.param("resnet", "all", marks=pytest.mark.slow)]
+)
 def test_a_given_network_is_trained_evaluated_loaded_and_exported(folder, tmp_path, kind, tune):
     file = small_file(kind, tmp_path / "file.safetensors")
     flags = [f"student.weights={file}", "evaluation.scores=msp,mahalanobis", "train.epochs=3"]

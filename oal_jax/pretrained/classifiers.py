@@ -128,17 +128,22 @@ def load_classifier(
 def describe(path: str | Path) -> dict[str, Any]:
     """The sizes of a file's network, from names and shapes, without building it.
 
-    `width` of a feature, `depth`, `num_classes` (0: no head), `channels`; of a ViT also `patch`,
-    `heads` and `mlp_ratio`.
+    `architecture`, `image_size`, `width` of a feature, `depth`, `num_classes` (0: no head),
+    `channels`; of a ViT also `patch`, `heads` and `mlp_ratio`.
 
     Raises:
       UserError: as `load_classifier`, if the architecture is unknown.
     """
     file = network(vit.without_root(read(path)))
-    family, sizes = _infer(file, stated(file).get("heads"))
-    sizes |= {"width": _net(family, sizes, UNIT).feature_width}
-    names = ("width", "depth", "num_classes", "channels", "patch", "heads", "mlp_ratio")
-    return {name: sizes[name] for name in names if name in sizes}
+    metadata = stated(file)
+    family, sizes = _infer(file, metadata.get("heads"))
+    names = ("depth", "num_classes", "channels", "patch", "heads", "mlp_ratio")
+    return {
+        "architecture": family.architecture(sizes),
+        "image_size": metadata.get("image_size") or _file_size(family, sizes),
+        "width": _net(family, sizes, UNIT).feature_width,
+        **{name: sizes[name] for name in names if name in sizes},
+    }
 
 
 def _infer(file: TensorFile, heads: int | None) -> tuple[Any, dict[str, Any]]:

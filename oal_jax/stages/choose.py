@@ -20,7 +20,7 @@ from oal_jax.data.stored import MAX_BYTES
 MIN_STEPS, MAX_STEPS = 600, 100_000
 EPOCHS = 30  # between these bounds
 HEAD_STEPS = 1000  # of a linear head on the features of a file
-FEW_IMAGES = 15  # training images of a class, on average, that are too few without a backbone
+FEW_IMAGES = 10  # training images of a class, on average, that are too few without a backbone
 _BACKBONE = "the model.safetensors of timm/vit_small_patch16_224.augreg_in21k_ft_in1k"
 
 
@@ -190,13 +190,17 @@ def _lines(
     if weights:
         part = "a linear head on its features" if student.tune == "head" else "all of it trained"
         network = f"{weights.architecture} of {student.weights}, {part} (student.tune)"
+    channels = "grey" if data.channels == 1 else "colour"
+    mirrored = "mirrored too" if data.flip else "not mirrored"
+    views = f"shifts up to {data.shift} px, {mirrored}"
+    if weights and student.tune == "head":
+        views = "not augmented"
     where = "read from disk in every epoch" if data.stream else "in memory"
     lines = [
         f"images: {classes} classes, {sum(counts.values())} {kind} images ({split}) of"
         f" {widths.min()} x {heights.min()} to {widths.max()} x {heights.max()} pixels; OOD sets:"
         f" {ood}{skipped}",
-        f"chosen: {data.image_size} x {data.image_size} pixels, {data.channels} channels, {where};"
-        f" shifts up to {data.shift} px, {'mirrored too' if data.flip else 'not mirrored'}"
+        f"chosen: {data.image_size} x {data.image_size} pixels, {channels}, {where}; {views}"
         " (data.image_size, channels, shift, flip)",
         f"chosen: {network}; batches of {train.batch_size}, {train.epochs} epochs = {steps} steps,"
         f" rate {train.learning_rate:g} (train.batch_size, epochs, learning_rate)",

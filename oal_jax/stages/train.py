@@ -219,7 +219,8 @@ def _train_head(
     )
     trained = jax.tree.map(distributed.to_host, averaged(state).params["student"]["fc"])
     params, statistics = base.split_variables(variables)
-    params = params | {student.HEAD: unstandardised(trained, mean, deviation)}
+    fc = jax.tree.map(jnp.asarray, unstandardised(trained, mean, deviation))
+    params = params | {student.HEAD: fc}
     return {"student": params}, {"student": statistics}
 
 
