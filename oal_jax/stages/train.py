@@ -360,4 +360,5 @@ def load(context: Context) -> tuple[dict, dict]:
 def _read(path: Path) -> tuple[dict, dict]:
     tensors = artifacts.read_tensors(path)
     tree = unflatten_dict({tuple(k.split(".")): v for k, v in tensors.items()})
-    return tree["params"], tree["state"]
+    # A network without batch normalisation has no state.
+    return tree["params"], {group: {} for group in tree["params"]} | tree.get("state", {})
