@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from oal_jax.errors import UserError
 from oal_jax.evaluation import bootstrap, headline, protocol
 from oal_jax.evaluation.search import Trial, describe, search, write_search
 from oal_jax.evaluation.tables import write_csv
@@ -106,17 +107,23 @@ def _search(context: Context, sets: evaluate.Sets) -> tuple[dict[str, Any], list
     for score in settings.scores if settings.search else ():
         if not GRIDS.get(score):
             continue
-        params[score], tried = search(
-            score,
-            GRIDS[score],
-            sets.id_train,
-            sets.id_val,
-            validation,
-            sets.head,
-            sets.forward,
-            settings.batch_size,
-            context.mesh,
-        )
+        try:
+            params[score], tried = search(
+                score,
+                GRIDS[score],
+                sets.id_train,
+                sets.id_val,
+                validation,
+                sets.head,
+                sets.forward,
+                settings.batch_size,
+                context.mesh,
+            )
+        except UserError as error:
+            if not validation:
+                raise
+            print(f"search: {score} keeps its defaults: {error}", flush=True)
+            continue
         trials += tried
         for trial in tried:
             if trial.refusal:
