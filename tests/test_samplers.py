@@ -1,13 +1,26 @@
-"""Samplers: diffusers' numbers, independence of the batch, arithmetic."""
+"""Samplers: diffusers' numbers, independence of the batch, arithmetic.
+
+`python tests/test_samplers.py` writes the numbers (extra diffusers).
+"""
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+from small_stable_diffusion import draw
 
 from oal_jax.errors import UserError
 from oal_jax.generator import create, diffusers_modules, samplers
 from oal_jax.generator.schedule import NoiseSchedule
+
+GOLDEN = Path(__file__).parent / "golden" / "samplers.safetensors"
+# Sampler, prediction, steps. PNDM of diffusers averages velocities, ours noise.
+PREDICTIONS = [(name, "epsilon") for name in samplers.SAMPLERS]
+PREDICTIONS += [("ddim", "v_prediction"), ("dpm_solver_pp_2m", "v_prediction")]
+CASES = [(*prediction, steps) for prediction in PREDICTIONS for steps in ("8", "20")]
 
 
 def _network(params, x, times, states):
@@ -17,31 +30,22 @@ def _network(params, x, times, states):
     return jnp.tanh(mixed + shift[:, None, None, None])
 
 
+def _problem():
+    params = np.float32(0.5) * draw("params", 4, 4)
+    return params, draw("noise", 3, 5, 6, 4), draw("cond", 3, 5, 6), draw("uncond", 1, 5, 6)
+
+
 @pytest.fixture(scope="module")
 def problem():
-    keys = jax.random.split(jax.random.key(1), 4)
-    params = 0.5 * jax.random.normal(keys[0], (4, 4))
-    noise = jax.random.normal(keys[1], (3, 5, 6, 4))
-    cond, uncond = jax.random.normal(keys[2], (3, 5, 6)), jax.random.normal(keys[3], (1, 5, 6))
-    return params, noise, cond, uncond
+    return _problem()
 
 
-@pytest.mark.parametrize(
-    ("name", "prediction"),
-    [(name, "epsilon") for name in samplers.SAMPLERS]
-    + [("ddim", "v_prediction"), ("dpm_solver_pp_2m", "v_prediction")],
-)
-@pytest.mark.diffusers
-@pytest.mark.parametrize("steps", [8, 20])
-def test_samplers_agree_with_diffusers(problem, name, steps, prediction):
+def diffusers_latents(name: str, prediction: str, steps: int):
+    """What diffusers' Flax scheduler makes of the problem."""
     diffusers_modules.libraries()
     import diffusers
 
-    params, noise, cond, uncond = problem
-    schedule = NoiseSchedule(prediction_type=prediction)
-    sampler = samplers.make_sampler(_network, schedule, name, steps, guidance=4.0)
-    ours = jax.jit(sampler)(params, noise, cond, uncond)
-
+    params, noise, cond, uncond = _problem()
     common = {
         "num_train_timesteps": 1000,
         "beta_start": 0.00085,
@@ -50,21 +54,45 @@ def test_samplers_agree_with_diffusers(problem, name, steps, prediction):
         "prediction_type": prediction,
     }
     offset = {"set_alpha_to_one": False, "steps_offset": 1}
-    theirs = {
+    scheduler = {
         "pndm": lambda: diffusers.FlaxPNDMScheduler(**common, **offset, skip_prk_steps=True),
         "ddim": lambda: diffusers.FlaxDDIMScheduler(**common, **offset, clip_sample=False),
         "dpm_solver_pp_2m": lambda: diffusers.FlaxDPMSolverMultistepScheduler(**common),
     }[name]()
     with jax.numpy_rank_promotion("allow"):
-        state = theirs.set_timesteps(theirs.create_state(), steps, noise.shape)
-        step = jax.jit(lambda s, o, t, x: theirs.step(s, o, t, x, return_dict=False))
-        x = noise
+        state = scheduler.set_timesteps(scheduler.create_state(), steps, noise.shape)
+        step = jax.jit(lambda s, o, t, x: scheduler.step(s, o, t, x, return_dict=False))
+        x = jnp.asarray(noise)
         for time in np.asarray(state.timesteps):
             times = jnp.full((3,), time)
             without = _network(params, x, times, jnp.broadcast_to(uncond, cond.shape))
             out = without + 4.0 * (_network(params, x, times, cond) - without)
             x, state = step(state, out, jnp.int32(time), x)
-    np.testing.assert_allclose(ours, x, atol=1e-4 * float(jnp.abs(x).max()))
+    return np.asarray(x)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(GOLDEN)
+
+
+@pytest.mark.parametrize("case", CASES, ids=".".join)
+def test_golden_latents(problem, golden, case):
+    """The latents of diffusers' schedulers."""
+    name, prediction, steps = case
+    params, noise, cond, uncond = problem
+    schedule = NoiseSchedule(prediction_type=prediction)
+    sampler = samplers.make_sampler(_network, schedule, name, int(steps), guidance=4.0)
+    ours, theirs = jax.jit(sampler)(params, noise, cond, uncond), golden[".".join(case)]
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.diffusers
+@pytest.mark.parametrize("case", CASES, ids=".".join)
+def test_the_golden_latents_are_those_of_diffusers(golden, case):
+    expected = golden[".".join(case)]
+    latents = diffusers_latents(*case[:2], int(case[2]))
+    np.testing.assert_allclose(latents, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def counting(network, calls):
@@ -149,3 +177,7 @@ def test_samples_do_not_depend_on_the_batch(problem):
     for i in range(len(noise)):
         alone = sample(params, noise[i : i + 1], cond[i : i + 1], uncond)
         np.testing.assert_allclose(alone[0], whole[i], atol=1e-5 * float(jnp.abs(whole).max()))
+
+
+if __name__ == "__main__":
+    save_file({".".join(c): diffusers_latents(*c[:2], int(c[2])) for c in CASES}, GOLDEN)
