@@ -16,7 +16,6 @@ from oal_jax.detection import onnx_file
 from oal_jax.errors import UserError
 
 pytestmark = pytest.mark.onnx
-jax2onnx = pytest.importorskip("jax2onnx")
 
 # With NumPy and onnxruntime alone.
 _ALONE = """
@@ -85,6 +84,8 @@ def test_ones_own_model(tmp_path):
 
 
 def test_what_has_no_right_form_is_refused(monkeypatch):
+    import jax2onnx
+
     pair = IMAGES, LABELS
     with pytest.raises(UserError, match="energy .*ONNX"):  # it compares the batch's size
         onnx_file.convert(oal_jax.calibrate(blocks, pair, pair, "energy"), {})

@@ -1,6 +1,7 @@
 """A detector as a program of ONNX, which runs without JAX; needs the extra `onnx`."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,7 +41,10 @@ def convert(parts: Parts, described: Mapping[str, Any]) -> bytes:
 
     images = jax.ShapeDtypeStruct(("b", *parts.image_shape), jnp.uint8)
     names = {"input_names": ["images"], "output_names": _OUTPUTS}
+    logger = logging.getLogger("onnx_ir")  # warns of every value whose type it leaves open
+    level = logger.level
     try:
+        logger.setLevel(logging.ERROR)
         model = to_onnx(call, [images], model_name="oal_jax_detector", **names)
     except Exception as error:  # each converter of a primitive raises its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -48,17 +52,19 @@ def convert(parts: Parts, described: Mapping[str, Any]) -> bytes:
             f"score {parts.score.name} of this model has no form in ONNX ({reason[:200]}); a"
             " detector loaded from a saved one has none, and other scores may have one"
         ) from None
+    finally:
+        logger.setLevel(level)
     for name, value in described.items():
         text = value if isinstance(value, str) else json.dumps(value)
         model.metadata_props.add(key=name, value=text)
     program = model.SerializeToString()
     quiet = onnxruntime.SessionOptions()
     quiet.log_severity_level = 3  # it warns of every shape that jax2onnx notes in another order
-    _check(onnxruntime.InferenceSession(program, quiet), call, parts)
+    _check(lambda: onnxruntime.InferenceSession(program, quiet), call, parts)
     return program
 
 
-def _check(session: Any, call: Callable, parts: Parts) -> None:
+def _check(opened: Callable[[], Any], call: Callable, parts: Parts) -> None:
     """Raise `UserError` unless onnxruntime and JAX agree on random images, in two batch sizes."""
     rng = np.random.default_rng(0)
     unit = max(1.0, np.abs(parts.id_val_scores).max())
@@ -66,7 +72,7 @@ def _check(session: Any, call: Callable, parts: Parts) -> None:
         images = rng.integers(0, 256, (count, *parts.image_shape)).astype(np.uint8)
         label, confidence, ood_score, _ = jax.jit(call)(images)
         try:
-            results = session.run(list(_OUTPUTS), {"images": images})
+            results = opened().run(list(_OUTPUTS), {"images": images})
             np.testing.assert_array_equal(results[0], label)
             np.testing.assert_allclose(results[1], confidence, atol=1e-4)
             np.testing.assert_allclose(results[2], ood_score, rtol=1e-4, atol=1e-4 * unit)
