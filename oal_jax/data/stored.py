@@ -47,7 +47,7 @@ class SetSpec:
       left_out: read the classes of `leave_out`, as an OOD set, and not the others.
       image_size: side of the images in pixels; 0: the default of the source. Not of "bundled".
       channels: 1 (gray) or 3 (RGB); 0: 3 for image files, those of the ID set for "tfds".
-      on_corrupt: "error", or "skip" to leave damaged images out and log how many.
+      on_corrupt: "error", or "skip" to leave damaged images out and say how many.
 
     Raises:
       UserError: an unknown source or value of `on_corrupt`, a negative limit.
