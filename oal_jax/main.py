@@ -41,13 +41,13 @@ def _run_stages(values: flags.FlagValues) -> None:
     from oal_jax.runtime import profile
     from oal_jax.stages import run as pipeline
 
+    reuse = [Path(values.reuse)] if values.reuse else []
     if values.check:
         from oal_jax.stages import check_report
 
-        return check_report.run(values.config, [Path(values.reuse)] if values.reuse else [])
+        return check_report.run(values.config, reuse)
     config_file = config_flags.get_config_filename(values["config"])
     workdir = Path(values.workdir or Path("runs") / Path(config_file).stem)
-    reuse = Path(values.reuse) if values.reuse else None
     options = {"only": values.stage, "force": values.force, "reuse": reuse}
     if values.profile and processes.is_main():
         options["watch"] = lambda stage: profile.trace(workdir / "profile" / stage)

@@ -131,7 +131,8 @@ def test_forward_and_head_go_into_calibrate_as_they_are(tmp_path):
 def test_sizes_without_loading(tmp_path):
     sizes = describe(write(tmp_path / "vit.safetensors", vit_tensors(64, hidden=128)))
     expected = {"width": 64, "depth": 2, "num_classes": 3, "channels": 3}
-    assert sizes == expected | {"patch": 4, "heads": 1, "mlp_ratio": 2.0}
+    expected |= {"patch": 4, "heads": 1, "mlp_ratio": 2.0}
+    assert sizes == expected | {"architecture": "vit_64x2_patch4_8", "image_size": 8}
 
 
 def test_images_of_another_shape_are_refused(tmp_path):

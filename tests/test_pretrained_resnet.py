@@ -38,7 +38,10 @@ def test_resnet_equals_numpy_from_the_file_s_tensors(tmp_path, depth, kernel, sh
 def test_depth_is_counted(tmp_path, depth):
     sizes = describe(write(tmp_path / "net.safetensors", resnet_tensors(depth)))
     width = 64 if depth == 50 else 16
-    assert sizes == {"width": width, "depth": depth, "num_classes": 10, "channels": 3}
+    assert sizes == {
+        **{"architecture": f"resnet{depth}_32x32", "image_size": 32},
+        **{"width": width, "depth": depth, "num_classes": 10, "channels": 3},
+    }
 
 
 @pytest.mark.parametrize(
