@@ -200,8 +200,8 @@ def test_converter_keeps_every_value_and_refuses_the_rest(torch, tmp_path, capsy
     code, printed = run({"net.a": half, "net.n": torch.tensor(3)})
     assert code == 0 and printed.out.startswith("2 tensors, ")
     written = safetensors.numpy.load_file(target)
-    np.testing.assert_array_equal(written["a"], half.float().numpy())
-    assert written["a"].dtype == np.float32 and written["n"] == 3
+    np.testing.assert_array_equal(written["net.a"], half.float().numpy())
+    assert written["net.a"].dtype == np.float32 and written["net.n"] == 3
     target.unlink()
     for content, message in (
         ([1, 2], "is no state dict: it holds no tensors by name"),
