@@ -339,7 +339,7 @@ def test_the_generator_learns_the_remaining_classes(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generator, "_fit", fit)
-    monkeypatch.setattr(generator.stable_diffusion, "build", lambda *args: None)
+    monkeypatch.setattr(generator.stable_diffusion, "build", lambda *args, **kwargs: None)
     monkeypatch.setattr(generator, "make_vae_trainer", lambda *args, **kwargs: (None, None))
     context = context_of(tmp_path)
     smoke = dataclasses.replace(context.config, smoke=True)
