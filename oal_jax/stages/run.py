@@ -54,7 +54,7 @@ def run(
     context = Context(config, workdir, mesh, jax.random.key(config.seed))
     reuse = [reuse] if isinstance(reuse, Path) else list(reuse or ())
     print("\n".join(lines), end="\n" * bool(lines), flush=True)
-    if not _finished(workdir, stages, config):
+    if force or not _finished(workdir, stages, config):
         from oal_jax.stages import check
 
         check.require(context, reuse)
