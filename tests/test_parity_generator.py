@@ -56,7 +56,7 @@ def latents():
 
 def first(array):
     """Channels first, as PyTorch has them."""
-    return np.moveaxis(array, -1, 1).copy()
+    return np.moveaxis(np.asarray(array), -1, 1).copy()
 
 
 def last(array):
