@@ -143,6 +143,8 @@ def _student(config: Config) -> Iterator[str]:
 
 def _teacher(config: Config) -> Iterator[str]:
     teacher = config.teacher
+    if teacher.architecture == "resnet" and not teacher.weights and teacher.width % 8:
+        yield f"config teacher.width={teacher.width} of a resnet must be a multiple of 8"
     if teacher.width % teacher.heads:
         yield (
             f"config teacher.width={teacher.width} is not divisible by"

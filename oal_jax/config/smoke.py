@@ -26,12 +26,14 @@ def shrink(config: Config) -> Config:
     if data.source == GENERATED:
         classes = len(generated_names(data.id_set))
     each = min(32, max(8, 512 // classes))
+    if data.source == "own":  # whose smallest class may have fewer
+        each = min(each, config.outliers.knn.features_per_class)
     knn = replace(
         config.outliers.knn,
         features_per_class=each,
-        neighbour=each * 5 // 8,
-        boundary_points=each // 4,
-        anchors=each // 4,
+        neighbour=max(1, each * 5 // 8),
+        boundary_points=max(1, each // 4),
+        anchors=max(1, each // 4),
         noise_rows=32,
         repeats=1,
     )

@@ -146,10 +146,11 @@ def _summary(context: Context) -> Iterator[str]:
     size = info.num_train * int(np.prod(info.image_shape))
     where = "on disk" if config.data.stream else "in memory"
     yield f"memory: the training images take {size / 2**20:.0f} MiB, {where}"
-    yield _time(context, stages)
+    yield expected_time(context, stages)
 
 
-def _time(context: Context, stages: Sequence[str]) -> str:
+def expected_time(context: Context, stages: Sequence[str]) -> str:
+    """A line on how long the training takes, from the arithmetic of the networks."""
     config, info = context.config, context.info
     if jax.default_backend() != "cpu":
         return "time: not estimated on an accelerator"

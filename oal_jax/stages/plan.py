@@ -68,7 +68,16 @@ def _id_images(config: Config) -> dict[str, Any]:
 
 
 def _teacher(config: Config) -> dict[str, Any]:
-    return {"teacher": _without(config.teacher, "views", "remat"), **_id_images(config)}
+    return {
+        "teacher": _without(config.teacher, "views", "remat"),
+        **_teacher_stem(config),
+        **_id_images(config),
+    }
+
+
+def _teacher_stem(config: Config) -> dict[str, Any]:
+    of_student = config.teacher.architecture == "resnet" and not config.teacher.weights
+    return {"student.stem": config.student.stem} if of_student else {}
 
 
 def _generator(config: Config) -> dict[str, Any]:
@@ -81,7 +90,8 @@ def _generator(config: Config) -> dict[str, Any]:
 
 def _features(config: Config) -> dict[str, Any]:
     # With other heads the same weights are another function, so it reads all sizes of the teacher.
-    reads = {"teacher": _without(config.teacher, "remat"), **_id_images(config)}
+    teacher = {"teacher": _without(config.teacher, "remat"), **_teacher_stem(config)}
+    reads = {**teacher, **_id_images(config)}
     if config.teacher.views:
         return reads
     # Then only the images that the k-NN sampling reads pass through the teacher.

@@ -55,9 +55,11 @@ def run(
     reuse = [reuse] if isinstance(reuse, Path) else list(reuse or ())
     print("\n".join(lines), end="\n" * bool(lines), flush=True)
     if force or not _finished(workdir, stages, config):
-        from oal_jax.stages import check
+        from oal_jax.stages import check, check_report
 
         check.require(context, reuse)
+        if config.data.source == "own":
+            print(check_report.expected_time(context, [s.name for s in stages]), flush=True)
     with _alone(workdir):
         processes.on_main(lambda: _claim(workdir, config, force))
         for stage in stages:
