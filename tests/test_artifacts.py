@@ -15,7 +15,7 @@ import pytest
 from oal_jax.data import manifest
 from oal_jax.errors import UserError
 from oal_jax.pretrained import diffusers_directory
-from oal_jax.runtime import artifacts, writing
+from oal_jax.runtime import artifacts, profile, writing
 from oal_jax.training.log import MetricsLog
 
 INPUTS = {"config": {"a": 1, "b": [1, 2]}, "stages": {}}
@@ -354,6 +354,19 @@ def test_files_that_no_run_made_are_not_deleted(tmp_path):
     (tmp_path / "report").write_text("a file")
     with pytest.raises(UserError, match="is a file in the place of"):
         artifacts.begin(tmp_path / "report", INPUTS)
+
+
+def test_a_stage_that_is_a_link_is_never_emptied(tmp_path):
+    outside = tmp_path / "outside"
+    finished(outside)
+    (outside / "theirs").write_text("theirs")
+    (tmp_path / "train").symlink_to(outside)
+    with pytest.raises(UserError, match="train is a link"):
+        artifacts.begin(tmp_path / "train", {"config": {"a": 2}})
+    (tmp_path / "profile").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="profile/outside is behind a link"):
+        profile.trace(tmp_path / "profile" / "outside").__enter__()
+    assert (outside / "theirs").read_text() == "theirs" and len(names(outside)) == 4
 
 
 def test_a_link_in_a_stage_is_deleted_and_its_target_is_not(tmp_path):

@@ -129,6 +129,8 @@ def _clear(directory: Path) -> None:
     The mark of its inputs is voided first. Killed half-way, this leaves nothing that a run resumes
     from, and nothing that stops the next run.
     """
+    if directory.is_symlink():
+        raise UserError(f"{directory} is a link, and what it points to is not emptied; delete it")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

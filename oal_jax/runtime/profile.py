@@ -28,6 +28,8 @@ def trace(folder: Path) -> Iterator[None]:
     Raises:
       UserError: `folder` cannot be written to.
     """
+    if folder.is_symlink() or folder.parent.is_symlink():
+        raise UserError(f"--profile: {folder} is behind a link; delete it")
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
