@@ -47,7 +47,7 @@ def assert_same(one, other, images=IMAGES):
         ("closure", "energy", {}),
         ("pytree", "knn", {"k": 3}),
         ("half precision", "mahalanobis", {}),
-        ("batch compared", "odin", {}),
+        pytest.param("batch compared", "odin", {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_saved_detector_works_like_the_original(tmp_path, model, score, params):
@@ -66,7 +66,7 @@ def test_a_saved_detector_works_like_the_original(tmp_path, model, score, params
     assert_same(original, oal_jax.load(tmp_path / "two"))
 
 
-@pytest.mark.parametrize("score", ["energy", "odin"])
+@pytest.mark.parametrize("score", ["energy", pytest.param("odin", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("is_saved", [False, True])
 def test_the_function_is_pure_and_transforms(tmp_path, score, is_saved):
     detector = calibrated(score=score)

@@ -68,7 +68,7 @@ def own_detector():
     return oal_jax.calibrate(forward, pair, pair, "knn", **options)
 
 
-@pytest.fixture(scope="module", params=["own", "run"])
+@pytest.fixture(scope="module", params=["own", pytest.param("run", marks=pytest.mark.slow)])
 def ways(request, tmp_path_factory):
     """A detector, a folder of image files, and a folder of what was written of the detector."""
     folder = tmp_path_factory.mktemp("ways")
