@@ -3,10 +3,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 import oal_jax
 from oal_jax.errors import UserError
+from oal_jax.runtime import artifacts
 from oal_jax.stages import run as pipeline
 
 
@@ -40,3 +43,59 @@ def test_a_damaged_log_comes_back(copy, how, capsys):
     pipeline.run(pipeline.resolve(copy).config, copy)
     assert path.read_bytes() == whole
     assert "metrics.jsonl" in capsys.readouterr().out
+
+
+def forge(run, name, data):
+    """Replace a file of a run, in a way that the manifests vouch for it."""
+    path = run / name
+    path.write_bytes(data)
+    digest = artifacts.sha256(path)
+    stage, _, below = name.partition("/")
+    for directory in (run / "train", run / "evaluate", run / "report"):
+        manifest = json.loads((directory / artifacts.MANIFEST).read_text())
+        del manifest["sha256"]
+        if directory.name == stage:
+            manifest["outputs"][below] |= {"sha256": digest, "bytes": len(data)}
+        elif stage in manifest["inputs"]["stages"]:
+            manifest["inputs"]["stages"][stage][below] = digest
+        manifest["sha256"] = artifacts.fingerprint(manifest)
+        (directory / artifacts.MANIFEST).write_text(json.dumps(manifest))
+
+
+TENSORS = (
+    lambda tensors: {},
+    lambda tensors: {"other": np.zeros(3, np.float32)},
+    lambda tensors: {name: value[..., None] for name, value in tensors.items()},
+    lambda tensors: {name: np.zeros(0, np.float32) for name in tensors},
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"),
+    [
+        ("train/classifier.json", ["[" * 100_000, "[]", {"class_names": 3}, {"decoding": [1]}]),
+        ("report/parameters.json", ["[]", "null", {"mahalanobis": 3}]),
+        ("report/headline.json", ["{}", {"score": None}, {"score": "../x"}]),
+        ("train/student.safetensors", TENSORS),
+        ("report/detectors/mahalanobis.safetensors", TENSORS),
+    ],
+)
+def test_forged_contents_are_one_line(copy, name, contents):
+    whole = (copy / name).read_bytes()
+    for content in contents:
+        if callable(content):
+            data = safetensors.numpy.save(
+                {
+                    k: np.ascontiguousarray(v)
+                    for k, v in content(safetensors.numpy.load(whole)).items()
+                }
+            )
+        elif isinstance(content, dict):
+            data = json.dumps(json.loads(whole) | content).encode()
+        else:
+            data = content.encode()
+        forge(copy, name, data)
+        with pytest.raises(UserError) as refused:
+            score = None if "headline" in name else "mahalanobis"
+            oal_jax.load(copy, score)(np.zeros((2, 28, 28, 1), np.uint8))
+        assert "\n" not in str(refused.value)

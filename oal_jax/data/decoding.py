@@ -60,6 +60,9 @@ class Decoding:
     def __post_init__(self):
         if self.channels not in _MODES:
             raise UserError(f"a model of {self.channels} channels: image files have 1, 3 or 4")
+        for side in (self.resize, *(self.crop or ())):
+            if side is not None and (type(side) is not int or side < 1):
+                raise UserError(f"a decoding to {side!r} pixels: sides are positive integers")
 
     @classmethod
     def to_shape(cls, image_shape: Sequence[int]) -> "Decoding":
@@ -68,9 +71,14 @@ class Decoding:
         return cls(channels, min(height, width), (height, width))
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Decoding":
-        """The decoding that was written as JSON."""
+    def from_json(cls, values: Any) -> "Decoding":
+        """The decoding that was written as JSON; `UserError` where the value is none."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, Mapping) or values.keys() != names:
+            raise UserError(f"no decoding: {str(values)[:80]}")
         crop = values["crop"]
+        if crop is not None and not (isinstance(crop, list) and len(crop) == 2):
+            raise UserError(f"a decoding with the crop {str(crop)[:80]}: give height and width")
         return cls(values["channels"], values["resize"], crop and tuple(crop))
 
 

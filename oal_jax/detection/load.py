@@ -14,7 +14,7 @@ from oal_jax import scores as post_hoc
 from oal_jax.data.image_files import Decoding
 from oal_jax.detection import saved
 from oal_jax.detection.detector import Detector
-from oal_jax.detection.parts import check_share, run_detector, sorted_scores
+from oal_jax.detection.parts import check_runs, check_share, run_detector, sorted_scores
 from oal_jax.errors import UserError
 from oal_jax.evaluation import headline
 from oal_jax.evaluation.tables import read_csv
@@ -24,6 +24,8 @@ from oal_jax.scores.forward import make_forward
 from oal_jax.stages import evaluate, student, train
 from oal_jax.stages import run as pipeline
 from oal_jax.stages.context import Context
+
+_REMEDY = "run the stages of the run again with --force"
 
 
 def load(
@@ -76,7 +78,7 @@ def load(
     else:
         print(f"oal_jax: {directory} lists no score {name}; fitting it now", file=sys.stderr)
         params, (state, values) = {}, _fit(context, post_hoc.make(name), head, forward)
-    return Detector(
+    detector = Detector(
         forward=distributed.place_parameters(forward, context.mesh),
         score=post_hoc.make(name, **params),
         state=distributed.replicate(state, context.mesh),
@@ -90,6 +92,8 @@ def load(
         decoding=Decoding.from_json(card["decoding"]) if "decoding" in card else None,
         about=_about(context, card, name),
     )
+    check_runs(detector, directory, _REMEDY)
+    return detector
 
 
 def _headline(context: Context) -> str:
@@ -142,12 +146,36 @@ def _classifier(context: Context, name: str) -> tuple[dict[str, Any], Partial, H
     directory = context.directory("train")
     for file in (train.CLASSIFIER, train.STUDENT):
         artifacts.verified(directory, file)
-    card = artifacts.read_json(directory / train.CLASSIFIER)
-    net = student.network(context.config, len(card["class_names"]), card)
+    card = _card(directory / train.CLASSIFIER)
+    try:
+        net = student.network(context.config, len(card["class_names"]), card)
+    except (KeyError, TypeError, ValueError):
+        raise _other_form(directory / train.CLASSIFIER) from None
     variables = train.student_variables(*train.load(context))
     fc = variables["params"]["fc"]
     forward = make_forward(net, variables, post_hoc.make(name).needs)
     return card, forward, Head(np.asarray(fc["kernel"]), np.asarray(fc["bias"]))
+
+
+def _card(path: Path) -> dict[str, Any]:
+    """Contents of a `classifier.json` of this form."""
+    card = artifacts.read_json(path)
+    is_list = lambda x, kind: isinstance(x, list) and all(type(y) is kind for y in x)
+    sound = (
+        isinstance(card, dict)
+        and is_list(card.get("class_names"), str)
+        and is_list(card.get("image_shape"), int)
+        and len(card["image_shape"]) == 3
+        and min(card["image_shape"]) > 0
+        and isinstance(card.get("architecture"), dict)
+    )
+    if not sound:
+        raise _other_form(path)
+    return card
+
+
+def _other_form(path: Path) -> UserError:
+    return UserError(f"{path} has another form than a run writes; {_REMEDY}")
 
 
 def _fitted_file(name: str) -> str:
@@ -158,8 +186,14 @@ def _fitted(context: Context, name: str) -> tuple[dict[str, Any], State, np.ndar
     """Parameters, state and ID validation ood_scores that the report saved."""
     directory = context.directory("report")
     tensors = artifacts.read_tensors(artifacts.verified(directory, _fitted_file(name)))
-    params = artifacts.read_json(artifacts.verified(directory, "parameters.json")).get(name, {})
+    path = artifacts.verified(directory, "parameters.json")
+    params = artifacts.read_json(path)
+    params = params.get(name, {}) if isinstance(params, dict) else None
+    if not isinstance(params, dict):
+        raise _other_form(path)
     params = {k: tuple(v) if isinstance(v, list) else v for k, v in params.items()}
+    if "id_val_scores" not in tensors:
+        raise _other_form(directory / _fitted_file(name))
     values = tensors.pop("id_val_scores")
     return params, {k.removeprefix("state."): v for k, v in tensors.items()}, values
 

@@ -4,6 +4,7 @@ import dataclasses
 import numbers
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -151,8 +152,29 @@ def check_share(keep_id: float) -> None:
         raise UserError(f"keep_id must lie between 0 and 1, got {keep_id!r}; for example 0.95")
 
 
+def check_runs(parts: Parts, directory: Path, remedy: str) -> None:
+    """Trace a detector that was read from files; `UserError` where its parts do not fit."""
+    images = jax.ShapeDtypeStruct((1, *parts.image_shape), jnp.uint8)
+    try:
+        logits = jax.eval_shape(lambda x: parts.forward(x / 255).logits, images)
+        jax.eval_shape(parts.function, images)
+    except Exception as error:  # whatever a model or a score of another form raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(
+            f"{directory}: model, weights and score do not fit ({reason[:120]}); {remedy}"
+        ) from None
+    names = parts.class_names
+    if names is not None and len(names) != logits.shape[1]:
+        raise UserError(
+            f"{directory}: {len(names)} class_names for a model of {logits.shape[1]} classes;"
+            f" {remedy}"
+        )
+
+
 def sorted_scores(values, name) -> np.ndarray:
     """The ood_scores in rising order; `UserError` where one is not finite."""
+    if np.ndim(values) != 1 or not np.size(values):
+        raise UserError(f"{name}: ood_scores of shape {np.shape(values)} are not a list")
     if not np.isfinite(values).all():
         raise UserError(f"{name}: {int((~np.isfinite(values)).sum())} ood_scores are not finite")
     return np.sort(values)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
@@ -20,7 +19,7 @@ from oal_jax import scores as post_hoc
 from oal_jax.data.decoding import Decoding
 from oal_jax.detection import program
 from oal_jax.detection.folder import DETECTOR, SAVED, check_replaceable
-from oal_jax.detection.parts import Parts
+from oal_jax.detection.parts import Parts, check_runs
 from oal_jax.errors import UserError
 from oal_jax.evaluation.tables import MEANS, Row
 from oal_jax.runtime import artifacts, distributed, writing
@@ -123,7 +122,7 @@ def read(directory: Path, keep_id: float | None = None, batch_size: int | None =
             f"{path}: threshold {values['threshold']} is not what keep_id={parts.keep_id} gives,"
             f" {parts.threshold}; give load a keep_id"
         )
-    _check_runs(parts, directory)
+    check_runs(parts, directory, _REMEDY)
     return parts if keep_id is None else parts.with_keep_id(keep_id)
 
 
@@ -223,23 +222,6 @@ def _arrays(directory: Path, names: list[str]) -> tuple[Partial, dict[str, np.nd
     begin = "state."
     state = {k.removeprefix(begin): v for k, v in tensors.items() if k.startswith(begin)}
     return Partial(program.as_function(exported), leaves), state, scores
-
-
-def _check_runs(parts: Parts, directory: Path) -> None:
-    """Trace the detector, so that parts which do not fit are noticed now."""
-    images = jax.ShapeDtypeStruct((1, *parts.image_shape), jnp.uint8)
-    try:
-        logits = jax.eval_shape(lambda x: parts.forward(x / 255).logits, images)
-        jax.eval_shape(parts.function, images)
-    except Exception as error:  # whatever a score of another form raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(
-            f"{directory}: program, weights and score do not fit ({reason[:120]}); {_REMEDY}"
-        ) from None
-    names = parts.class_names
-    if names is not None and len(names) != logits.shape[1]:
-        count = f"{len(names)} class_names for a program of {logits.shape[1]} classes"
-        raise UserError(f"{directory / DETECTOR}: {count}; {_REMEDY}")
 
 
 def is_saved(directory: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from oal_jax.errors import UserError
 from oal_jax.evaluation.metrics import auroc
 from oal_jax.runtime import artifacts
 
@@ -149,9 +150,14 @@ def read(folder: Path) -> Headline | None:
     """The headline of a report; None if an older version wrote the report."""
     if not (folder / FILE).is_file():
         return None
-    values: dict[str, Any] = artifacts.read_json(artifacts.verified(folder, FILE))
-    values["warnings"] = tuple(values["warnings"])
-    return Headline(**values)
+    path = artifacts.verified(folder, FILE)
+    values: Any = artifacts.read_json(path)
+    kinds = {"score": str, "runner_up": str | None, "warnings": list}
+    kinds |= dict.fromkeys(("validation_auroc", "margin"), float | int | None)
+    sound = isinstance(values, dict) and values.keys() == kinds.keys()
+    if not (sound and all(isinstance(values[name], kind) for name, kind in kinds.items())):
+        raise UserError(f"{path} has another form than a report writes; run stage report again")
+    return Headline(**values | {"warnings": tuple(map(str, values["warnings"]))})
 
 
 def _is_constant(evaluation: "Evaluation", score: str) -> bool:

@@ -359,6 +359,11 @@ def load(context: Context) -> tuple[dict, dict]:
 
 def _read(path: Path) -> tuple[dict, dict]:
     tensors = artifacts.read_tensors(path)
-    tree = unflatten_dict({tuple(k.split(".")): v for k, v in tensors.items()})
+    try:
+        tree = unflatten_dict({tuple(k.split(".")): v for k, v in tensors.items()})
+        head = tree["params"]["student"][student.HEAD]
+        head["kernel"].shape, head["bias"].shape
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path} does not hold the weights of a student") from None
     # A network without batch normalisation has no state.
     return tree["params"], {group: {} for group in tree["params"]} | tree.get("state", {})
