@@ -39,24 +39,21 @@ def _run_stages(values: flags.FlagValues) -> None:
     distributed.initialize(*(values[name].value for name in names.split()))
     from oal_jax.report import summary
     from oal_jax.runtime import profile
+    from oal_jax.stages import check_report
     from oal_jax.stages import run as pipeline
 
     reuse = [Path(values.reuse)] if values.reuse else []
     if values.check:
-        from oal_jax.stages import check_report
-
         return check_report.run(values.config, reuse)
-    config_file = config_flags.get_config_filename(values["config"])
-    workdir = Path(values.workdir or Path("runs") / Path(config_file).stem)
+    name = Path(config_flags.get_config_filename(values["config"])).stem
+    workdir = Path(values.workdir or Path("runs") / name)
     options = {"only": values.stage, "force": values.force, "reuse": reuse}
     if values.profile and processes.is_main():
         options["watch"] = lambda stage: profile.trace(workdir / "profile" / stage)
     with processes.only_main_prints():
         pipeline.run(values.config, workdir, **options)
         if values.stage in (None, "report"):
-            if values.config.smoke:
-                print("SMOKE: all sizes were tiny, and the numbers mean nothing\n")
-            summary.show(workdir / "report")
+            summary.show(workdir / "report", values.config.smoke)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from helpers import changed as with_values
 from helpers import refusal
+from small_stable_diffusion import SHIPPED
 
 import oal_jax
 from oal_jax import main
@@ -86,7 +87,7 @@ def test_a_second_run_skips_everything(ran, tmp_path, capsys):
     [
         ({}, ALL),
         ({"outliers.source": "random"}, [n for n in ALL if n != "outliers"]),
-        ({"outliers.source": "knn"}, [n for n in ALL if n != "latents"]),
+        ({"outliers.source": "knn"}, [n for n in ALL if n not in ("generator", "latents")]),
         ({"outliers.source": "none"}, ["teacher", "features", *AFTER_TRAIN]),
         (
             {"outliers.source": "none", "outliers.image_share": 0.5, "outliers.images": "decoded"},
@@ -120,7 +121,7 @@ def test_the_default_on_fashion_samples_no_outliers():
     ("key", "value", "expected"),
     [
         ("seed", 1, ALL),
-        ("data.train_images", 1000, ALL),
+        ("data.train_images", 8000, ALL),
         ("teacher.epochs", 3, ALL[:1] + ALL[2:]),
         # The same weights with other heads are another function.
         ("teacher.heads", 2, ALL[:1] + ALL[2:]),
@@ -128,7 +129,7 @@ def test_the_default_on_fashion_samples_no_outliers():
         ("generator.diffusion_epochs", 3, ["generator", "outliers", "latents", *AFTER_TRAIN]),
         ("outliers.knn.sigma", 0.5, ["outliers", "latents", *AFTER_TRAIN]),
         ("outliers.knn.features_per_class", 400, ALL[3:]),
-        ("outliers.source", "knn", AFTER_TRAIN),
+        ("outliers.source", "knn", ["outliers", *AFTER_TRAIN]),
         ("latents.guidance", 5.0, ["latents", *AFTER_TRAIN]),
         ("method.oal.energy_weight", 0.3, AFTER_TRAIN),
         ("method.vos.weight", 0.3, ["report"]),  # the page shows the whole config
@@ -210,13 +211,11 @@ def test_shipped_weights_are_inputs(ran, tmp_path, monkeypatch, key):
 
 
 def test_a_changed_file_of_the_generator_is_noticed(ran, tmp_path):
-    directory = tmp_path / "sd"
-    (directory / "unet").mkdir(parents=True)
-    (directory / "unet" / "model.safetensors").write_text("one")
+    directory = shutil.copytree(SHIPPED, tmp_path / "sd")
     settings = config(**{"generator.directory": str(directory)})
     run(ran, tmp_path / "run", settings)
     assert run(ran, tmp_path / "run", settings) == []
-    (directory / "unet" / "model.safetensors").write_text("another")
+    (directory / "model_index.json").write_text("{}")
     assert run(ran, tmp_path / "run", settings)[0] == "generator"
 
 

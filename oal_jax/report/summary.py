@@ -8,15 +8,18 @@ from oal_jax.evaluation.tables import format_table, read_csv
 from oal_jax.runtime import processes
 
 
-def show(report: Path) -> None:
+def show(report: Path, smoke: bool) -> None:
     """Print the table of a report, its headline score and, on stderr, its warnings.
 
     Args:
       report: directory of the stage report.
+      smoke: whether all sizes were tiny.
 
     Raises:
       UserError: a file is missing or damaged.
     """
+    if smoke:
+        print("SMOKE: all sizes were tiny, and the numbers mean nothing\n")
     rows, chosen = read_csv(report / "ood.csv"), headline.read(report)
     if not rows and (report / "validation.csv").is_file():
         print("There are no near- or far-OOD sets. On the validation OOD sets:")
