@@ -109,7 +109,8 @@ def test_statistics_and_dropout_are_each_microbatch_s_and_gradients_are_averaged
     np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
 
 
-@pytest.mark.parametrize("unroll", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("unroll", [True, False])
 def test_microbatches_need_less_memory(unroll):
     net = VisionTransformer(3, 4, 16, 2, 2, 2.0)
     method, optimizer = ce.cross_entropy(net, IMAGE), optax.sgd(1.0)

@@ -67,6 +67,7 @@ def write_card(directory, data, net, **changes):
     artifacts.write_json(directory / "train" / train.CLASSIFIER, card | changes)
 
 
+@pytest.mark.slow
 def test_the_estimate_is_the_mean_loss_with_random_weights_removed(start, tmp_path):
     directory, data, net, variables = start
     context = context_of(small(), tmp_path, directory)
@@ -101,6 +102,7 @@ def test_the_estimate_is_the_mean_loss_with_random_weights_removed(start, tmp_pa
     assert one == pytest.approx(mean_loss(unflatten_dict(removed)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_masked_model_is_saved_as_a_plain_one(start, tmp_path):
     directory, data, net, variables = start
     method = Method(name="umap", um=UnleashingMask(constraint=0.3))

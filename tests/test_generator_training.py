@@ -19,6 +19,7 @@ def after_steps(trainer, batch, count):
     return states, [step(state, batch)[1]["loss"] for state in ends]
 
 
+@pytest.mark.slow
 def test_autoencoder():
     sd, _ = tiny()
     images = np.zeros((4, 14, 14, 1), np.float32)

@@ -80,7 +80,10 @@ def stored(name):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow if "base" in n else ()) for n in LIBRARIES],
+    [
+        pytest.param(n, marks=pytest.mark.slow if "base" in n or "50" in n else ())
+        for n in LIBRARIES
+    ],
 )
 def test_logits_and_features_are_those_of_pytorch(tmp_path, name):
     shapes, logits, features = stored(name)

@@ -83,6 +83,7 @@ def test_without_sampled_latents_none_is_sampled(context):
     assert {path.name for path in latents.run(context)} == latents.files(context.config)
 
 
+@pytest.mark.slow
 def test_streamed_images_have_the_same_latents(context):
     class Halves(ImageSet):
         def chunks(self, size, rows=None):

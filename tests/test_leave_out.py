@@ -283,6 +283,7 @@ def test_prompts_are_of_the_remaining_classes(tmp_path):
     assert len(words) == 7 and "trouser" not in words
 
 
+@pytest.mark.slow
 def test_stages_are_taken_from_any_of_several_runs(tmp_path, monkeypatch):
     ran = []
 

@@ -77,9 +77,8 @@ def small_file(kind, path):
     return write(path, resnet_tensors(classes=5), oal_jax=stated)
 
 
-@pytest.mark.parametrize(
-    ("kind", "tune"), [("vit", "head"), pytest.param("resnet", "all", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("kind", "tune"), [("vit", "head"), ("resnet", "all")])
+@pytest.mark.slow
 def test_a_given_network_is_trained_evaluated_loaded_and_exported(folder, tmp_path, kind, tune):
     file = small_file(kind, tmp_path / "file.safetensors")
     flags = [f"student.weights={file}", "evaluation.scores=msp,mahalanobis", "train.epochs=3"]
@@ -139,6 +138,7 @@ def test_check_lists_several_problems_at_once_and_writes_nothing(folder, tmp_pat
     assert "no problem" in told and "time: about" in told and "images decoded" in told
 
 
+@pytest.mark.slow
 def test_a_refused_start_does_not_block_its_directory(folder, tmp_path, capsys):
     argv = ["main", f"--config={OWN}", f"--config.data.root={folder}", f"--workdir={tmp_path}"]
     argv += [f"--config.{flag}" for flag in SHORT] + ["--config.train.epochs=1", "--stage=train"]

@@ -305,7 +305,10 @@ def test_golden_networks(small, golden):
     assert_relative(decode(params, noise), last(golden["decoded"]))
 
 
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "ddim" else pytest.param(n, marks=pytest.mark.slow) for n in samplers.SAMPLERS],
+)
 def test_golden_chain(small, golden, name):
     """Tokenizer, injection, text encoder, 20 steps with guidance: diffusers' pipeline."""
     sd, params = small

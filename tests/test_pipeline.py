@@ -25,6 +25,7 @@ from oal_jax.config import Config, flatten, unflatten
 from oal_jax.config.methods import SECTIONS
 from oal_jax.config.smoke import shrink
 from oal_jax.runtime import artifacts
+from oal_jax.stages import check
 from oal_jax.stages import plan as plans
 from oal_jax.stages import run as pipeline
 
@@ -65,6 +66,8 @@ def ran(monkeypatch):
 
         return SimpleNamespace(run=run)
 
+    # The stages read nothing, so there is nothing to check before them.
+    monkeypatch.setattr(check, "require", lambda context, reuse: None)
     monkeypatch.setattr(pipeline, "import_module", lambda path: stage(path.rpartition(".")[2]))
     return log
 

@@ -202,6 +202,7 @@ for images in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(finished_run, tmp_path):
     few, many = tmp_path / "few", tmp_path / "many"
     for directory, count in ((few, 100), (many, 900)):

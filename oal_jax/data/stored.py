@@ -99,6 +99,7 @@ class Source(abc.ABC):
       decoding: how its images are decoded.
       on_corrupt: as in `SetSpec`.
       remarks: what of its files is not read, for messages; None: a set that needs none.
+      size: (height, width) that the set itself states for its decoded images; None: nothing.
     """
 
     def __init__(
@@ -108,7 +109,9 @@ class Source(abc.ABC):
         decoding: Decoding,
         on_corrupt: str,
         remarks: str | None = None,
+        size: tuple[int, int] | None = None,
     ):
+        self.size = size
         self.name, self.class_names = name, class_names
         self.decoding, self.on_corrupt, self.remarks = decoding, on_corrupt, remarks
 
@@ -196,7 +199,7 @@ class Subset(Source):
         class_names: tuple[str, ...],
         table: Int32[np.ndarray, " k"] | None = None,
     ):
-        more = source.on_corrupt, source.remarks
+        more = source.on_corrupt, source.remarks, source.size
         super().__init__(source.name, class_names, source.decoding, *more)
         self._source, self._rows, self._table = source, rows, table
 
@@ -297,6 +300,8 @@ def read(source: Source, indices: Sequence[int]) -> list[Decoded]:
                 )
             try:
                 pixels, notes = image_files.decode_with_notes(data, source.decoding)
+                if source.size not in (None, pixels.shape[:2]):
+                    raise Unreadable(f"its shape is {pixels.shape[:2]}, the set's {source.size}")
             except Unreadable as error:
                 if source.on_corrupt == "error":
                     raise source.damaged(index, error) from None

@@ -88,7 +88,9 @@ class TfdsSource(Source):
         on_corrupt: str,
     ):
         class_names = prepared.class_names if labelled else ("ood",)
-        super().__init__(name, class_names, decoding, on_corrupt)
+        size = prepared.shape[:2]
+        stated = decoding.crop is None and None not in size
+        super().__init__(name, class_names, decoding, on_corrupt, size=size if stated else None)
         self._records = _records(prepared, split)
         self._image, self._label = prepared.image, prepared.label if labelled else None
         files = prepared.builder.info.splits[split].file_instructions

@@ -353,17 +353,23 @@ def student_variables(params: dict, model_state: dict) -> dict[str, Any]:
 
 
 def load(context: Context) -> tuple[dict, dict]:
-    """(params, model_state) of the trained groups."""
-    return _read(context.directory("train") / STUDENT)
+    """(params, model_state) of the trained groups.
+
+    Raises:
+      UserError: the file is damaged, or does not hold a student.
+    """
+    path = context.directory("train") / STUDENT
+    try:
+        params, state = _read(path)
+        head = params["student"][student.HEAD]
+        head["kernel"].shape, head["bias"].shape
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path} does not hold the weights of a student") from None
+    return params, state
 
 
 def _read(path: Path) -> tuple[dict, dict]:
     tensors = artifacts.read_tensors(path)
-    try:
-        tree = unflatten_dict({tuple(k.split(".")): v for k, v in tensors.items()})
-        head = tree["params"]["student"][student.HEAD]
-        head["kernel"].shape, head["bias"].shape
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} does not hold the weights of a student") from None
+    tree = unflatten_dict({tuple(k.split(".")): v for k, v in tensors.items()})
     # A network without batch normalisation has no state.
     return tree["params"], {group: {} for group in tree["params"]} | tree.get("state", {})
