@@ -160,7 +160,7 @@ def test_mistakes_are_one_line_and_leave_everything(capsys, finished_run, tmp_pa
     (tmp_path / "file").write_text("")
     usual = {"--workdir": finished_run, "--output": tmp_path / "out"}
     cases = [
-        ({"--output": tmp_path / "mine"}, "mine holds other files; give an empty or a new folder"),
+        ({"--output": tmp_path / "mine"}, "mine holds other files, such as thesis.txt; give"),
         ({"--output": tmp_path / "file"}, "file is a file; give a folder"),
         ({"--output": tmp_path / "file" / "x"}, "x can't be written (Not a directory)"),
         ({"--platforms": "cpu,gpu"}, "'gpu'"),
@@ -182,10 +182,19 @@ def test_an_export_replaces_an_export(capsys, finished_run, tmp_path, monkeypatc
     output.mkdir()  # empty: free to use
     flags = ["--workdir", finished_run, "--output", output, "--platforms=cpu"]
     assert run(capsys, *flags)[0] == 0
-    (output / "extra").write_text("")
+    (output / "__pycache__").mkdir()
+    (output / "__pycache__" / "preprocess.cpython-312.pyc").write_bytes(b"")
+    (output / "detector.onnx").write_bytes(b"")  # of an export with --onnx
     assert run(capsys, *flags, "--keep-id=0.7")[0] == 0
     assert json.loads((output / "model.json").read_text())["keep_id"] == 0.7
-    assert not (output / "extra").exists()
+    assert not {"__pycache__", "detector.onnx"} & set(os.listdir(output))
+    for name in ("notes.md", "__pycache__/mine.py"):
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).write_text("mine")
+        code, _, err = run(capsys, *flags, "--keep-id=0.6")
+        assert code == 2 and name.split("/")[0] in err[0] and len(err) == 1
+        assert (output / name).read_text() == "mine"
+        (output / name).unlink()
 
     def fail(*_):
         raise KeyboardInterrupt

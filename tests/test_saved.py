@@ -161,6 +161,10 @@ def test_it_replaces_a_saved_detector_or_nothing(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="photos"):
             detector.save(other)
     assert os.listdir(tmp_path / "photos") == ["a.png"]
+    (folder / "notes.md").write_text("mine")
+    with pytest.raises(UserError, match="saved holds other files, such as notes.md"):
+        detector.save(folder)
+    assert (folder / "notes.md").read_text() == "mine"
 
 
 # Files that someone else may have written
@@ -213,7 +217,7 @@ def test_a_description_of_another_form_is_one_line(tmp_path, sound, changes, mes
     assert "\n" not in str(caught.value) and str(tmp_path / "saved") in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["detector.json", saved.PROGRAM, saved.TENSORS])
+@pytest.mark.parametrize("name", ["detector.json", saved.FORWARD, saved.TENSORS])
 @pytest.mark.parametrize("how", ["altered", "truncated", "deleted", "forged"])
 def test_a_damaged_file_is_named(tmp_path, sound, name, how):
     folder = written(tmp_path / "saved", sound)

@@ -24,7 +24,8 @@ class Detector(Parts):
     def save(self, directory: str | os.PathLike) -> None:
         """Write a directory that `oal_jax.load` reads, without the code of the model.
 
-        The directory appears whole or not at all. It may replace a saved detector, nothing else.
+        The directory appears whole or not at all. It may replace a saved detector without
+        other files beside it, nothing else.
 
         Raises:
           UserError: it can't be written, or JAX can't write the model as a program.
@@ -40,7 +41,7 @@ class Detector(Parts):
         """Write a folder with a program that runs without oal_jax, and how to feed it image files.
 
         Args:
-          directory: may replace an exported detector, nothing else.
+          directory: may replace an exported detector without other files beside it, nothing else.
           platforms: out of "cpu", "cuda", "tpu" and "rocm".
           onnx: also write `detector.onnx`; needs the extra `onnx`.
 

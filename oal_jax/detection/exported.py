@@ -16,15 +16,22 @@ from jax.export import Exported
 from oal_jax.data import decoding as decoding_file
 from oal_jax.data.decoding import Decoding
 from oal_jax.detection import onnx_file, program
-from oal_jax.detection.folder import EXPORTED, MODEL, check_replaceable
+from oal_jax.detection.folder import (
+    CARD,
+    EXPORTED,
+    MODEL,
+    ONNX,
+    PREPROCESS,
+    PROGRAM,
+    WEIGHTS,
+    check_replaceable,
+)
 from oal_jax.detection.parts import Parts, decide
 from oal_jax.detection.saved import weight_names
 from oal_jax.evaluation.tables import Row, is_mean
 from oal_jax.report.html import markdown
 from oal_jax.runtime import artifacts, writing
 
-PROGRAM, ONNX, PREPROCESS = "detector.jax_export", "detector.onnx", "preprocess.py"
-WEIGHTS, CARD = "weights.safetensors", "README.md"
 PLATFORMS = program.PLATFORMS
 
 # What JAX promises of its exported programs.

@@ -18,13 +18,12 @@ from jax.tree_util import Partial
 from oal_jax import scores as post_hoc
 from oal_jax.data.decoding import Decoding
 from oal_jax.detection import program
-from oal_jax.detection.folder import DETECTOR, SAVED, check_replaceable
+from oal_jax.detection.folder import DETECTOR, FORWARD, SAVED, TENSORS, check_replaceable
 from oal_jax.detection.parts import Parts, check_runs
 from oal_jax.errors import UserError
 from oal_jax.evaluation.tables import MEANS, Row
 from oal_jax.runtime import artifacts, distributed, writing
 
-PROGRAM, TENSORS = "forward.jax_export", "detector.safetensors"
 _VERSION = 1
 _REMEDY = "save the detector again"
 
@@ -44,9 +43,9 @@ def write(directory: Path, parts: Parts) -> None:
     tensors |= {f"state.{name}": np.asarray(value) for name, value in parts.state.items()}
     tensors["id_val_scores"] = np.float32(parts.id_val_scores)
     with writing.whole_folder(directory) as folder:
-        artifacts.write_bytes(folder / PROGRAM, forward)
+        artifacts.write_bytes(folder / FORWARD, forward)
         artifacts.write_tensors(folder / TENSORS, tensors)
-        files = {name: artifacts.sha256(folder / name) for name in (PROGRAM, TENSORS)}
+        files = {name: artifacts.sha256(folder / name) for name in (FORWARD, TENSORS)}
         artifacts.write_json(folder / DETECTOR, _describe(parts, names) | {"files": files})
 
 
@@ -154,7 +153,7 @@ def _checked(values: Any, path: Path) -> dict[str, Any]:
         "batch_size": integer,
         "weights": strings,
         "about": _is_about,
-        "files": lambda x: isinstance(x, dict) and x.keys() == {PROGRAM, TENSORS},
+        "files": lambda x: isinstance(x, dict) and x.keys() == {FORWARD, TENSORS},
     }
     if not isinstance(values, dict):
         raise UserError(f"{path} is no JSON object; {_REMEDY}")
@@ -196,7 +195,7 @@ def _is_row(row: Any) -> bool:
 
 def _arrays(directory: Path, names: list[str]) -> tuple[Partial, dict[str, np.ndarray], np.ndarray]:
     """The classifier, the score's state, and the ID validation scores."""
-    path = directory / PROGRAM
+    path = directory / FORWARD
     try:
         exported = program.read(path.read_bytes())
     except ValueError as error:
