@@ -163,7 +163,9 @@ def test_numbers_of_all_tables(page, inputs):
     }.items():
         section = _section(page, name)
         for row in rows:
-            assert row.dataset in section and f"{row.score}</th>" in section
+            title = {"nearood": "mean, near-OOD", "farood": "mean, far-OOD"}
+            title = title.get(row.dataset, row.dataset).replace("valood", "mean, validation")
+            assert title in section and f"{row.score}</th>" in section
             assert re.search(rf'<td class="first (best)?">{row.auroc:.2f}</td>', section)
     for row in result.csid_rows:
         cells = f"<td>{row.dataset}</td><td>{row.id_accuracy:.2f}</td><td>{row.rejected:.2f}</td>"
@@ -183,6 +185,46 @@ def test_the_headline_is_on_top_with_its_reason_and_warnings(page, inputs):
     near = {row.score: row.auroc for row in inputs.evaluation.rows if row.dataset == "nearood"}
     assert f"<b>{chosen.score}</b>: {chosen.reason}" in top
     assert f"{near[chosen.score]:.2f}" in top and "&lt;u&gt; speaks against" in top
+
+
+def test_the_headline_is_the_first_row_of_every_table(inputs):
+    for score in SCORES:
+        chosen = inputs.headline._replace(score=score)
+        page = run_page.render(inputs._replace(headline=chosen))
+        for name in ("results", "thresholds", "covariate-shift", "validation-sets"):
+            for body in _section(page, name).split("<tbody>")[1:]:
+                assert re.search(r"<tr><th>(\w+)</th>", body)[1] == score
+
+
+def test_small_test_sets_are_named(page):
+    assert "ID test 80, bag 50, sandal 50, digits 50" in _section(page, "results")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (-1.2345, "-1.23"),
+        (735.4, "735"),
+        (999.7, "1000"),
+        (73512.0, "73512"),
+        (735120.0, "7.35e5"),
+        (-1.234e12, "-1.23e12"),
+        (2e-5, "2.00e-5"),
+        (np.inf, "inf"),
+    ],
+)
+def test_numbers_below_images_are_short(value, text):
+    assert run_page.short(value) == text
+
+
+def test_a_heavy_tail_leaves_the_id_scores_their_bins():
+    rng = np.random.default_rng(0)
+    known, tail = rng.normal(10, 1, 500), np.exp(rng.normal(10, 5, 500))
+    chart = figures.histograms(known, {"far": tail}, 12.0, "mahalanobis")
+    assert ">threshold<" in chart and "stroke-dasharray" in chart
+    ticks = [float(x) for x in re.findall(r">(\d+)</text>", chart)]
+    assert ticks and max(ticks) < 50  # the axis ends near the ID scores
 
 
 def test_best_values_are_marked_by_column(page, inputs):

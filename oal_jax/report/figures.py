@@ -35,11 +35,15 @@ def histograms(
 ) -> str:
     """Densities of the ood_scores of ID test and of each group of OOD sets, and the threshold.
 
-    The axis spans the middle 99.5 % of all scores, so that a few extremes do not squeeze the rest.
+    The axis spans the middle 99 % of all scores, and beyond the ID scores at most four times their
+    own span, so that a heavy tail does not squeeze the rest. Scores outside are in the outer bins.
     """
     figure, axes = _figure()
     everything = np.concatenate([id_scores, *groups.values()]).astype(np.float64)
-    low, high = np.percentile(everything, [0.25, 99.75])
+    low, high = np.percentile(everything, [0.5, 99.5])
+    first, last = np.percentile(id_scores.astype(np.float64), [0.5, 99.5])
+    if last > first:
+        low, high = max(low, first - 4 * (last - first)), min(high, last + 4 * (last - first))
     if not high > low:
         low, high = low - 0.5, high + 0.5
     bins = np.linspace(low, high, 41)
@@ -47,7 +51,7 @@ def histograms(
     series += [(f"{name} OOD", s, GROUP_COLORS[name]) for name, s in groups.items()]
     peaks = []
     for name, scores, color in series:
-        # Explicit weights: scores outside the axis still count in the area.
+        scores = np.clip(scores.astype(np.float64), low, high)
         weights = np.full(len(scores), 1 / (len(scores) * (bins[1] - bins[0])))
         style = {"histtype": "stepfilled", "alpha": 0.35, "color": color}
         heights, _, _ = axes.hist(scores, bins, weights=weights, label=name, **style)

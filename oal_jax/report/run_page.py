@@ -20,6 +20,7 @@ _SCORES_SHOWN = 6  # with pictures; the tables show all
 _CLASSES_SHOWN = 10
 _SAMPLES_SHOWN = 8
 _EXTREMES_SHOWN = 8
+_FEW = 200  # images of a test set; below it an AUROC is uncertain by several points
 _METRICS = ("auroc", "aupr_in", "aupr_out", "fpr_at_95_ood_tpr", "fpr_at_95_id_tpr")
 _MAIN_METRICS = ("auroc", "fpr_at_95_ood_tpr", "fpr_at_95_id_tpr")
 
@@ -54,12 +55,13 @@ def write_report(path: str | Path, inputs: ReportInputs) -> None:
 
 def render(inputs: ReportInputs) -> str:
     """The page as a string."""
+    score = inputs.headline.score
+    inputs = inputs._replace(evaluation=_headline_first(inputs.evaluation, score))
     result, keep = inputs.evaluation, inputs.config.evaluation.keep_id
     means, sets = _split(result.rows)
     spectrum_means, spectrum_sets = _split(result.full_spectrum_rows)
     accuracy, rejected = protocol.accuracy(inputs.id_test), protocol.rejected(result)
-    score = inputs.headline.score
-    shown = [score, *(name for name in result.thresholds if name != score)][:_SCORES_SHOWN]
+    shown = list(result.thresholds)[:_SCORES_SHOWN]
     return html.render(
         "run_page.html.jinja",
         title=inputs.title,
@@ -73,6 +75,8 @@ def render(inputs: ReportInputs) -> str:
         sets=_metric_table(sets, _MAIN_METRICS),
         overview=_overview(means, inputs.intervals),
         has_intervals=bool(inputs.intervals),
+        few=_FEW,
+        small_sets=_small_sets(inputs),
         distributions=_distributions(inputs, shown),
         rejected=rejected,
         shares=[figures.shares(rejected[s], inputs.groups, 100 * (1 - keep), s) for s in shown],
@@ -97,6 +101,39 @@ def extreme_rows(scores: np.ndarray, count: int) -> dict[str, np.ndarray]:
     return {"most": order[:count], "least": order[::-1][:count]}
 
 
+def short(value: float) -> str:
+    """A number in few letters: three significant digits, from 100,000 on as 1.23e5."""
+    if value and not 1e-4 <= abs(value) < 1e5:
+        digits, _, exponent = f"{value:.2e}".partition("e")
+        return f"{digits}e{int(exponent)}" if exponent else digits
+    return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
+def _headline_first(result: Evaluation, score: str) -> Evaluation:
+    """The same evaluation; all tables begin with the headline score."""
+
+    def ordered(rows):
+        return sorted(rows, key=lambda row: row.score != score)
+
+    return result._replace(
+        rows=ordered(result.rows),
+        validation_rows=ordered(result.validation_rows),
+        full_spectrum_rows=ordered(result.full_spectrum_rows),
+        csid_rows=ordered(result.csid_rows),
+        thresholds={score: result.thresholds[score], **result.thresholds},
+    )
+
+
+def _small_sets(inputs: ReportInputs) -> dict[str, int]:
+    """The test sets with few images, and how many they have."""
+    score = inputs.headline.score
+    sets = {"ID test": inputs.evaluation.id_scores[score]}
+    for name, values in inputs.evaluation.ood_scores[score].items():
+        if inputs.groups[name] != "validation":
+            sets[name] = values
+    return {name: len(values) for name, values in sets.items() if len(values) < _FEW}
+
+
 def _split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """The mean rows and the rows of single sets."""
     return [row for row in rows if is_mean(row)], [row for row in rows if not is_mean(row)]
@@ -110,9 +147,9 @@ def _tiles(
     for row in means:
         if row.score == headline.score:
             tiles.append((f"{row.group}-OOD AUROC", row.auroc, ""))
-            tiles.append((f"{row.group}-OOD FPR95", row.fpr_at_95_ood_tpr, "%"))
+            tiles.append((f"{row.group}-OOD FPR at 95 % OOD TPR", row.fpr_at_95_ood_tpr, "%"))
     if headline.validation_auroc is not None:
-        tiles.append(("validation-OOD AUROC", headline.validation_auroc, ""))
+        tiles.append(("validation-OOD AUROC, against ID validation", headline.validation_auroc, ""))
     return tiles
 
 
@@ -127,7 +164,7 @@ def _metric_table(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]
         best[dataset, metric] = min(column) if "fpr" in metric else max(column)
     return {
         "metrics": metrics,
-        "groups": {row.dataset: row.group for row in rows},
+        "groups": {_title(row): row.group for row in rows},
         "lines": {
             score: [
                 (values[score, *c], len(scores) > 1 and round(values[score, *c], 2) == best[c])
@@ -136,6 +173,13 @@ def _metric_table(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]
             for score in scores
         },
     }
+
+
+def _title(row: Row) -> str:
+    """The set of a row in words."""
+    if not is_mean(row):
+        return row.dataset
+    return "mean, validation" if row.group == "validation" else f"mean, {row.group}-OOD"
 
 
 def _overview(means: Sequence[Row], intervals: Sequence[Interval]) -> list[str]:
@@ -181,7 +225,7 @@ def _shown_groups(inputs: ReportInputs) -> set[str]:
 
 
 def _extremes(inputs: ReportInputs, score: str) -> dict[str, list[tuple]]:
-    """Set -> (kind, picture, ood_scores) of its most and least OOD images, ID test first."""
+    """Set -> (kind, picture, scores as text) of its most and least OOD images, ID test first."""
     result = inputs.evaluation
     scores = {"ID test": result.id_scores[score]}
     scores |= result.csid_scores[score] | result.ood_scores[score]
@@ -191,7 +235,7 @@ def _extremes(inputs: ReportInputs, score: str) -> dict[str, list[tuple]]:
         if data.images is not None:
             images = data.images()
             extremes[name] = [
-                (kind, figures.strip(images[rows]), values[rows])
+                (kind, figures.strip(images[rows]), [short(value) for value in values[rows]])
                 for kind, rows in extreme_rows(values, _EXTREMES_SHOWN).items()
             ]
     return extremes
