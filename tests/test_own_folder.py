@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import oal_jax
+from oal_jax.config.benchmarks import MADE
 from oal_jax.data import own, sources
 from oal_jax.errors import UserError
 
@@ -151,3 +153,20 @@ def test_faults_are_named(tmp_path):
     refused("holds no images", tmp_path, "test")
     save(tmp_path / "s", ["train/cat/0.png", "train/dog/0.png", "test/dgo/0.png"])
     refused("test/dgo: no class of that name .* nearest: 'dog'", tmp_path / "s", "test")
+
+
+@pytest.mark.parametrize("ood", [("rocks", "a,b"), ()])
+def test_load_sets_reads_the_folder_and_its_ood_sets(tmp_path, ood):
+    save(tmp_path, [f"{c}/{i}.png" for c in ("cat", "dog") for i in range(20)])
+    save(tmp_path, [f"ood/{name}/{i}.png" for name in ood for i in range(3)])
+    sets = oal_jax.load_sets(source="own", root=str(tmp_path), image_size=8)
+    assert {name: len(images) for name, images in sets.far.items()} == {
+        name.replace(",", "_"): 3 for name in ood
+    }
+    assert sum(len(sets[i][0]) for i in range(3)) == 40 and set(sets.validation_ood) == set(MADE)
+    assert sets.train[0].shape[1:] == (8, 8, 3) and set(sets.train[1]) == {0, 1}
+
+
+def test_load_sets_of_no_folder_is_one_line():
+    with pytest.raises(UserError, match="root=DIR"):
+        oal_jax.load_sets(source="own")

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 
 from oal_jax import scores as post_hoc
 from oal_jax.config.benchmarks import resolve
-from oal_jax.data import sources
+from oal_jax.data import own, sources
 from oal_jax.detection.calibrate import (
     Labelled,
     check_classes,
@@ -63,6 +63,7 @@ def load_sets(
     Args:
       id_set: "fashion" (inside the package), "cifar10", "cifar100", "imagenet200", "imagenet", or
         any set of the source: its validation OOD sets are then made from it, and it has no other.
+        Source "own" has one: the classes of the folder `root`, with `root`/ood/NAME as far sets.
       source, root, image_size: as for `oal_jax.data.sources.load`; OpenOOD's own directory is
         source "imglist".
       train_images: number of ID training images to read; 0: all.
@@ -70,7 +71,12 @@ def load_sets(
     Raises:
       UserError: no such benchmark, or a set that is not there.
     """
-    benchmark = resolve(id_set, source=source)
+    far: tuple[str, ...] = ()
+    if source == own.NAME:
+        if not root:
+            raise UserError("source='own' reads a folder with a folder per class: give root=DIR")
+        id_set, far = own.NAME, tuple(own.summarise(root, sample=0).ood)
+    benchmark = resolve(id_set, far=far, source=source)
 
     def read(name, split, labelled=False, limit=0):
         data = sources.load(
