@@ -28,6 +28,8 @@ def run(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv[1:])
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size} must be 1 or more")
+    if args.images.is_file():
+        raise UserError(f"--images {args.images} is a file; give its folder")
     startup.use_compilation_cache()
     from oal_jax.data import image_files
 

@@ -88,7 +88,8 @@ def test_a_nan_is_ood(detector, images):
     ("images", "message"),
     [
         (np.zeros((2, 1, 28, 28), np.uint8), r"\(2, 1, 28, 28\), not \(n, 28, 28, 1\); .*channels"),
-        (np.zeros((2, 32, 32, 3), np.uint8), r"\(2, 32, 32, 3\), not \(n, 28, 28, 1\)$"),
+        (np.zeros((2, 32, 32, 2), np.uint8), r"\(2, 32, 32, 2\), not \(n, 28, 28, 1\); 2 channels"),
+        (np.zeros((2, 3, 32, 40), np.uint8), r"channels last: images.transpose\(0, 2, 3, 1\)"),
         (np.zeros(28, np.uint8), r"\(28,\), not \(n, 28, 28, 1\)$"),
         (np.zeros((2, 28, 28, 1), int), r"int64; .*uint8"),
         (np.full((2, 28, 28, 1), 200.0), r"\[0, 1\].* 200 to 200; .*255"),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
+from PIL import Image
 from small_detector import CLASSES, HEAD, IMAGES, LABELS, NAMES, SHAPE, blocks, with_kernel
 
 import oal_jax
@@ -126,6 +127,17 @@ def test_what_can_not_be_done_names_what_can(tmp_path):
     detector.save(tmp_path)
     with pytest.raises(UserError, match="by energy; knn"):
         oal_jax.load(tmp_path, score="knn")
+
+
+def test_one_file_is_a_path_bytes_or_an_open_file(tmp_path):
+    detector, path = calibrated(), tmp_path / "one.png"
+    Image.fromarray(IMAGES[0]).save(path)
+    expected = detector(IMAGES[0]).ood_score
+    with path.open("rb") as file:
+        for one in (path, str(path), path.read_bytes(), file, [path]):
+            (row,) = detector.score_files(one)
+            np.testing.assert_allclose(row.result.ood_score, expected, rtol=1e-5)
+            assert row.path == (str(path) if one in (path, str(path), [path]) else None)
 
 
 def on_the_host(images):

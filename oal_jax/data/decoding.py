@@ -137,7 +137,7 @@ def decode_with_notes(
         mode = _MODES[decoding.channels]
         key = _transparent_key(image)
         image.load()
-        pixels = _convert(_eight_bits(image, key), mode, key)
+        pixels = convert(_eight_bits(image, key), mode, key)
         turn = _turn(image)
         pixels = pixels if turn is None else pixels.transpose(turn)
         pixels = np.asarray(resize_and_crop(pixels, decoding))
@@ -213,7 +213,8 @@ def _eight_bits(image: Image.Image, key: int | None) -> Image.Image:
     raise Unreadable(f"its levels are {what}, whose range is not known: save it with 8 bits")
 
 
-def _convert(image: Image.Image, mode: str, key) -> Image.Image:
+def convert(image: Image.Image, mode: str, key=None) -> Image.Image:
+    """An image of 8 bits a channel in another mode; transparency is over black unless it stays."""
     if not image.has_transparency_data:
         if image.mode not in _OPAQUE:
             raise Unreadable(f"its colours are {image.mode}: save it as RGB or gray")

@@ -50,25 +50,29 @@ class Detector(Parts):
         """
         exported.write(Path(directory).expanduser(), self, platforms, onnx)
 
-    def score_files(self, files: str | os.PathLike | Iterable[ImageFile]) -> list[FileResult]:
+    def score_files(self, files: ImageFile | Iterable[ImageFile]) -> list[FileResult]:
         """A row for each file, in order: the verdict, or why it can't be read.
 
         Args:
-          files: a folder, or paths, bytes of encoded images, and open files.
+          files: a folder; one file: its path, its bytes, or open for reading; or several of these.
 
         Raises:
           UserError: no such folder, or a detector whose channels no image file has.
         """
         return list(self.iter_files(files))
 
-    def iter_files(self, files: str | os.PathLike | Iterable[ImageFile]) -> Iterator[FileResult]:
+    def iter_files(self, files: ImageFile | Iterable[ImageFile]) -> Iterator[FileResult]:
         """`score_files` as an iterator, whose memory does not grow with the number of files."""
         decoding = exported.decoding_of(self)
         if decoding is None:
             channels = self.image_shape[2]
             raise UserError(f"the model takes {channels} channels; image files have 1, 3 or 4")
         if isinstance(files, str | os.PathLike):
-            return of_folder(self, decoding, Path(files).expanduser(), self.batch_size)
+            files = Path(files).expanduser()
+            if not files.is_file():
+                return of_folder(self, decoding, files, self.batch_size)
+        if isinstance(files, Path | bytes) or hasattr(files, "read"):
+            files = [files]
         return score(self, decoding, files, self.batch_size)
 
     def __reduce__(self):
