@@ -265,7 +265,7 @@ RETURNS = {
     "features": (lambda x: (x[:, 0, :, 0], x), r"features have shape"),
     "maps": (lambda x: (x[:, 0, :, 0], None, [x[0]]), r"maps\[0\] have shape"),
     "nan": (lambda x: x[:, 0, :8, 0] + jnp.nan, "ID train.*NaN"),
-    "few classes": (lambda x: x[:, 0, :3, 0], "0 to 7.* 3 logits"),
+    "few classes": (lambda x: x[:, 0, :3, 0], "0 to 7.* 3 logits: labels start at 0 and end at 2"),
 }
 
 
@@ -280,7 +280,7 @@ def test_what_else_a_model_returns_is_told(own, name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": 3}, "forward .*int"),
+        ({"model": 3}, "model must be .*int"),
         ({"train": 3}, r"train .*\(images, labels\)"),
         ({"train": (np.zeros((28, 28, 3), np.uint8), [0] * 28)}, r"single image.*images\[None\]"),
         ({"train": (np.zeros((4, 28, 28, 1), np.uint8), [0] * 3)}, "labels of train"),
@@ -311,6 +311,34 @@ def test_wrong_arguments_are_told(own, changes, message):
     usual = {"model": function_of(own), "train": own.train, "validation": own.validation}
     with pytest.raises(UserError, match=message):
         oal_jax.calibrate(**(usual | changes))
+
+
+class Normalised(nn.Module):
+    """A linen module with batch norm and dropout."""
+
+    @nn.compact
+    def __call__(self, images, train=True):
+        images = nn.BatchNorm(use_running_average=not train)(images)
+        return nn.Dense(CLASSES)(nn.Dropout(0.5, deterministic=not train)(images.mean((1, 2))))
+
+
+@pytest.mark.parametrize("what", ["training", "no batch_stats", "no params"])
+def test_a_linen_model_in_training_mode_or_without_variables_has_a_hint(own, what):
+    net, images = Normalised(), own.train[0][:2] / np.float32(255)
+    variables = net.init(jax.random.key(0), images, train=False)
+    missing = {"training": "", "no batch_stats": "batch_stats", "no params": "params"}[what]
+    some = {name: value for name, value in variables.items() if name != missing}
+    model = Partial(partial(net.apply, train=what == "training"), some)
+    with pytest.raises(UserError, match=r"variables, train=False\), with all its variables$") as e:
+        oal_jax.calibrate(model, own.train, own.validation)
+    urls = [word.strip("().;") for word in str(e.value).split() if "http" in word]
+    assert all(".html#" in url for url in urls) and "\n" not in str(e.value)
+
+
+def test_few_validation_images_are_a_warning(own, capsys):
+    few = own.validation[0][:5], own.validation[1][:5]
+    oal_jax.calibrate(function_of(own), own.train, few)
+    assert capsys.readouterr().err.count("5 validation images") == 1
 
 
 def test_a_pytree_carries_its_weights_as_arguments(own):

@@ -1,5 +1,6 @@
 """Saved detectors: that they work like the original, which files they refuse, what they replace."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -177,6 +178,15 @@ def test_it_replaces_a_saved_detector_or_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="saved holds other files, such as notes.md"):
         detector.save(folder)
     assert (folder / "notes.md").read_text() == "mine"
+
+
+def test_the_card_of_a_model_of_an_own_folder_says_so(tmp_path):
+    trained = {"id_set": "own", "source": "own", "method": "ce", "epochs": 1, "seed": 0}
+    detector = dataclasses.replace(calibrated(), about={"trained_on": trained})
+    detector.export(tmp_path, platforms=["cpu"])
+    card = (tmp_path / "README.md").read_text()
+    assert "folder of one's own images, of 3 classes" in card and "own (own)" not in card
+    assert "# OOD detector: energy\n" in card and "Classes: a, b, c." in card
 
 
 # Files that someone else may have written

@@ -1,6 +1,7 @@
 """A detector of any classifier: a score is fitted, its threshold set, and the arguments checked."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from oal_jax.scores import Outputs
 from oal_jax.scores.parameters import checked
 
 Labelled = tuple[Any, Any]  # images, labels
+_FEW = 20  # one image of fewer is more than the 5 % that a threshold gives away by default
 
 
 def calibrate(
@@ -75,6 +77,12 @@ def calibrate(
     if decoding and (*(decoding.crop or ()), decoding.channels) != images.shape[1:]:
         raise UserError(f"{decoding} does not give images of shape {images.shape[1:]}")
     val_images, val_labels = check_labelled(validation, "validation", images.shape[1:])
+    if len(val_images) < _FEW:
+        print(
+            f"oal_jax: the threshold is set on {len(val_images)} validation images; with fewer than"
+            f" {_FEW} it is not reliable",
+            file=sys.stderr,
+        )
     forward, head = open_model(model, head, images)
     check_gradients(scorer, forward)
     if scorer.fit_on == "validation":
@@ -140,7 +148,8 @@ def check_classes(outputs: Outputs, labels: np.ndarray) -> None:
         )
     if labels.min() < 0 or labels.max() >= count:
         raise UserError(
-            f"labels are {labels.min()} to {labels.max()}, but the model gives {count} logits"
+            f"labels are {labels.min()} to {labels.max()}, but the model gives {count} logits:"
+            f" labels start at 0 and end at {count - 1}"
         )
 
 

@@ -152,11 +152,12 @@ def card(parts: Parts, described: Mapping[str, Any], files: Sequence[str]) -> st
     h, w, c = parts.image_shape
     trained = described.get("trained_on")
     name = markdown(parts.score.name)
-    title = f"{markdown(trained['id_set'])}, {name}" if trained else name
+    is_set = trained and trained["source"] != "own"
+    title = f"{markdown(trained['id_set'])}, {name}" if is_set else name
     origin = "- The classifier is a model that this package did not train.\n"
     if trained:
         origin = (
-            f"- Trained on {markdown(trained['id_set'])} ({markdown(trained['source'])}) by method"
+            f"- Trained on {_trained_on(trained, parts.class_names or ())} by method"
             f" {markdown(trained['method'])}; epochs: {trained['epochs']}, seed:"
             f" {trained['seed']}.\n"
         )
@@ -205,6 +206,12 @@ has the weights (`model.*`), what the score was fitted to (`score.*`), and the I
 
 {_measured(parts)}
 """
+
+
+def _trained_on(trained: Mapping[str, Any], class_names: Sequence[str]) -> str:
+    if trained["source"] != "own":
+        return f"{markdown(trained['id_set'])} ({markdown(trained['source'])})"
+    return f"a folder of one's own images, of {len(class_names)} classes (below),"
 
 
 def _preprocessing(is_there: bool) -> str:

@@ -2,10 +2,12 @@
 
 import difflib
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Mapping
 from functools import cache, partial
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -124,7 +126,7 @@ def _check_kind(function: Any) -> None:
             " calls it under torch.no_grad(), or the safetensors file of a ViT or ResNet"
         )
     if not callable(function):
-        raise UserError(f"forward must be a function of images, is a {type(function).__name__}")
+        raise UserError(f"the model must be a function of images, is a {type(function).__name__}")
 
 
 def _trace_problem(forward: Partial, images: np.ndarray) -> Exception | None:
@@ -175,7 +177,7 @@ class HostModel:
         try:
             arrays = jax.tree.map(lambda x: np.asarray(x, np.float32), returned)
         except Exception as error:  # a tensor with a gradient, a string
-            raise UserError(f"forward returned no arrays ({_reason(error)})") from None
+            raise UserError(f"the model returned no arrays ({_reason(error)})") from None
         return _parts_of(arrays, count)
 
 
@@ -184,13 +186,30 @@ def is_on_host(forward: Partial) -> bool:
     return isinstance(forward.func, HostModel)
 
 
+# What linen raises in training mode, and where variables are missing.
+_FLAX_ERRORS = (
+    flax.errors.InvalidRngError,
+    flax.errors.ModifyScopeVariableError,
+    flax.errors.ScopeCollectionNotFound,
+    flax.errors.ScopeParamNotFoundError,
+    flax.errors.ScopeVariableNotFoundError,
+)
+
+
 def _failure(images: np.ndarray, error: Exception) -> UserError:
-    return UserError(f"the model fails on float32 images {images.shape}: {_reason(error)}")
+    hint = ""
+    if isinstance(error, _FLAX_ERRORS):
+        hint = (
+            "; call it in evaluation mode, such as Partial(net.apply, variables, train=False), with"
+            " all its variables"
+        )
+    return UserError(f"the model fails on float32 images {images.shape}: {_reason(error)}{hint}")
 
 
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    name = type(error).__name__
+    return f"{name}: {textwrap.shorten(lines[0], 200, placeholder=' ...')}" if lines else name
 
 
 def _is_weight(leaf: Any) -> bool:
@@ -216,16 +235,16 @@ def _parts_of(returned: Any, count: int) -> dict[str, Any]:
         for name in returned:
             if name not in _PARTS:
                 near = difflib.get_close_matches(str(name), _PARTS, n=1, cutoff=0.0)
-                raise UserError(f"forward returned a dict with {name!r}; nearest: {near[0]!r}")
+                raise UserError(f"the model returned a dict with {name!r}; nearest: {near[0]!r}")
         parts = dict(returned)
     elif isinstance(returned, tuple | list):
         if not 1 <= len(returned) <= 3:
-            raise UserError(f"forward returned {len(returned)} values; {_ALLOWED}")
+            raise UserError(f"the model returned {len(returned)} values; {_ALLOWED}")
         parts = dict(zip(_PARTS, returned, strict=False))
     else:
         parts = {"logits": returned}
     if parts.get("logits") is None:
-        raise UserError(f"forward returned no logits; {_ALLOWED}")
+        raise UserError(f"the model returned no logits; {_ALLOWED}")
     maps = parts.get("maps")
     parts["maps"] = (maps,) if hasattr(maps, "ndim") else tuple(maps or ())
     _check_part("logits", parts["logits"], 2, count)
@@ -239,9 +258,12 @@ def _parts_of(returned: Any, count: int) -> dict[str, Any]:
 def _check_part(name: str, value: Any, ndim: int, count: int) -> None:
     shape = getattr(value, "shape", None)
     if shape is None:
-        raise UserError(f"forward's {name} are a {type(value).__name__}, not an array; {_ALLOWED}")
+        raise UserError(
+            f"the model's {name} are a {type(value).__name__}, not an array; {_ALLOWED}"
+        )
     if len(shape) != ndim or shape[0] != count:
         rest = ", ".join({2: ["width"], 4: ["height", "width", "channels"]}[ndim])
         raise UserError(
-            f"forward's {name} have shape {tuple(shape)} for {count} images, not ({count}, {rest})"
+            f"the model's {name} have shape {tuple(shape)} for {count} images, not"
+            f" ({count}, {rest})"
         )
