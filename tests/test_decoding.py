@@ -1,6 +1,7 @@
 """Every mode of Pillow becomes the right pixels or is refused by name; one decoder everywhere."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -257,3 +258,11 @@ def test_training_and_scoring_read_the_same_pixels(tmp_path, source):
     batches = list(stream(paths, Decoding.to_shape((24, 24, 3))))
     assert not any(any(batch.reasons) for batch in batches)
     np.testing.assert_array_equal(np.concatenate([b.images for b in batches]), trained.images)
+
+
+def test_a_pipe_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(Unreadable, match="not a file"), opened(tmp_path / "a.png"):
+        pass
+    with pytest.raises(Unreadable, match="not a file"):
+        decode(tmp_path / "a.png", Decoding())

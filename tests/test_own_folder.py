@@ -142,9 +142,9 @@ def test_faults_are_named(tmp_path):
             load(*args, **more)
 
     refused("data.root=.*nowhere does not exist", tmp_path / "nowhere")
-    refused("has 0 folders with images: make one for each", tmp_path)
+    refused("has 0 folders with images: give a folder", tmp_path)
     save(tmp_path, ["cat/0.png", "ood/rocks/0.png"])
-    refused("has 1 folders with images", tmp_path)
+    refused("has 1 folder with images", tmp_path)
     save(tmp_path / "zip", [f"inside/{c}/0.png" for c in "ab"])
     refused("two classes or more, or set data.root=.*zip/inside", tmp_path / "zip")
     save(tmp_path, ["dog/0.png"])

@@ -1,6 +1,7 @@
 """What vouches for a finished run: an edited config and a damaged log are noticed."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -99,3 +100,30 @@ def test_forged_contents_are_one_line(copy, name, contents):
             score = None if "headline" in name else "mahalanobis"
             oal_jax.load(copy, score)(np.zeros((2, 28, 28, 1), np.uint8))
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "train/manifest.json", "train/student.safetensors"]
+)
+def test_a_pipe_in_the_place_of_a_file_is_one_line(copy, name):
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    with pytest.raises(UserError, match=name.rpartition("/")[2]):
+        oal_jax.load(copy)
+
+
+@pytest.mark.parametrize("name", ["report/detectors", "train/checkpoints"])
+def test_a_run_writes_to_no_linked_folder(copy, tmp_path, name):
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "mine.txt").write_text("mine")
+    shutil.rmtree(copy / name)
+    (copy / name).symlink_to(tmp_path / "others")
+    with pytest.raises(UserError, match=f"{name} is a link"):
+        pipeline.run(pipeline.resolve(copy).config, copy)
+    assert [path.name for path in (tmp_path / "others").iterdir()] == ["mine.txt"]
+
+
+def test_a_student_that_is_trained_again_is_not_called_damaged(copy):
+    (copy / "train" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="stage train .* is not finished"):
+        oal_jax.load(copy)

@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -63,3 +64,18 @@ def test_converter_without_torch_is_one_line(tmp_path, monkeypatch, capsys):
     assert "must end in .safetensors" in capsys.readouterr().err
     assert convert.guard(convert.run, argv[:1]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_archive_that_unpacks_to_gigabytes_is_refused_unread(tmp_path):
+    path = tmp_path / "bomb.npz"
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("w.npy", "w") as f,
+    ):
+        np.lib.format.write_array_header_1_0(
+            f, {"descr": "<f4", "fortran_order": False, "shape": (150_000_000,)}
+        )
+        for _ in range(600):
+            f.write(bytes(1_000_000))
+    with pytest.raises(UserError, match=r"bomb\.npz: unpacks to 0\.6 GiB"):
+        read(path)

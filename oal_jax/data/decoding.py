@@ -98,6 +98,8 @@ def opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
     Raises:
       Unreadable: whatever fails inside, with the reason in a few words.
     """
+    if isinstance(file, str | os.PathLike) and not os.path.isfile(file):
+        raise Unreadable("not a file")  # reading a pipe or a device would never end
     try:
         with Image.open(file, formats=formats()[0]) as image:
             yield image
@@ -131,8 +133,6 @@ def decode_with_notes(
     """`decode`, and which of `CONVERTED` and `SEVERAL` hold for the image."""
     if isinstance(file, bytes):
         file = io.BytesIO(file)
-    elif isinstance(file, str | os.PathLike) and not os.path.isfile(file):
-        raise Unreadable("not a file")  # reading a pipe would never end
     with opened(file) as image:
         mode = _MODES[decoding.channels]
         key = _transparent_key(image)
@@ -205,11 +205,13 @@ def _eight_bits(image: Image.Image, key: int | None) -> Image.Image:
         what = f"{image.format}'s 16-bit integers"
     else:
         tags = image.tag_v2 if image.format == "TIFF" else {}
-        levels = np.asarray(image).astype(np.int32)
-        alpha = np.where(levels == key, 0, 255).astype(np.uint8)
-        levels = (levels >> (tags.get(_BITS, (16,))[0] - 8)).astype(np.uint8)
+        deep = np.asarray(image)
+        levels = (deep >> (tags.get(_BITS, (16,))[0] - 8)).astype(np.uint8)
         gray = Image.fromarray(255 - levels if tags.get(_PHOTOMETRIC) == 0 else levels)
-        return gray if key is None else Image.merge("LA", (gray, Image.fromarray(alpha)))
+        if key is None:
+            return gray
+        alpha = Image.fromarray(np.where(deep == key, 0, 255).astype(np.uint8))
+        return Image.merge("LA", (gray, alpha))
     raise Unreadable(f"its levels are {what}, whose range is not known: save it with 8 bits")
 
 

@@ -1,5 +1,6 @@
 """Image files with labels."""
 
+import errno
 import hashlib
 import itertools
 import os
@@ -94,8 +95,11 @@ class FileSource(Source):
         return [(self._bytes(index), int(self._labels[index])) for index in indices]
 
     def _bytes(self, index: int) -> bytes:
+        path = self.path(index)
         try:
-            data = self.path(index).read_bytes()
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise OSError(errno.EINVAL, "a pipe or a device")  # reading it would never end
+            data = path.read_bytes()
         except OSError as error:
             remedy = "download it again, or mend the " + ("list" if self._listed else "folder")
             raise UserError(

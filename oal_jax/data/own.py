@@ -135,7 +135,10 @@ def open_own(spec: SetSpec) -> Source:
         image_files.counted(layout.stray, "image in no class", "images in no class"),
     ]
     if spec.split in layout.cut:
-        remarks.append(f"{SHARE:.0%} of the training images, by a digest of their names")
+        remarks.append(f"no folder {spec.split}, so {SHARE:.0%} of each class are taken for it")
+    if spec.split in layout.cut and not images:
+        few = "a class needs three images to have one in each split"
+        raise UserError(f"{root} has no {spec.split} images: {few}; add images")
     without = [name for name in names if name not in images]
     if without:
         remarks.append(f"no image of {image_files.counted(without, 'class', 'classes')}")
@@ -163,8 +166,9 @@ def _layout(root: Path, names: Sequence[str]) -> _Layout:
         inside = [name for name in train if len(by_class(train[name], name + "/")[0]) > 1]
         hint = f", or set data.root={root / inside[0]}" if inside else ""
         raise UserError(
-            f"{root / prefixes['train']} has {len(train)} folders with images: make one for each"
-            f" of two classes or more{hint}"
+            f"{root / prefixes['train']} has"
+            f" {len(train)} folder{'' if len(train) == 1 else 's'} with images: give a folder that"
+            f" holds one for each of two classes or more{hint}"
         )
     for split, classes in given.items():
         folders.check_known(root / prefixes[split], classes, tuple(train))

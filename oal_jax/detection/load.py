@@ -47,6 +47,10 @@ def load(
     Raises:
       UserError: no run, not finished, damaged; an unknown score.
     """
+    if not isinstance(directory, str | os.PathLike):
+        raise UserError(f"load takes a directory, got a {type(directory).__name__}")
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise UserError(f"batch_size must be a whole number, 1 or more, got {batch_size!r}")
     directory = Path(directory).expanduser()
     if keep_id is not None:
         check_share(keep_id)
@@ -134,7 +138,7 @@ def _check_finished(context: Context, stage: str) -> None:
 def _is_current(context: Context, stage: str) -> bool:
     """Whether a stage is finished, with the student that the run has now."""
     directory, trained = context.directory(stage), context.directory("train")
-    if not (directory / artifacts.MANIFEST).exists():
+    if not all((place / artifacts.MANIFEST).exists() for place in (directory, trained)):
         return False
     if stage == "train":
         return True

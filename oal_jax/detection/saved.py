@@ -114,7 +114,7 @@ def read(directory: Path, keep_id: float | None = None, batch_size: int | None =
             decoding=decoding and Decoding.from_json(decoding),
             about=values["about"],
         )
-    except UserError as error:
+    except (UserError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: {error}") from None
     if not np.isclose(parts.threshold, values["threshold"], rtol=1e-6, atol=0):
         raise UserError(
@@ -127,9 +127,9 @@ def read(directory: Path, keep_id: float | None = None, batch_size: int | None =
 
 def _checked(values: Any, path: Path) -> dict[str, Any]:
     """The values of `detector.json`, each of its type."""
-    integer = lambda x: isinstance(x, int) and not isinstance(x, bool) and x > 0
-    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)
-    strings = lambda x: isinstance(x, list) and all(isinstance(s, str) for s in x)
+    integer = lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x < 2**31
+    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e300
+    strings = lambda x: isinstance(x, list) and all(isinstance(s, str) and _is_text(s) for s in x)
     shape = lambda x, n: isinstance(x, list) and len(x) == n and all(map(integer, x))
     rules = {
         "format": lambda x: x == SAVED,
@@ -167,6 +167,15 @@ def _checked(values: Any, path: Path) -> dict[str, Any]:
     if decoding and [*decoding["crop"], decoding["channels"]] != shape:
         raise UserError(f"{path}: decoding does not give images of image_shape {shape}")
     return values
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written; bytes of a file's name that are no UTF-8 can."""
+    try:
+        name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_about(about: Any) -> bool:
@@ -220,6 +229,9 @@ def _arrays(directory: Path, names: list[str]) -> tuple[Partial, dict[str, np.nd
         raise UserError(f"{path}: id_val_scores are not rising numbers; {_REMEDY}")
     begin = "state."
     state = {k.removeprefix(begin): v for k, v in tensors.items() if k.startswith(begin)}
+    for name, value in state.items():
+        if value.dtype.kind == "f" and np.isnan(value).any():
+            raise UserError(f"{path}: {begin}{name} holds NaN; {_REMEDY}")
     return Partial(program.as_function(exported), leaves), state, scores
 
 

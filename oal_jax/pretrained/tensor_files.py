@@ -117,8 +117,9 @@ def _refusal(path: Path) -> str:
 
 
 # The errors of numpy and zipfile on a file that is no whole npz.
+_MOST_UNPACKED = 2**29  # bytes that a small file may become
 _NPZ_FAULTS = (
-    *(OSError, ValueError, EOFError, KeyError, AttributeError, TypeError),
+    *(OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, MemoryError),
     *(zipfile.BadZipFile, zlib.error, NotImplementedError),  # the last: an unknown compression
 )
 
@@ -128,6 +129,9 @@ def _read_npz(path: Path) -> TensorFile:
         with path.open("rb") as stream:
             refuse_pointer(path, stream.read(len(_POINTER)))
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            size = sum(entry.file_size for entry in archive.zip.infolist())
+            if size > max(_MOST_UNPACKED, 20 * path.stat().st_size):
+                raise UserError(f"{path}: unpacks to {size / 2**30:.1f} GiB, too much for weights")
             tensors = {name: _typed(archive[name]) for name in archive.files}
     except FileNotFoundError as error:
         raise UserError(f"{path} can't be read ({error.strerror})") from None

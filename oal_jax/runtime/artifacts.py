@@ -22,6 +22,7 @@ from oal_jax.runtime.writing import output_file, unwritable, whole_file
 
 MANIFEST = "manifest.json"
 _STARTED = "started.json"
+_MAX_JSON = 2**26  # bytes
 _KEYS = {"stage", "inputs", "outputs", "seconds", "versions"}  # of a manifest
 _PACKAGES = ("oal-jax", "jax", "jaxlib", "flax", "optax", "diffusers", "transformers", "numpy")
 
@@ -52,6 +53,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path, remedy: str = "") -> Any:
     """Read a JSON file; `UserError` with `remedy`, what to do about it, when it is damaged."""
+    # A pipe or a device would never end.
+    if path.exists() and (not path.is_file() or path.stat().st_size > _MAX_JSON):
+        raise UserError(f"{path} is no JSON file of this package")
     try:
         return json.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError):
@@ -71,6 +75,8 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """Read all tensors of a safetensors file; `UserError` when it is missing or damaged."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file; run the stage that writes it")
     try:
         return safetensors.numpy.load_file(path)
     except FileNotFoundError:
@@ -211,7 +217,7 @@ def verified(directory: Path, name: str) -> Path:
 
 def _check(path: Path, expected: Mapping[str, Any], remedy: str) -> None:
     problem = None
-    if not path.exists():
+    if not path.is_file():
         problem = "is missing"
     elif path.stat().st_size != expected["bytes"]:
         problem = f"has {path.stat().st_size} bytes instead of {expected['bytes']}"

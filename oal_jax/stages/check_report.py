@@ -41,7 +41,8 @@ def run(config: Config, reuse: Sequence[Path] = ()) -> None:
     for line in problems:
         print(f"problem: {line}", file=sys.stderr, flush=True)
     if problems:
-        raise UserError(f"--check: {len(problems)} problems, listed above; nothing was trained")
+        count = image_files.counted(problems, "problem", "problems")
+        raise UserError(f"--check: {count}, listed above; nothing was trained")
     print("no problem was found; nothing was trained or written", flush=True)
 
 
@@ -52,7 +53,8 @@ def _lines(config: Config, reuse: Sequence[Path], problems: list[str]) -> Iterat
     config, chosen = rules.repaired(config), []
     for step in (expand, ready.sized):
         config = _attempt(step, config, problems)
-    choice = _attempt(ready.chosen, config, problems, None)
+    unnamed = config.data.source == "own" and not config.data.root and not config.smoke
+    choice = None if unnamed else _attempt(ready.chosen, config, problems, None)
     if choice is None:
         problems += _missing_files(config)
         return

@@ -234,5 +234,5 @@ def _method_line(config: Config) -> str:
         how = f"from {directory}" if directory else "trained for these images"
         parts.append(f"a Stable Diffusion {how}")
     elif config.method.name == "oal":
-        parts.append("which needs no generator")
+        parts.append("no generator is needed")
     return "; ".join(parts)

@@ -1,6 +1,8 @@
 """Runs the unfinished stages of a config, and opens the directory of a run."""
 
 import errno
+import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -61,6 +63,7 @@ def run(
         if config.data.source == "own":
             print(check_report.expected_time(context, [s.name for s in stages]), flush=True)
     with _alone(workdir):
+        processes.on_main(lambda: _check_links(workdir))
         processes.on_main(lambda: _claim(workdir, config, force))
         for stage in stages:
             _run_stage(stage, context, force, reuse, watch)
@@ -138,6 +141,8 @@ def _run_stage(
             if artifacts.is_done(other / stage.name, inputs):
                 artifacts.copy_stage(other / stage.name, directory)
                 return f"taken from {other}"
+        if changed := _changed(directory, inputs):
+            print(f"{stage.name}: {changed} changed since it was done; it runs again", flush=True)
         artifacts.begin(directory, inputs)
         return ""
 
@@ -153,6 +158,22 @@ def _run_stage(
         seconds = time.monotonic() - start
         processes.on_main(lambda: artifacts.finish(directory, stage.name, inputs, outputs, seconds))
         print(f"{stage.name}: {seconds:.1f} s", flush=True)
+
+
+def _changed(directory: Path, inputs: dict[str, Any]) -> str:
+    """Which inputs of a finished stage are no longer those that it was made from."""
+    if not (directory / artifacts.MANIFEST).exists():
+        return ""
+    try:
+        before = artifacts.inputs_recorded(directory)
+    except UserError:
+        return "its record"
+    names = {"config": "the config", "stages": "an earlier stage", "files": "the files of its data"}
+    return ", ".join(
+        text
+        for part, text in names.items()
+        if before.get(part) != json.loads(json.dumps(inputs[part]))
+    )
 
 
 def _save_log(stage: Stage, context: Context) -> list[Path]:
@@ -196,6 +217,16 @@ def _done(directory: Path, inputs: dict[str, Any], force: bool) -> bool:
 def _make(workdir: Path) -> None:
     with _writable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
+
+
+def _check_links(workdir: Path) -> None:
+    """Raise `UserError` for a linked folder: a run would write and delete where it points to."""
+    for parent, folders, _ in os.walk(workdir):
+        for name in folders:
+            if os.path.islink(os.path.join(parent, name)):
+                raise UserError(
+                    f"{Path(parent, name)} is a link to a folder; replace it by a folder"
+                )
 
 
 def _claim(workdir: Path, config: Config, force: bool) -> None:
