@@ -150,7 +150,7 @@ def test_faults_are_named(tmp_path):
     save(tmp_path, ["dog/0.png"])
     refused("no OOD set 'stones' in .*ood, only rocks", tmp_path, name="stones")
     refused("no covariate-shifted sets", tmp_path, name="rocks", labelled=True)
-    refused("holds no images", tmp_path, "test")
+    refused("no test images: a class needs three images", tmp_path, "test")
     save(tmp_path / "s", ["train/cat/0.png", "train/dog/0.png", "test/dgo/0.png"])
     refused("test/dgo: no class of that name .* nearest: 'dog'", tmp_path / "s", "test")
 
