@@ -1,7 +1,6 @@
 """A detector of any classifier: a score is fitted, its threshold set, and the arguments checked."""
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,14 +21,13 @@ from oal_jax.detection.model import (
     mesh_for,
     open_model,
 )
-from oal_jax.detection.parts import check_share, run_detector, sorted_scores
+from oal_jax.detection.parts import check_share, run_detector, sorted_scores, warn_of_few
 from oal_jax.errors import UserError
 from oal_jax.runtime import distributed
 from oal_jax.scores import Outputs
 from oal_jax.scores.parameters import checked
 
 Labelled = tuple[Any, Any]  # images, labels
-_FEW = 20  # one image of fewer is more than the 5 % that a threshold gives away by default
 
 
 def calibrate(
@@ -77,12 +75,7 @@ def calibrate(
     if decoding and (*(decoding.crop or ()), decoding.channels) != images.shape[1:]:
         raise UserError(f"{decoding} does not give images of shape {images.shape[1:]}")
     val_images, val_labels = check_labelled(validation, "validation", images.shape[1:])
-    if len(val_images) < _FEW:
-        print(
-            f"oal_jax: the threshold is set on {len(val_images)} validation images; with fewer than"
-            f" {_FEW} it is not reliable",
-            file=sys.stderr,
-        )
+    warn_of_few(len(val_images))
     forward, head = open_model(model, head, images)
     check_gradients(scorer, forward)
     if scorer.fit_on == "validation":

@@ -14,7 +14,13 @@ from oal_jax import scores as post_hoc
 from oal_jax.data.image_files import Decoding
 from oal_jax.detection import saved
 from oal_jax.detection.detector import Detector
-from oal_jax.detection.parts import check_runs, check_share, run_detector, sorted_scores
+from oal_jax.detection.parts import (
+    check_runs,
+    check_share,
+    run_detector,
+    sorted_scores,
+    warn_of_few,
+)
 from oal_jax.errors import UserError
 from oal_jax.evaluation import headline
 from oal_jax.evaluation.tables import read_csv
@@ -97,6 +103,7 @@ def load(
         about=_about(context, card, name),
     )
     check_runs(detector, directory, _REMEDY)
+    warn_of_few(len(detector.id_val_scores))
     return detector
 
 

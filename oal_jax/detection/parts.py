@@ -2,6 +2,7 @@
 
 import dataclasses
 import numbers
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -178,3 +179,13 @@ def sorted_scores(values, name) -> np.ndarray:
     if not np.isfinite(values).all():
         raise UserError(f"{name}: {int((~np.isfinite(values)).sum())} ood_scores are not finite")
     return np.sort(values)
+
+
+def warn_of_few(count: int) -> None:
+    """Print a line on stderr where a threshold is set on fewer than 20 validation images."""
+    if count < 20:  # one of them is more than the 5 % that a threshold gives away by default
+        print(
+            f"oal_jax: the threshold is set on {count} validation images; with fewer than 20 it is"
+            " not reliable",
+            file=sys.stderr,
+        )
