@@ -68,7 +68,7 @@ def test_program_from_shapes_is_that_of_training(method, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_program_from_shapes_is_that_of_training_on_streamed_images(tmp_path, monkeypatch):
-    for split, count in {"train": 52, "validation": 2}.items():
+    for split, count in {"train": 52, "validation": 2, "test": 1}.items():
         for name in "abcdefghij":
             folder = tmp_path / "cifar10" / split / name
             folder.mkdir(parents=True)
@@ -79,6 +79,8 @@ def test_program_from_shapes_is_that_of_training_on_streamed_images(tmp_path, mo
     config.data = Data(
         source="folder", root=str(tmp_path), id_set="cifar10", image_size=32, stream=True
     )
+    none = ("none",)
+    config.data.near, config.data.far, config.data.validation, config.data.csid = (none,) * 4
     trained = lowered_by_training(config, tmp_path / "run", monkeypatch)
     assert lowered_from_shapes(config) == trained
 

@@ -160,8 +160,7 @@ def test_somebody_else_s_config_file_is_not_replaced(folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ce", "oal"])
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("method", "given"), [("ce", False), ("oal", True)])
 def test_a_smoke_run_with_and_without_a_folder(folder, tmp_path, method, given):
     config = runpy.run_path(OWN)["get_config"]()
     config.smoke, config.method.name = True, method

@@ -268,7 +268,7 @@ def test_a_bfloat16_student_is_trained_saved_loaded_scored_and_exported(tmp_path
     sets = evaluation.inputs(context)
     assert dtypes(sets.id_test.outputs) == {np.dtype(np.float32)}
     x = sets.id_test.images()[:8]
-    detector = oal_jax.load(workdir)
+    detector = oal_jax.load(workdir, "energy")
     prediction = detector(x)
     label, confidence, ood_score, _ = exported(detector, ["cpu"]).call(x)
     assert prediction.ood_score.dtype == ood_score.dtype == confidence.dtype == np.float32

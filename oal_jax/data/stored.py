@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -173,12 +173,18 @@ class Source(abc.ABC):
         """Prints these parts of a line about the set, if there are any, on the first process."""
         if any(parts) and processes.is_main():
             line = "; ".join(filter(None, parts))
-            print(f"oal_jax: {self.name}: {line}", file=sys.stderr, flush=True)
+            _print_once(self.where(0), f"oal_jax: {self.name}: {line}")
 
     def skipped(self, count: int, reasons: Sequence[str] = ()) -> str:
         """Part of a line: how many damaged images were left out, and some reasons."""
         why = f" ({image_files.some(reasons, count)})" if reasons else ""
         return f"skipped {count} of {len(self)} images{why}" if count else ""
+
+
+@cache
+def _print_once(first_file: str, line: str) -> None:
+    """Print a line about a set; a run opens the same set several times."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class Subset(Source):
