@@ -2,9 +2,9 @@
 
 python -m oal_jax.main --config configs/fashion.py
 
-2 cores (Intel Xeon, 2.3 GHz): 132 s, 1.7 GiB. Expect, with the energy score and seed 0, AUROC near
-95.4 and far 99.9, ID accuracy 86.7 %; over seeds 0 to 2: near 93.9 +- 2.5, far 99.9 +- 0.1, ID
-accuracy 86.5 +- 0.4 (docs/results.md).
+With the energy score and seed 0, expect AUROC near 95.0 and far 99.9, ID accuracy 87.1 %; over
+seeds 0 to 2: near 93.9 +- 2.5, far 99.9 +- 0.1, ID accuracy 86.5 +- 0.4 (docs/results.md). Times
+are in docs/performance.md.
 """
 
 from oal_jax.config import PROCEDURAL, Config, Knn
