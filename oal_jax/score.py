@@ -4,8 +4,8 @@
 (name of the class), confidence (largest softmax probability), ood_score (higher = more OOD),
 threshold, is_ood (ood_score above it), percentile (of ID validation images with a lower ood_score).
 
-Images in FOLDER and below are decoded as in training. Files that can't be read are listed on stderr,
-and the rest is scored. Exit codes as those of `oal_jax.main`.
+Images in FOLDER and below are decoded as in training. Files that can't be read go to stderr, and
+the rest is scored. Exit codes as those of `oal_jax.main`.
 """
 
 import sys
@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> None:
     stream = sys.stderr if writing.is_stdout(args.output) else sys.stdout  # nothing in the table
     print(
         f"{count} images, {ood} of them OOD ({ood / count:.1%}) by {detector.score.name} above"
-        f" {detector.threshold:.6g}; {seconds:.1f} s, {count / seconds:.0f} images/s: {args.output}",
+        f" {detector.threshold:.6g}; {count / seconds:.0f} images/s: {args.output}",
         file=stream,
     )
     if left_out := files.left_out():
