@@ -79,7 +79,7 @@ def test_each_image_gets_its_row(capsys, finished_run, folder, images, tmp_path)
         assert float(np.float32(row["ood_score"])) == float(row["ood_score"])  # nothing cut off
     ood = sum(row["is_ood"] == "true" for row in table)
     assert re.match(rf"40 images, {ood} of them OOD \({ood / 40:.1%}\) by energy above", out[0])
-    assert re.search(r"s, \d+ images/s: .*scores\.csv$", out[0])
+    assert re.search(r"; \d+ images/s: .*scores\.csv$", out[0])
     assert out[1] == "left out 1 other (notes.txt)"
     assert sorted(os.listdir(tmp_path)) == ["images", "scores.csv"]
 
