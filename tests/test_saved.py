@@ -16,6 +16,7 @@ from small_detector import CLASSES, HEAD, IMAGES, LABELS, NAMES, SHAPE, blocks, 
 
 import oal_jax
 from oal_jax.detection import saved
+from oal_jax.detection.folder import EXPORTED, MODEL, check_replaceable
 from oal_jax.errors import UserError
 from oal_jax.runtime import artifacts
 
@@ -275,3 +276,10 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, sound):
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
         with pytest.raises(UserError, match="safetensors|not fit"):
             oal_jax.load(written(folder, files))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "3"])
+def test_a_folder_whose_description_is_not_ours_is_refused(tmp_path, text):
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(UserError, match=r"holds other files, such as model\.json"):
+        check_replaceable(tmp_path, MODEL, EXPORTED)

@@ -54,7 +54,7 @@ def write_files(folder):
 
 
 def own_detector():
-    """Of a linear model, with another decoding than its image shape gives."""
+    """A detector of a linear model, whose decoding is not the one of its image shape."""
     kernel = RNG.normal(size=(48, CLASSES)).astype(np.float32)
 
     def forward(images):

@@ -1,9 +1,9 @@
 """Folders that a detector is written to: which may be replaced."""
 
-import json
 from pathlib import Path
 
 from oal_jax.errors import UserError
+from oal_jax.runtime import artifacts
 
 # The JSON file that describes a saved or an exported detector, its "format", and names of files.
 SAVED, DETECTOR = "oal_jax saved detector", "detector.json"
@@ -33,8 +33,8 @@ def check_replaceable(output: Path, description: str, form: str) -> None:
     if not output.is_dir():
         raise UserError(f"{output} is a file; give a folder")
     try:
-        is_ours = json.loads((output / description).read_text("utf-8"))["format"] == form
-    except (OSError, ValueError, KeyError, TypeError):
+        is_ours = artifacts.read_json(output / description)["format"] == form
+    except (UserError, KeyError, TypeError):
         is_ours = False
     try:
         others = [p.name for p in output.iterdir() if not (is_ours and _is_of(p, _FILES[form]))]

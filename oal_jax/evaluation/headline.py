@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # these import JAX, which a comparison of runs does not need
 
 FILE = "headline.json"
 _LOW_AUROC = 60.0  # percent; below it a detector is of no use
-_FEW_STEPS = 100
+FEW_STEPS = 100
 _ROWS = 2000  # training features that are enough to see a degenerate fit
 _EMPTY = 1e-4  # length of a residual as a share of the features'
 
@@ -100,9 +100,9 @@ def run_warnings(accuracy: float, labels: np.ndarray, steps: int) -> list[str]:
             f"ID accuracy {accuracy:.1f} % is near chance ({chance:.1f} % for always guessing the"
             " largest class): the classifier has learned little, and no score of it can be trusted"
         )
-    if steps < _FEW_STEPS:
+    if steps < FEW_STEPS:
         warnings.append(
-            f"the training took {steps} optimizer steps, fewer than {_FEW_STEPS}: raise"
+            f"the training took {steps} optimizer steps, fewer than {FEW_STEPS}: raise"
             " train.epochs or lower train.batch_size"
         )
     return warnings

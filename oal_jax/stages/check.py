@@ -14,12 +14,12 @@ from oal_jax.config.benchmarks import MADE
 from oal_jax.data import corruptions
 from oal_jax.data.stored import MAX_BYTES, Source
 from oal_jax.errors import UserError
+from oal_jax.evaluation.headline import FEW_STEPS
 from oal_jax.methods import registry
 from oal_jax.stages import generator, teacher, train
 from oal_jax.stages.context import Context
 from oal_jax.stages.plan import plan
 
-FEW_STEPS = 100
 _SPLITS = ("train", "validation", "test")
 
 
